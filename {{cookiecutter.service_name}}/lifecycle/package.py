@@ -1,0 +1,125 @@
+"""From a model and the rows it is judged by to the files of a version folder, as bytes.
+
+    model, rows, answers -> model file, golden.jsonl, baseline.json -> manifest.json, which signs them all
+
+Nothing here reads the clock, the machine or git: the same input gives the same bytes.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
+from app.core.store import MANIFEST
+from app.schemas.contract import contract_inputs, contract_outputs, served_contract_sha256
+from app.schemas.predict import Features
+from lifecycle.publish import canonical_json
+
+NAME = "iris"
+TOLERANCE = 1e-5  # how far a probability may be from the recorded one: float32 against float64
+
+Rows = NDArray[np.float64]  # [rows, features], in the order of `Features`
+
+
+def feature_names() -> list[str]:
+    """Names of the model's columns, in order."""
+    return [entry["name"] for entry in contract_inputs()]
+
+
+def labels() -> list[str]:
+    """Labels, in the order of the model's probabilities."""
+    return list(contract_outputs()["labels"])
+
+
+def golden_set(rows: Rows, probabilities: Rows) -> bytes:
+    """JSON lines: the features, and the answer that every later run must give again.
+
+    `probabilities` is [rows, labels] from a source other than the runtime that serves.
+    """
+    lines = []
+    for row, answer in zip(rows.tolist(), probabilities.round(7).tolist(), strict=True):
+        line = {
+            "features": dict(zip(feature_names(), row, strict=True)),
+            "label": labels()[int(np.argmax(answer))],
+            "probabilities": dict(zip(labels(), answer, strict=True)),
+            "tolerance": TOLERANCE,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def baseline(rows: Rows, probabilities: Rows) -> bytes:
+    """What training looked like, for drift: counts per bin of every feature, of the score, and per label.
+
+    Bin `i` holds edges[i-1] < value <= edges[i], the first and last bin are open, so there is always
+    one count more than edges. Edges of a feature are its deciles, fewer where deciles coincide.
+    """
+    features = {}
+    for name, values in zip(feature_names(), rows.T, strict=True):
+        present = values[~np.isnan(values)]
+        edges = np.unique(np.quantile(present, np.linspace(0.1, 0.9, 9)).round(6))
+        features[name] = _histogram(present, edges) | {"missing": int(len(values) - len(present))}
+    chosen = probabilities.argmax(axis=1)
+    return canonical_json(
+        {
+            "rows": len(rows),
+            "features": features,
+            "labels": {label: int((chosen == index).sum()) for index, label in enumerate(labels())},
+            "scores": _histogram(probabilities.max(axis=1), np.linspace(0.1, 0.9, 9).round(1)),
+        }
+    )
+
+
+def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[str, Any]:
+    bins = np.searchsorted(edges, values, side="left")
+    return {"edges": edges.tolist(), "counts": np.bincount(bins, minlength=len(edges) + 1).tolist()}
+
+
+def pack(
+    *,
+    version: str,
+    runtime: Literal["onnx", "rules"],
+    files: dict[str, bytes],
+    outputs: dict[str, Any],
+    libraries: dict[str, str],
+    training: Training | None = None,
+    training_rows: Rows | None = None,
+) -> dict[str, bytes]:
+    """The whole folder: `files` and the manifest that signs them.
+
+    `outputs` holds the meaning of the score and the review threshold; inputs and labels come from the
+    contract in `app/schemas/predict.py`.
+    """
+    ranges = {}
+    if training_rows is not None:
+        low, high = np.nanmin(training_rows, axis=0).tolist(), np.nanmax(training_rows, axis=0).tolist()
+        ranges = dict(zip(feature_names(), zip(low, high, strict=True), strict=True))
+    schema = Features.model_json_schema()
+    example = schema["examples"][0]
+    manifest = Manifest(
+        name=NAME,
+        version=version,
+        task=contract_outputs()["task"],
+        runtime=runtime,
+        files={
+            name: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+            for name, content in sorted(files.items())
+        },
+        inputs=[
+            Input(
+                **entry,
+                description=schema["properties"][entry["name"]].get("description", ""),
+                training_range=ranges.get(entry["name"]),
+                example=example[entry["name"]],
+            )
+            for entry in contract_inputs()
+        ],
+        outputs=Outputs(labels=list(labels()), **outputs),
+        training=training,
+        libraries=libraries,
+        contract_sha256=served_contract_sha256(),
+    )
+    return files | {MANIFEST: canonical_json(manifest.model_dump(mode="json"))}

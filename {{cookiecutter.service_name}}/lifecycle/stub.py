@@ -1,0 +1,55 @@
+"""v0: rules in place of a model, under the same contract. Yours to edit.
+
+Teams integrate against it before a model exists, and it is what a rollback falls back to.
+"""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from lifecycle.package import Rows, feature_names, golden_set, labels, pack
+from lifecycle.publish import canonical_json
+
+VERSION = "v0"
+
+# The first rule whose conditions all hold decides; the other labels share 1 - score equally.
+RULES: dict[str, Any] = {
+    "rules": [
+        {"when": {"petal_length": {"<": 2.5}}, "label": "setosa", "score": 0.95},
+        {
+            "when": {"petal_length": {"<": 4.8}, "petal_width": {"<": 1.7}},
+            "label": "versicolor",
+            "score": 0.9,
+        },
+        {"when": {"petal_length": {">=": 5.2}}, "label": "virginica", "score": 0.9},
+    ],
+    "otherwise": {"label": "virginica", "score": 0.55},
+}
+OUTPUTS = {
+    "score": "How sure the author of the rule is; not measured.",
+    "review_threshold": 0.6,
+}
+_HOLDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
+
+
+def stub_files(golden_rows: Rows) -> dict[str, bytes]:
+    """The files of v0; its golden set answers `golden_rows`."""
+    answers = np.array([decide(row) for row in golden_rows.tolist()])
+    files = {"rules.json": canonical_json(RULES), "golden.jsonl": golden_set(golden_rows, answers)}
+    return pack(version=VERSION, runtime="rules", files=files, outputs=OUTPUTS, libraries={})
+
+
+def decide(row: list[float]) -> list[float]:
+    """Probabilities for one row, read from the rules without the runtime that the golden set is to check."""
+    instance = dict(zip(feature_names(), row, strict=True))
+    verdict = RULES["otherwise"]
+    for rule in reversed(RULES["rules"]):
+        if all(
+            _HOLDS[symbol](instance[name], bound)
+            for name, conditions in rule["when"].items()
+            for symbol, bound in conditions.items()
+        ):
+            verdict = rule
+    rest = (1 - verdict["score"]) / (len(labels()) - 1)
+    return [verdict["score"] if label == verdict["label"] else rest for label in labels()]
