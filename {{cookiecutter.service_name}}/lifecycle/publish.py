@@ -25,6 +25,8 @@ def publish(root: Path, version: str, files: dict[str, bytes]) -> None:
     """Write `files` as `root`/`version`, in place of what is there; on any failure what is there stays."""
     target, new, old = root / version, root / f".{version}.new", root / f".{version}.old"
     root.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not target.exists():  # killed between the two renames
+        old.rename(target)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:

@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lifecycle.package import Rows, feature_names, golden_set, labels, pack
 from lifecycle.publish import canonical_json
@@ -34,10 +35,20 @@ _HOLDS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.
 
 
 def stub_files(golden_rows: Rows) -> dict[str, bytes]:
-    """The files of v0; its golden set answers `golden_rows`."""
-    answers = np.array([decide(row) for row in golden_rows.tolist()])
-    files = {"rules.json": canonical_json(RULES), "golden.jsonl": golden_set(golden_rows, answers)}
+    """The files of v0; its golden set is `golden_rows` and rows exactly on the bounds of the rules."""
+    rows = np.vstack([golden_rows, _on_the_bounds(golden_rows[0])])
+    answers = np.array([decide(row) for row in rows.tolist()])
+    files = {"rules.json": canonical_json(RULES), "golden.jsonl": golden_set(rows, answers)}
     return pack(version=VERSION, runtime="rules", files=files, outputs=OUTPUTS, libraries={})
+
+
+def _on_the_bounds(row: NDArray[np.float64]) -> Rows:
+    """`row`, moved for each rule to the very values that its conditions name: where < and <= part."""
+    rows = []
+    for rule in RULES["rules"]:
+        values = {name: max(conditions.values()) for name, conditions in rule["when"].items()}
+        rows.append([values.get(name, old) for name, old in zip(feature_names(), row.tolist(), strict=True)])
+    return np.array(rows)
 
 
 def decide(row: list[float]) -> list[float]:
