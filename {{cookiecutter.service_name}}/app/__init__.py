@@ -1,0 +1,1 @@
+"""An inference service: `schemas` <- `core` <- `api` <- `main`; `observability` knows none of them."""

@@ -1,0 +1,1 @@
+"""HTTP: routes, middleware, errors, security. Knows schemas and core, never a model runtime."""

@@ -1,0 +1,97 @@
+"""The calls of this service. A route reads as one sentence: take the request, ask the pipeline, answer."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.api.call import CurrentCall
+from app.api.routing import JSONRoute
+from app.core.errors import InvalidInput
+from app.schemas.predict import Features, Prediction
+from app.schemas.problem import Problem
+from app.schemas.service import Batch, Health, Ready, ServedModel, Version
+
+
+class Instances(BaseModel):
+    """Several instances, validated as a whole."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    instances: Annotated[list[Features], Field(min_length=1, description="At most APP_MAX_BATCH_ITEMS.")]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for the errors a call can answer."""
+    return {status: {"model": Problem, "description": _MEANING[status]} for status in sorted(statuses)}
+
+
+_MEANING = {
+    400: "The body is not JSON.",
+    401: "No API key was sent.",
+    403: "The API key is not accepted.",
+    404: "No such path.",
+    405: "The path has other methods; see Allow.",
+    413: "The body is larger than this service takes.",
+    415: "The body is not sent as plain JSON.",
+    422: "The input breaks the contract; `errors` says where.",
+    429: "The client's quota is used up; see Retry-After.",
+    500: "The model failed on this input, or the service did.",
+    503: "Overloaded, out of time, or the model is not ready; see Retry-After.",
+}
+
+inference = APIRouter(
+    prefix="/v1",
+    route_class=JSONRoute,
+    tags=["inference"],
+    responses=problems(400, 401, 403, 413, 415, 422, 429, 500, 503),
+)
+operations = APIRouter(tags=["operations"])
+
+
+@inference.post("/predict", summary="Predict one instance")
+async def predict(features: Features, call: CurrentCall) -> Prediction:
+    """One instance in, one prediction out. `score` is the model's probability of `label`."""
+    (prediction,) = await call.pipeline.predict([features], call.prediction_ids(1), call.deadline)
+    return prediction
+
+
+@inference.post("/predict/batch", summary="Predict several instances")
+async def predict_batch(batch: Instances, call: CurrentCall) -> Batch:
+    """Predictions in the order of the instances; one invalid instance fails the request and is named by index."""
+    count, limit = len(batch.instances), call.service.settings.max_batch_items
+    if count > limit:
+        error = {"loc": ["body", "instances"], "msg": f"at most {limit} instances", "type": "too_long"}
+        raise InvalidInput("too many instances", errors=[error])
+    pipeline = call.pipeline
+    predictions = await pipeline.predict(batch.instances, call.prediction_ids(count), call.deadline)
+    return Batch(pipeline.version, predictions)
+
+
+@operations.get("/health", summary="Is the process alive?")
+async def health() -> Health:
+    """Liveness: touches nothing, not even the model."""
+    return Health()
+
+
+@operations.get("/ready", summary="Can it predict?", responses=problems(503))
+async def ready(call: CurrentCall) -> Ready:
+    """Readiness: 503 with the failing check named until a model is loaded and warm."""
+    return Ready(call.pipeline.version)
+
+
+@operations.get("/version", summary="What is running?")
+async def version(call: CurrentCall) -> Version:
+    """The service, its API and the served model."""
+    service, served = call.service, None
+    if pipeline := service.pipeline:
+        manifest = pipeline.artifact.manifest
+        served = ServedModel(
+            version=manifest.version,
+            sha256=pipeline.artifact.sha256,
+            runtime=manifest.runtime,
+            training_data_id=manifest.training.data_sha256 if manifest.training else None,
+            libraries=manifest.libraries,
+            execution=pipeline.execution,
+        )
+    return Version(service=service.name, version=service.version, api_version="v1", model=served)

@@ -1,0 +1,1 @@
+"""Inference without a web framework: manifest, store, runtimes, pipeline, batcher."""

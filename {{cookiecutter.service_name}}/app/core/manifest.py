@@ -1,0 +1,72 @@
+"""The manifest of a model version: what it is, what it takes, where it came from, what its files hash to.
+
+artifacts/<version>/manifest.json -> Manifest
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VERSION_PATTERN = r"^v[0-9]{1,9}$"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """One file of the version folder."""
+
+    sha256: Sha256
+    size: Annotated[int, Field(ge=0, description="bytes")]
+
+
+class Input(_Strict):
+    """One feature, in the model's order."""
+
+    name: str
+    dtype: Literal["float64", "int64", "string", "bool"]
+    unit: str | None = None
+    description: str = ""
+    nullable: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    training_range: tuple[float, float] | None = None
+    categories: list[str | int | bool] | None = None
+    example: Any = None
+
+
+class Outputs(_Strict):
+    """What the model answers."""
+
+    labels: list[str | int | bool] = []
+    score: str = ""  # what the score means, in a sentence
+    review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Training(_Strict):
+    """Where the model came from. `time` is the time of the data, so that a re-run gives the same bytes."""
+
+    data_sha256: Sha256
+    rows: int
+    date_range: tuple[str, str] | None = None
+    query: str | None = None
+    target: str
+    code_revision: str
+    time: str | None = None
+
+
+class Manifest(_Strict):
+    """`manifest.json`."""
+
+    name: str
+    version: Annotated[str, Field(pattern=VERSION_PATTERN)]
+    task: Literal["classification", "regression"]
+    runtime: Literal["onnx", "rules"]
+    files: dict[str, FileEntry]
+    inputs: list[Input]
+    outputs: Outputs
+    training: Training | None
+    libraries: dict[str, str]
+    contract_sha256: Sha256

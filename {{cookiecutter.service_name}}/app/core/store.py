@@ -1,0 +1,130 @@
+"""From the artifacts folder to verified bytes. Nothing is deserialised here but JSON.
+
+    release.json -> version -> manifest -> every file read once, checked -> Artifact (bytes in memory)
+
+What is loaded later are these same bytes, so a file that changes on disk afterwards changes nothing.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.core.errors import ArtifactError
+from app.core.manifest import VERSION_PATTERN, Manifest
+from app.schemas.contract import contract_outputs, contract_sha256, served_contract_sha256
+
+MANIFEST = "manifest.json"
+
+
+class Release(BaseModel):
+    """`release.json`: which version serves, and which one to go back to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    serving: str = Field(pattern=VERSION_PATTERN)
+    previous: str | None = Field(default=None, pattern=VERSION_PATTERN)
+    shadow: str | None = Field(default=None, pattern=VERSION_PATTERN)
+    canary: str | None = Field(default=None, pattern=VERSION_PATTERN)
+    canary_percent: int = Field(default=0, ge=0, le=100)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A verified version: its manifest and the very bytes that were verified."""
+
+    manifest: Manifest
+    files: dict[str, bytes]
+
+    @property
+    def model_file(self) -> str:
+        """The file the runtime loads."""
+        return "rules.json" if self.manifest.runtime == "rules" else "model.onnx"
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of the model file, hex."""
+        return self.manifest.files[self.model_file].sha256
+
+
+def read_release(root: Path) -> Release:
+    """The release that `root` names; raises ArtifactError."""
+    path = root / "release.json"
+    try:
+        return Release.model_validate_json(_read(path))
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {_first(error)}") from None
+
+
+def read_artifact(root: Path, version: str) -> Artifact:
+    """Read and verify one version below `root`; raises ArtifactError, which names file and reason."""
+    if not re.fullmatch(VERSION_PATTERN, version):
+        raise ArtifactError(f"{root}: {version[:20]!r} is not a version name like v1")
+    folder = root / version
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: there is no such version")
+    if folder.resolve().parent != root.resolve():
+        raise ArtifactError(f"{folder}: leads out of {root}")
+    try:
+        manifest = Manifest.model_validate_json(_read(folder / MANIFEST))
+    except ValidationError as error:
+        raise ArtifactError(f"{folder / MANIFEST}: {_first(error)}") from None
+    if manifest.version != version:
+        raise ArtifactError(f"{folder / MANIFEST}: is of version {manifest.version}")
+    files = _verified_files(folder, manifest)
+    artifact = Artifact(manifest, files)
+    if artifact.model_file not in files:
+        raise ArtifactError(
+            f"{folder / MANIFEST}: lists no {artifact.model_file}, which runtime {manifest.runtime} needs"
+        )
+    _check_contract(folder, manifest)
+    return artifact
+
+
+def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if unlisted := sorted(present - manifest.files.keys()):
+        raise ArtifactError(f"{folder / unlisted[0]}: not listed in {MANIFEST}")
+    files = {}
+    for name, entry in sorted(manifest.files.items()):
+        if name not in present:
+            raise ArtifactError(f"{folder / Path(name).name}: listed in {MANIFEST} but missing")
+        content = _read(folder / name, size=entry.size)
+        if len(content) != entry.size:
+            raise ArtifactError(f"{folder / name}: size differs from the {entry.size} bytes in {MANIFEST}")
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise ArtifactError(f"{folder / name}: sha256 differs from {MANIFEST}")
+        files[name] = content
+    return files
+
+
+def _check_contract(folder: Path, manifest: Manifest) -> None:
+    outputs = {"task": manifest.task, "labels": manifest.outputs.labels}
+    own = contract_sha256([entry.model_dump() for entry in manifest.inputs], outputs)
+    if own != manifest.contract_sha256:
+        raise ArtifactError(f"{folder / MANIFEST}: contract_sha256 does not match its own inputs and outputs")
+    if own != served_contract_sha256():
+        served = contract_outputs()["labels"]
+        what = "labels differ" if served != manifest.outputs.labels else "inputs differ"
+        raise ArtifactError(
+            f"{folder / MANIFEST}: made for another contract than app/schemas/predict.py ({what})"
+        )
+
+
+def _read(path: Path, size: int | None = None) -> bytes:
+    """The bytes of a regular file, at most one more than `size`, so that a wrong size shows without reading it all."""
+    if path.is_symlink():
+        raise ArtifactError(f"{path}: is a symbolic link")
+    try:
+        with path.open("rb") as file:
+            return file.read() if size is None else file.read(size + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror or 'cannot be read'}") from None
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -1,0 +1,196 @@
+"""The one place that knows everyone.
+
+create_app(settings) -> FastAPI; its lifespan loads and warms the model, and yields the typed State
+"""
+
+import asyncio
+import gc
+import os
+import tomllib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TypedDict
+
+from fastapi import FastAPI, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator.metrics import Info
+from starlette.exceptions import HTTPException
+
+from app.api import errors
+from app.api.docs import add_docs, describe_errors
+from app.api.middleware import ServiceMiddleware
+from app.api.routes import inference, operations
+from app.api.routing import JSONRoute
+from app.api.security import Guard, api_key_header, bearer
+from app.api.service import Service
+from app.core.admission import Admission, sustainable_limit
+from app.core.errors import ArtifactError, ServiceError
+from app.core.pipeline import Pipeline, Policy
+from app.core.runtimes import load_runtime
+from app.core.store import Artifact, read_artifact, read_release
+from app.observability.logging import configure_logging
+from app.observability.metrics import Metrics, Recorder
+from app.schemas.contract import contract_inputs
+from app.settings import Settings, load_settings
+
+PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
+BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
+
+_inherited: Artifact | None = None  # what the master verified before it forked
+
+
+class State(TypedDict):
+    """What the lifespan gives every request."""
+
+    service: Service
+
+
+def read_served(settings: Settings) -> Artifact:
+    """Read and verify the version to serve: APP_MODEL_VERSION, or what release.json names; raises ArtifactError."""
+    root = settings.artifacts_dir
+    return read_artifact(root, settings.model_version or read_release(root).serving)
+
+
+def verify_before_fork(settings: Settings) -> None:
+    """Keep the verified bytes for the workers: one that starts later never depends on what the disk says then."""
+    global _inherited
+    _inherited = read_served(settings)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The ASGI application; settings come from the environment unless given."""
+    settings = settings or load_settings()
+    log, writer = configure_logging(settings.log_level, settings.log_format)
+    metrics = Metrics()
+    writer.dropped = metrics.dropped_lines.inc
+    project = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
+    service = Service(
+        name=project["name"],
+        version=project["version"],
+        settings=settings,
+        log=log,
+        admission=Admission(settings.max_concurrency + settings.max_queue),
+        guard=Guard(settings),
+        recorder=Recorder(metrics, lambda: service.levels),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
+        # In the background, so that /health and /ready tell the truth while a large model loads.
+        loading = asyncio.create_task(_load(service, metrics))
+        try:
+            yield {"service": service}
+        finally:
+            loading.cancel()
+            if service.pipeline is not None:
+                service.pipeline.close()
+            service.recorder.flush()
+            log.info("stopped")
+            await asyncio.to_thread(writer.close)
+
+    app = FastAPI(
+        title=service.name,
+        version=service.version,
+        description=project["description"],
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry=_telemetry(settings, service.name),
+        exception_handlers={
+            HTTPException: errors.http_exception_handler,
+            RequestValidationError: errors.validation_handler,
+            ServiceError: errors.service_error_handler,
+        },
+    )
+    keys = [Security(api_key_header), Security(bearer)] if settings.api_keys else []
+    app.include_router(inference, dependencies=keys)
+    app.include_router(operations)
+    describe_errors(app)
+    if settings.docs:
+        add_docs(app)
+    if settings.metrics_enabled:
+        _expose_metrics(app, metrics, service.recorder)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
+                           allow_headers=["content-type", "x-api-key", "authorization"])  # fmt: skip
+    direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
+    features = frozenset(entry["name"] for entry in contract_inputs())
+    app.add_middleware(ServiceMiddleware, service=service, direct=direct, features=features)
+    return app
+
+
+async def _load(service: Service, metrics: Metrics) -> None:
+    """Verify, load and warm up; a model that cannot be served ends the process."""
+    started, settings = perf_counter(), service.settings
+    try:
+        pipeline = await asyncio.to_thread(_build, service)
+    except Exception as error:
+        reason = str(error) if isinstance(error, ArtifactError) else type(error).__name__
+        service.log.error(
+            "cannot start", reason=reason, exc_info=None if isinstance(error, ArtifactError) else error
+        )
+        await asyncio.sleep(0.05)  # the log thread's turn
+        os._exit(BOOT_ERROR)
+    seconds = perf_counter() - started
+    service.admission.limit = sustainable_limit(
+        settings.max_concurrency + settings.max_queue,
+        pipeline.seconds_per_row,
+        settings.request_deadline_seconds,
+    )
+    manifest = pipeline.artifact.manifest
+    metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
+    metrics.execution.labels(pipeline.execution).set(1)
+    metrics.model_load.set(seconds)
+    # Half of the tail latency is the collector walking what never changes: take it out of its sight.
+    gc.collect()
+    gc.freeze()
+    service.pipeline = pipeline
+    service.recorder.flush()
+    service.log.info(
+        "ready", model_version=pipeline.version, execution=pipeline.execution, seconds=round(seconds, 3)
+    )
+
+
+def _build(service: Service) -> Pipeline:
+    settings = service.settings
+    artifact = _inherited or read_served(settings)
+    policy = Policy(
+        review_threshold=settings.review_threshold,
+        out_of_range=settings.out_of_range,
+        batch_max_rows=min(settings.batch_max_rows, settings.max_concurrency),
+        batch_max_wait_seconds=settings.batch_max_wait_ms / 1000,
+    )
+    return Pipeline(artifact, load_runtime(artifact), service.recorder, policy)
+
+
+def _expose_metrics(app: FastAPI, metrics: Metrics, recorder: Recorder) -> None:
+    """/metrics, and the counts of every route that FastAPI's router answers."""
+
+    def record(info: Info) -> None:
+        handler = info.modified_handler
+        recorder.request(info.method, handler, int(info.modified_status), info.modified_duration)
+
+    instrumentator = Instrumentator(
+        should_group_status_codes=False, should_group_untemplated=True, registry=metrics.registry
+    )
+    instrumentator.add(record).instrument(app).expose(app, include_in_schema=False)
+
+
+def _telemetry(settings: Settings, name: str) -> dict[str, object]:
+    """FastAPI's own tracing, exported over OTLP/HTTP when APP_TRACING_ENDPOINT is set."""
+    if not settings.tracing_endpoint:
+        return {"tracing": False, "metrics": False, "logs": False}
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({"service.name": name}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.tracing_endpoint)))
+    return {"tracer_provider": provider, "metrics": False, "logs": False}

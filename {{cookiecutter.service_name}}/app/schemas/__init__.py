@@ -1,0 +1,1 @@
+"""The contract: requests, responses, problems, and the signature that artifacts must carry."""

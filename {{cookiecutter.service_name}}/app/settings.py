@@ -1,0 +1,149 @@
+"""Every `APP_` variable: name, type, default, and the rules between them.
+
+    init arguments > environment > .env > slo.toml > the defaults here
+
+`docs/configuration.md` is the table for people. Nothing else in the service reads the environment.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+PREFIX = "APP_"
+SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
+GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
+
+
+class SettingsError(Exception):
+    """A configuration the service must not start with; one line, never a value."""
+
+
+class Settings(BaseSettings):
+    """Typed configuration. Durations are seconds, sizes bytes, unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    env: Literal["local", "staging", "production"] = "local"
+    host: str = "0.0.0.0"  # a container's service listens on every interface
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    workers: Annotated[int | None, Field(ge=1, le=128)] = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "console"] = "json"
+    artifacts_dir: Path = Path("artifacts")
+    model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
+    request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
+    max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
+    max_queue: Annotated[int, Field(ge=0, le=100_000)] = 256
+    max_body_bytes: Annotated[int, Field(ge=1)] = 1_048_576
+    max_batch_items: Annotated[int, Field(ge=1)] = 256
+    batch_max_rows: Annotated[int, Field(ge=1)] = 64
+    batch_max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    auth_disabled: bool = False
+    rate_limit: str | None = None
+    rate_limit_storage: SecretStr = SecretStr("memory://")
+    review_threshold: Annotated[float | None, Field(ge=0, le=1)] = None
+    out_of_range: Literal["accept", "review", "reject"] = "review"
+    docs_enabled: bool | None = None
+    metrics_enabled: bool = True
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
+    tracing_endpoint: str | None = None
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
+
+    @field_validator("workers", "model_version", "rate_limit", "review_threshold", "docs_enabled", "tracing_endpoint",
+                     mode="before")  # fmt: skip
+    @classmethod
+    def _empty_means_unset(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _hashed(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(re.fullmatch(r"[0-9a-fA-F]{64}", key.get_secret_value()) for key in keys):
+            raise ValueError("each key must be the sha256 of the key as 64 hex digits")
+        return keys
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _parsable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(
+            r"[1-9][0-9]*\s*/\s*([1-9][0-9]*\s*)?(second|minute|hour|day)", value
+        ):
+            raise ValueError("must look like 600/minute")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.request_deadline_seconds + GRACE_SECONDS >= self.drain_seconds:
+            raise ValueError(
+                f"APP_REQUEST_DEADLINE_SECONDS plus {GRACE_SECONDS} must be less than APP_DRAIN_SECONDS, "
+                "or draining would cut off requests that are still allowed to run"
+            )
+        if self.env == "production" and not self.api_keys and not self.auth_disabled:
+            raise ValueError("APP_API_KEYS is empty: production needs keys, or APP_AUTH_DISABLED=true")
+        if (
+            self.rate_limit
+            and self.rate_limit_storage.get_secret_value() == "memory://"
+            and self.workers != 1
+        ):
+            raise ValueError(
+                "APP_RATE_LIMIT_STORAGE=memory:// counts per worker: set it to redis://... or APP_WORKERS to 1"
+            )
+        return self
+
+    @property
+    def docs(self) -> bool:
+        """Whether /docs and /openapi.json are served: on, but off in production unless asked for."""
+        return self.env != "production" if self.docs_enabled is None else self.docs_enabled
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The service level objectives are a source of their own, below everything a person sets."""
+        slo = TomlConfigSettingsSource(settings_cls, SLO_FILE)
+        return init_settings, env_settings, dotenv_settings, file_secret_settings, slo
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment; raises `SettingsError` with one line that names the variable."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    named = {
+        name.upper() for name in (*os.environ, *dotenv_values(".env")) if name.upper().startswith(PREFIX)
+    }
+    if unknown := sorted(named - known):
+        raise SettingsError(f"unknown setting {unknown[0]}; docs/configuration.md lists the names")
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = f"{PREFIX}{str(first['loc'][0]).upper()}: " if first["loc"] else ""
+        raise SettingsError(name + first["msg"].removeprefix("Value error, ")) from None
+
+
+def redacted(settings: Settings) -> dict[str, Any]:
+    """The effective configuration as `APP_` names, secrets as asterisks."""
+    return {PREFIX + name.upper(): value for name, value in settings.model_dump(mode="json").items()}

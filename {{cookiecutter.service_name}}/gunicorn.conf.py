@@ -1,0 +1,80 @@
+"""How the service is run, the same everywhere: gunicorn --config gunicorn.conf.py "app.main:create_app()".
+
+Everything adjustable comes from `APP_` variables. Timeouts nest, so that each inner one can act first:
+request deadline < uvicorn's graceful shutdown < gunicorn's graceful shutdown < termination grace period.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from uvicorn_worker import UvicornWorker
+
+from app.core.errors import ArtifactError
+from app.core.sizing import default_workers
+from app.observability.logging import server_logging
+from app.settings import GRACE_SECONDS, SettingsError, load_settings
+
+try:
+    settings = load_settings()
+except SettingsError as problem:
+    sys.exit(f"cannot start: {problem}")
+
+
+class Worker(UvicornWorker):
+    """uvicorn-worker with a graceful timeout, which it never sets itself, and without what is not needed."""
+
+    CONFIG_KWARGS: dict[str, Any] = {  # noqa: RUF012  # the name and kind are uvicorn-worker's
+        "loop": "auto",
+        "http": "httptools",
+        "ws": "none",
+        "lifespan": "on",
+        "access_log": False,
+        "server_header": False,
+        # X-Forwarded-For is believed only from the proxies that FORWARDED_ALLOW_IPS names.
+        "proxy_headers": bool(os.environ.get("FORWARDED_ALLOW_IPS")),
+        "timeout_graceful_shutdown": settings.drain_seconds - GRACE_SECONDS,
+    }
+
+
+bind = f"{settings.host}:{settings.port}"
+workers = settings.workers or default_workers(settings.artifacts_dir)
+worker_class = Worker
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # heartbeats must not wait for a disk
+timeout = 60
+graceful_timeout = settings.drain_seconds
+keepalive = 75  # longer than the usual load balancer's 60, so that it never writes to a closed connection
+max_requests = 0  # uvicorn-worker drops fresh connections when it recycles
+preload_app = False  # warmed models do not survive a fork
+control_socket_disable = True
+logconfig_dict = server_logging(settings.log_format)
+
+if settings.metrics_enabled:
+    # Set before anything imports prometheus_client; one folder per start, so that no old count survives.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
+
+
+def on_starting(_server: Any) -> None:
+    """Verify the artifact once, before any worker is forked; the workers inherit the verified bytes."""
+    from app.main import verify_before_fork
+
+    try:
+        verify_before_fork(settings)
+    except ArtifactError as problem:
+        sys.exit(f"cannot start: {problem}")
+
+
+def child_exit(_server: Any, worker: Any) -> None:
+    """Take a worker's live gauges out of /metrics."""
+    from app.observability.metrics import forget_worker
+
+    forget_worker(worker.pid)
+
+
+def on_exit(_server: Any) -> None:
+    """Remove this start's metric files."""
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        shutil.rmtree(folder, ignore_errors=True)
