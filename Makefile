@@ -1,0 +1,58 @@
+# Each recipe is a command you can also type. On Windows the environment's programs are in .venv/Scripts.
+PYTHON ?= python3
+OPTIONS ?=
+ARGS ?=
+
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+# uv where there is one, because it is quicker; pip does the same.
+INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --no-compile --require-hashes
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+.PHONY: help demo test test-image check fix files bake lock setup
+
+help: ## show these lines
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
+
+demo: .venv/render.stamp ## render with defaults into build/, run the service, send predictions
+	$(BIN)/python -m scripts.demo
+
+test: .venv/dev.stamp ## render every option, then check, test and run what was rendered
+	$(PYTEST) -m "not image" $(ARGS)
+
+test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
+	$(PYTEST) -m image $(ARGS)
+
+check: .venv/dev.stamp ## look, never write: format, lint, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+fix: .venv/dev.stamp ## format, and repair what the linter can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+files: .venv/dev.stamp ## write tests/files/ anew after files were added or removed
+	$(BIN)/python -m pytest --refresh-files tests/test_files.py
+
+bake: .venv/render.stamp ## render into build/: make bake OPTIONS="slo=strict ci=none"
+	$(BIN)/python -m scripts.render build $(OPTIONS)
+
+lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with UPGRADE=--upgrade
+	$(LOCK) --constraints "{{cookiecutter.service_name}}/requirements/dev.txt" --output-file requirements/dev.txt requirements/dev.in
+	$(LOCK) --constraints requirements/dev.txt --output-file requirements/render.txt requirements/render.in
+
+setup: .venv/dev.stamp ## the template's environment, in .venv
+
+# Rendering needs a third of what the tests do, so `make demo` does not wait for the rest.
+.venv/render.stamp: requirements/render.txt | .venv/pyvenv.cfg
+	$(INSTALL) --requirement requirements/render.txt
+	@touch $@
+
+.venv/dev.stamp: requirements/dev.txt | .venv/pyvenv.cfg
+	$(INSTALL) --requirement requirements/dev.txt
+	@touch $@ .venv/render.stamp
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, for example: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
