@@ -1,0 +1,1 @@
+"""Load test: realistic traffic, and a gate with the numbers of slo.toml."""

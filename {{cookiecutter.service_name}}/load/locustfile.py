@@ -1,0 +1,150 @@
+"""Traffic as clients send it, and the gate it has to pass.
+
+golden set -> single and batch calls, one in twenty invalid -> p50, p95, p99, error ratio -> exit code
+
+python -m load.run                                      starts the service, loads it, stops it
+locust -f load/locustfile.py --host http://localhost:8000        loads one that runs, with locust's pages
+"""
+
+import ipaddress
+import json
+import random
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from locust import FastHttpUser, between, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+
+from app.core.store import read_artifact, read_release
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
+def add_options(parser: LocustArgumentParser) -> None:
+    """The gate's numbers are those of slo.toml unless the command line says otherwise."""
+    slo = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
+    parser.add_argument(
+        "--p95-ms", type=float, default=slo["latency_p95_ms"], help="p95 latency must be below"
+    )
+    parser.add_argument(
+        "--error-ratio", type=float, default=slo["error_ratio"], help="errors / calls at most"
+    )
+    parser.add_argument("--allow-remote", action="store_true", help="load a host that is not this machine")
+    parser.add_argument(
+        "--api-key", env_var="LOAD_API_KEY", is_secret=True, default="", help="sent as X-API-Key"
+    )
+
+
+@events.test_start.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
+def refuse_other_machines(environment: Environment, **_: object) -> None:
+    """A load test aimed at the wrong host is an outage: only this machine, unless asked for by name."""
+    options = environment.parsed_options
+    assert options is not None  # set by locust's main  # noqa: S101
+    host = urlsplit(environment.host or "").hostname or ""
+    if not (is_loopback(host) or options.allow_remote):
+        raise SystemExit(f"load: {host or 'no host'} is not this machine; add --allow-remote if you mean it")
+
+
+@events.quitting.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
+def judge(environment: Environment, **_: object) -> None:
+    """Print the percentiles and the verdict, and make the verdict the exit code."""
+    options, total = environment.parsed_options, environment.stats.total
+    assert options is not None  # as above  # noqa: S101
+    p50, p95, p99 = (total.get_response_time_percentile(share) or 0 for share in (0.5, 0.95, 0.99))
+    reasons = []
+    if total.num_requests == 0:
+        reasons.append("nothing was answered")
+    if not p95 < options.p95_ms:
+        reasons.append(f"p95 {p95} ms is not below {options.p95_ms:g} ms")
+    if total.fail_ratio > options.error_ratio:
+        reasons.append(f"error ratio {total.fail_ratio:.4f} is above {options.error_ratio:g}")
+    figures = (
+        f"load: {total.num_requests} calls, {total.total_rps:.0f} a second, {total.num_failures} errors; "
+        f"p50 {p50} ms, p95 {p95} ms, p99 {p99} ms"
+    )
+    verdict = "load: FAILED, " + " and ".join(reasons) if reasons else "load: passed"
+    environment.process_exit_code = int(bool(reasons))
+
+    def show(**_: object) -> None:
+        print(figures, verdict, sep="\n", flush=True)
+
+    # When locust has printed its own table, so that the verdict is the last line.
+    environment.events.quit.add_listener(show)  # type: ignore[no-untyped-call]  # locust leaves it untyped
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine, without asking DNS."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Client(FastHttpUser):
+    """Sends golden rows, and holds the service to the golden answers while it is busy."""
+
+    wait_time = between(0.05, 0.15)
+
+    def on_start(self) -> None:
+        """Read the golden set of the version that serves."""
+        artifacts = ROOT / "artifacts"
+        self.version = read_release(artifacts).serving
+        lines = read_artifact(artifacts, self.version).files["golden.jsonl"].splitlines()
+        self.golden: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        key = self.environment.parsed_options.api_key
+        self.headers = {"X-API-Key": key} if key else {}
+
+    @task(80)
+    def single(self) -> None:
+        """One instance."""
+        row = random.choice(self.golden)
+        self.ask("/v1/predict", row["features"], lambda answer: self.compare([row], [answer], answer))
+
+    @task(15)
+    def batch(self) -> None:
+        """Up to a whole golden set at once."""
+        rows = random.sample(self.golden, random.randint(2, len(self.golden)))
+        body = {"instances": [row["features"] for row in rows]}
+        self.ask("/v1/predict/batch", body, lambda answer: self.compare(rows, answer["predictions"], answer))
+
+    @task(5)
+    def invalid(self) -> None:
+        """A field too few, one too many, or of the wrong type: 422 is the right answer."""
+        row = random.choice(self.golden)["features"]
+        name = random.choice(list(row))
+        fewer = {key: value for key, value in row.items() if key != name}
+        broken = random.choice([fewer, row | {"unheard_of": 1}, row | {name: [1]}])
+        self.ask("/v1/predict", broken, refused, status=422, name="/v1/predict (invalid)")
+
+    def ask(
+        self, path: str, body: Any, check: Callable[[Any], None], status: int = 200, name: str = ""
+    ) -> None:
+        """POST `body`; another status than `status`, or a ValueError from `check`, counts as an error."""
+        with self.client.post(
+            path, json=body, headers=self.headers, name=name or path, catch_response=True
+        ) as response:
+            if response.status_code != status:
+                response.failure(f"status {response.status_code}, expected {status}")
+                return
+            try:
+                check(response.json())
+                response.success()
+            except (KeyError, TypeError, ValueError) as error:
+                response.failure(f"unexpected answer: {error!r}")
+
+    def compare(self, rows: list[Any], predictions: list[Any], answer: Any) -> None:
+        """A busy service must not mix up its rows. Another version than ours may answer otherwise."""
+        expected = [row["label"] for row in rows]
+        if answer["model_version"] == self.version and [one["label"] for one in predictions] != expected:
+            raise ValueError("labels differ from the golden set")
+
+
+def refused(answer: Any) -> None:
+    """The problem document says that it was the input."""
+    if answer["code"] != "invalid_input":
+        raise ValueError(f"code {answer['code']}")
