@@ -15,39 +15,27 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.api.errors import from_validation, problem
-from app.api.routes import Instances
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline, Policy
 from app.core.runtimes import load_runtime
 from app.main import read_served
+from app.observability.metrics import Metrics, Recorder
+from app.schemas.service import Instances
 from app.settings import Settings, SettingsError, load_settings, redacted
 
 
-class _Silent:
-    """An observer for when nobody scrapes."""
-
-    def batch(self, batch: Any, waits: Any) -> None: ...
-
-    def shed(self, reason: str) -> None: ...
-
-
 def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
-    """Predictions for a document with one instance or with `instances`; raises ServiceError or ArtifactError."""
+    """Predictions for an instance or for `instances`, as JSON; raises ServiceError or ArtifactError."""
+    body = content if b'"instances"' in content else b'{"instances":[' + content + b"]}"
     try:
-        document = json.loads(content)
-        single = not (isinstance(document, dict) and "instances" in document)
-        body = json.dumps({"instances": [document]}).encode() if single else content
         instances = Instances.model_validate_json(body).instances
     except ValidationError as error:
-        raise from_validation(error, body) from None
+        raise from_validation(error, content) from None
     artifact = read_served(settings)
     policy = Policy(settings.review_threshold, settings.out_of_range, execution="inline")
-    pipeline = Pipeline(artifact, load_runtime(artifact), _Silent(), policy)
-    ids = [str(index) for index in range(len(instances))]
-    predictions = asyncio.run(pipeline.predict(instances, ids, perf_counter() + 3600))
-    return [
-        {key: value for key, value in asdict(one).items() if key != "prediction_id"} for one in predictions
-    ]
+    pipeline = Pipeline(artifact, load_runtime(artifact), Recorder(Metrics()), policy)
+    answers = asyncio.run(pipeline.predict(instances, [""] * len(instances), perf_counter() + 3600))
+    return [{key: value for key, value in asdict(one).items() if key != "prediction_id"} for one in answers]
 
 
 def main() -> int:
@@ -56,7 +44,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("config", help="print the effective configuration, secrets redacted")
     ask = commands.add_parser(
-        "predict", help="predict without a server: JSON in, one line of JSON per instance out"
+        "predict", help="predict without a server: JSON in, a line of JSON per instance out"
     )
     ask.add_argument("file", nargs="?", type=Path, help="a JSON document; standard input if absent")
     arguments = parser.parse_args()
@@ -69,10 +57,10 @@ def main() -> int:
         for prediction in predict(content, settings):
             print(json.dumps(prediction, ensure_ascii=False))
     except ServiceError as error:
-        print(problem(error, "local")[1].decode(), file=sys.stderr)
+        print(problem(error, "local").decode(), file=sys.stderr)
         return 1
-    except (SettingsError, ArtifactError, OSError, ValueError) as error:
-        print(f"predict: {error}", file=sys.stderr)
+    except (SettingsError, ArtifactError, OSError) as error:
+        print(f"{arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0
 

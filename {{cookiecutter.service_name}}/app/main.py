@@ -9,6 +9,7 @@ import os
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TypedDict
@@ -16,23 +17,24 @@ from typing import TypedDict
 from fastapi import FastAPI, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.telemetry import TelemetryConfig
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.exceptions import HTTPException
 
-from app.api import errors
-from app.api.docs import add_docs, describe_errors
+from app.api.call import Service
+from app.api.docs import add_docs, openapi
+from app.api.errors import handle
 from app.api.middleware import ServiceMiddleware
 from app.api.routes import inference, operations
 from app.api.routing import JSONRoute
-from app.api.security import Guard, api_key_header, bearer
-from app.api.service import Service
-from app.core.admission import Admission, sustainable_limit
+from app.api.security import SCHEMES, Guard
+from app.core.admission import Admission
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline, Policy
 from app.core.runtimes import load_runtime
 from app.core.store import Artifact, read_artifact, read_release
-from app.observability.logging import configure_logging
+from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder
 from app.schemas.contract import contract_inputs
 from app.settings import Settings, load_settings
@@ -50,13 +52,13 @@ class State(TypedDict):
 
 
 def read_served(settings: Settings) -> Artifact:
-    """Read and verify the version to serve: APP_MODEL_VERSION, or what release.json names; raises ArtifactError."""
+    """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
     root = settings.artifacts_dir
     return read_artifact(root, settings.model_version or read_release(root).serving)
 
 
 def verify_before_fork(settings: Settings) -> None:
-    """Keep the verified bytes for the workers: one that starts later never depends on what the disk says then."""
+    """Keep the verified bytes for workers: one that starts later never depends on what the disk says then."""
     global _inherited
     _inherited = read_served(settings)
 
@@ -66,7 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or load_settings()
     log, writer = configure_logging(settings.log_level, settings.log_format)
     metrics = Metrics()
-    writer.dropped = metrics.dropped_lines.inc
+    writer.on_drop = metrics.dropped_lines.inc
     project = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
     service = Service(
         name=project["name"],
@@ -75,19 +77,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         log=log,
         admission=Admission(settings.max_concurrency + settings.max_queue),
         guard=Guard(settings),
-        recorder=Recorder(metrics, lambda: service.levels),
+        recorder=Recorder(metrics),
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
         # In the background, so that /health and /ready tell the truth while a large model loads.
-        loading = asyncio.create_task(_load(service, metrics))
+        loading = asyncio.create_task(_load(service, metrics, writer))
         try:
             yield {"service": service}
         finally:
             loading.cancel()
             if service.pipeline is not None:
-                service.pipeline.close()
+                service.pipeline.batcher.close()
             service.recorder.flush()
             log.info("stopped")
             await asyncio.to_thread(writer.close)
@@ -102,47 +104,38 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         telemetry=_telemetry(settings, service.name),
-        exception_handlers={
-            HTTPException: errors.http_exception_handler,
-            RequestValidationError: errors.validation_handler,
-            ServiceError: errors.service_error_handler,
-        },
+        exception_handlers=dict.fromkeys((HTTPException, RequestValidationError, ServiceError), handle),
     )
-    keys = [Security(api_key_header), Security(bearer)] if settings.api_keys else []
+    keys = [Security(scheme) for scheme in SCHEMES] if settings.api_keys else []
     app.include_router(inference, dependencies=keys)
     app.include_router(operations)
-    describe_errors(app)
+    app.openapi = partial(openapi, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     if settings.docs:
         add_docs(app)
     if settings.metrics_enabled:
         _expose_metrics(app, metrics, service.recorder)
     if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
-                           allow_headers=["content-type", "x-api-key", "authorization"])  # fmt: skip
+        headers = ["authorization", "content-type", "x-api-key"]
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_headers=headers)
     direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
     features = frozenset(entry["name"] for entry in contract_inputs())
     app.add_middleware(ServiceMiddleware, service=service, direct=direct, features=features)
     return app
 
 
-async def _load(service: Service, metrics: Metrics) -> None:
+async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     """Verify, load and warm up; a model that cannot be served ends the process."""
     started, settings = perf_counter(), service.settings
     try:
         pipeline = await asyncio.to_thread(_build, service)
     except Exception as error:
         reason = str(error) if isinstance(error, ArtifactError) else type(error).__name__
-        service.log.error(
-            "cannot start", reason=reason, exc_info=None if isinstance(error, ArtifactError) else error
-        )
-        await asyncio.sleep(0.05)  # the log thread's turn
+        service.log.error("cannot start", reason=reason)
+        writer.close()
         os._exit(BOOT_ERROR)
     seconds = perf_counter() - started
-    service.admission.limit = sustainable_limit(
-        settings.max_concurrency + settings.max_queue,
-        pipeline.seconds_per_row,
-        settings.request_deadline_seconds,
-    )
+    admission = service.admission
+    admission.fit(pipeline.seconds_per_row, settings.request_deadline_seconds)
     manifest = pipeline.artifact.manifest
     metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
     metrics.execution.labels(pipeline.execution).set(1)
@@ -150,11 +143,10 @@ async def _load(service: Service, metrics: Metrics) -> None:
     # Half of the tail latency is the collector walking what never changes: take it out of its sight.
     gc.collect()
     gc.freeze()
-    service.pipeline = pipeline
+    service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
     service.recorder.flush()
-    service.log.info(
-        "ready", model_version=pipeline.version, execution=pipeline.execution, seconds=round(seconds, 3)
-    )
+    service.pipeline = pipeline
+    service.log.info("ready", model_version=pipeline.version, execution=pipeline.execution, seconds=seconds)
 
 
 def _build(service: Service) -> Pipeline:
@@ -182,7 +174,7 @@ def _expose_metrics(app: FastAPI, metrics: Metrics, recorder: Recorder) -> None:
     instrumentator.add(record).instrument(app).expose(app, include_in_schema=False)
 
 
-def _telemetry(settings: Settings, name: str) -> dict[str, object]:
+def _telemetry(settings: Settings, name: str) -> TelemetryConfig:
     """FastAPI's own tracing, exported over OTLP/HTTP when APP_TRACING_ENDPOINT is set."""
     if not settings.tracing_endpoint:
         return {"tracing": False, "metrics": False, "logs": False}

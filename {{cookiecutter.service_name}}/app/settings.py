@@ -32,7 +32,9 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """Typed configuration. Durations are seconds, sizes bytes, unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     env: Literal["local", "staging", "production"] = "local"
     host: str = "0.0.0.0"  # a container's service listens on every interface
@@ -51,7 +53,7 @@ class Settings(BaseSettings):
     batch_max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     auth_disabled: bool = False
-    rate_limit: str | None = None
+    rate_limit: Annotated[str | None, Field(pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$")] = None
     rate_limit_storage: SecretStr = SecretStr("memory://")
     review_threshold: Annotated[float | None, Field(ge=0, le=1)] = None
     out_of_range: Literal["accept", "review", "reject"] = "review"
@@ -68,27 +70,12 @@ class Settings(BaseSettings):
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
 
-    @field_validator("workers", "model_version", "rate_limit", "review_threshold", "docs_enabled", "tracing_endpoint",
-                     mode="before")  # fmt: skip
-    @classmethod
-    def _empty_means_unset(cls, value: Any) -> Any:
-        return None if value == "" else value
-
     @field_validator("api_keys")
     @classmethod
     def _hashed(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if not all(re.fullmatch(r"[0-9a-fA-F]{64}", key.get_secret_value()) for key in keys):
             raise ValueError("each key must be the sha256 of the key as 64 hex digits")
         return keys
-
-    @field_validator("rate_limit")
-    @classmethod
-    def _parsable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(
-            r"[1-9][0-9]*\s*/\s*([1-9][0-9]*\s*)?(second|minute|hour|day)", value
-        ):
-            raise ValueError("must look like 600/minute")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -105,7 +92,7 @@ class Settings(BaseSettings):
             and self.workers != 1
         ):
             raise ValueError(
-                "APP_RATE_LIMIT_STORAGE=memory:// counts per worker: set it to redis://... or APP_WORKERS to 1"
+                "APP_RATE_LIMIT_STORAGE=memory:// counts per worker: use redis://... or APP_WORKERS=1"
             )
         return self
 

@@ -1,37 +1,19 @@
 """The calls of this service. A route reads as one sentence: take the request, ask the pipeline, answer."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.call import CurrentCall
 from app.api.routing import JSONRoute
-from app.core.errors import InvalidInput
+from app.core.errors import ServiceError
 from app.schemas.predict import Features, Prediction
-from app.schemas.problem import Problem
-from app.schemas.service import Batch, Health, Ready, ServedModel, Version
-
-
-class Instances(BaseModel):
-    """Several instances, validated as a whole."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    instances: Annotated[list[Features], Field(min_length=1, description="At most APP_MAX_BATCH_ITEMS.")]
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the errors a call can answer."""
-    return {status: {"model": Problem, "description": _MEANING[status]} for status in sorted(statuses)}
-
+from app.schemas.service import Batch, Health, Instances, Problem, Ready, ServedModel, Version
 
 _MEANING = {
     400: "The body is not JSON.",
     401: "No API key was sent.",
     403: "The API key is not accepted.",
-    404: "No such path.",
-    405: "The path has other methods; see Allow.",
     413: "The body is larger than this service takes.",
     415: "The body is not sent as plain JSON.",
     422: "The input breaks the contract; `errors` says where.",
@@ -39,13 +21,11 @@ _MEANING = {
     500: "The model failed on this input, or the service did.",
     503: "Overloaded, out of time, or the model is not ready; see Retry-After.",
 }
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": meaning} for status, meaning in _MEANING.items()
+}
 
-inference = APIRouter(
-    prefix="/v1",
-    route_class=JSONRoute,
-    tags=["inference"],
-    responses=problems(400, 401, 403, 413, 415, 422, 429, 500, 503),
-)
+inference = APIRouter(prefix="/v1", route_class=JSONRoute, tags=["inference"], responses=_ANSWERS)
 operations = APIRouter(tags=["operations"])
 
 
@@ -58,11 +38,11 @@ async def predict(features: Features, call: CurrentCall) -> Prediction:
 
 @inference.post("/predict/batch", summary="Predict several instances")
 async def predict_batch(batch: Instances, call: CurrentCall) -> Batch:
-    """Predictions in the order of the instances; one invalid instance fails the request and is named by index."""
+    """Predictions in the order of the instances; an invalid one fails the request and is named by index."""
     count, limit = len(batch.instances), call.service.settings.max_batch_items
     if count > limit:
         error = {"loc": ["body", "instances"], "msg": f"at most {limit} instances", "type": "too_long"}
-        raise InvalidInput("too many instances", errors=[error])
+        raise ServiceError("invalid_input", "too many instances", [error])
     pipeline = call.pipeline
     predictions = await pipeline.predict(batch.instances, call.prediction_ids(count), call.deadline)
     return Batch(pipeline.version, predictions)
@@ -74,7 +54,7 @@ async def health() -> Health:
     return Health()
 
 
-@operations.get("/ready", summary="Can it predict?", responses=problems(503))
+@operations.get("/ready", summary="Can it predict?", responses={503: _ANSWERS[503]})
 async def ready(call: CurrentCall) -> Ready:
     """Readiness: 503 with the failing check named until a model is loaded and warm."""
     return Ready(call.pipeline.version)
@@ -86,12 +66,9 @@ async def version(call: CurrentCall) -> Version:
     service, served = call.service, None
     if pipeline := service.pipeline:
         manifest = pipeline.artifact.manifest
+        training = manifest.training.data_sha256 if manifest.training else None
+        sha256, execution = pipeline.artifact.sha256, pipeline.execution
         served = ServedModel(
-            version=manifest.version,
-            sha256=pipeline.artifact.sha256,
-            runtime=manifest.runtime,
-            training_data_id=manifest.training.data_sha256 if manifest.training else None,
-            libraries=manifest.libraries,
-            execution=pipeline.execution,
+            manifest.version, sha256, manifest.runtime, training, manifest.libraries, execution
         )
-    return Version(service=service.name, version=service.version, api_version="v1", model=served)
+    return Version(service.name, service.version, "v1", served)

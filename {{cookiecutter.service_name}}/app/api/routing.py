@@ -1,11 +1,9 @@
-"""A FastAPI route for JSON in, JSON out, that skips what a prediction does not need.
+"""A FastAPI route for JSON in, JSON out, without what a prediction does not need.
 
     body bytes -> one pydantic call -> endpoint(body, call) -> one orjson call -> bytes
 
 FastAPI declares it: path, types, documentation, 405. But its own handler parses the body to a dict, solves
-dependencies and opens exit stacks for every request, which costs more than a small model. `answer` does the
-three steps above instead, and `get_route_handler` gives FastAPI's router the same function, so that both
-ways to reach the route are one.
+dependencies and opens exit stacks for every request, which costs more than a small model does.
 """
 
 import json
@@ -19,11 +17,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from app.api import errors
 from app.api.call import Call
-from app.core.errors import InvalidInput
-
-JSON = "application/json"
+from app.api.errors import from_validation
+from app.core.errors import ServiceError
 
 
 class JSONRoute(APIRoute):
@@ -32,84 +28,68 @@ class JSONRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
         (body,) = self.dependant.body_params
-        self._adapter: TypeAdapter[BaseModel] = TypeAdapter(body.field_info.annotation)
+        self._adapter: TypeAdapter[Any] = TypeAdapter(body.field_info.annotation or Any)
 
     async def answer(self, call: Call, receive: Receive) -> bytes:
-        """The response body; raises ServiceError."""
-        _check_media_type(call)
+        """The response body; raises ServiceError, or ClientDisconnect."""
+        if call.content_type != b"application/json" or call.content_encoding:
+            _check_media_type(call)
         call.body = body = await _read(call, receive)
         try:
             document = self._adapter.validate_json(body)
         except ValidationError as error:
-            raise errors.from_validation(error, body) from None
-        _refuse_duplicate_keys(document, body)
+            raise from_validation(error, body) from None
+        # Every key has a colon: as many colons as fields means that no key came twice. Only where there are
+        # more (a colon in a string, or a duplicate) is a closer look taken.
+        if body.count(b":") > _fields_set(document):
+            json.loads(body, object_pairs_hook=_unique)
         return orjson.dumps(await self.endpoint(document, call))
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's hook: the same `answer`, for requests that come through its router."""
 
         async def handle(request: Request) -> Response:
-            return Response(
-                await self.answer(request.scope["state"]["call"], request.receive), media_type=JSON
-            )
+            body = await self.answer(request.scope["state"]["call"], request.receive)
+            return Response(body, media_type="application/json")
 
         return handle
 
 
 def _check_media_type(call: Call) -> None:
-    if call.content_type and call.content_type != b"application/json":
-        essence = call.content_type.split(b";")[0].strip().lower()
-        if essence != b"application/json" and not (
-            essence.startswith(b"application/") and essence.endswith(b"+json")
-        ):
-            raise errors.UnsupportedMediaType("send application/json")
-    if call.content_encoding and call.content_encoding.lower() != b"identity":
-        raise errors.UnsupportedMediaType("send the body without Content-Encoding")
+    essence = call.content_type.split(b";")[0].strip().lower()
+    json_like = essence.startswith(b"application/") and essence.endswith((b"/json", b"+json"))
+    if essence and not json_like:
+        raise ServiceError("unsupported_media_type", "send application/json")
+    if call.content_encoding.lower() not in (b"", b"identity"):
+        raise ServiceError("unsupported_media_type", "send the body without Content-Encoding")
 
 
 async def _read(call: Call, receive: Receive) -> bytes:
-    """The whole body, at most APP_MAX_BODY_BYTES of it."""
+    """The whole body, refused by its announced length before reading and by its real one while reading."""
     limit = call.service.settings.max_body_bytes
-    if call.content_length > limit:
-        raise errors.BodyTooLarge(f"at most {limit} bytes")
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message.get("more_body") or message["type"] == "http.disconnect":
-        chunks, size = [body], len(body)
-        while message.get("more_body"):
-            if size > limit:
-                break
-            message = await receive()
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
+    chunks, size, more = [], call.content_length, True
+    while more:
+        if size > limit:
+            raise ServiceError("body_too_large", f"at most {limit} bytes")
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body = b"".join(chunks)
-    if len(body) > limit:
-        raise errors.BodyTooLarge(f"at most {limit} bytes")
-    return body
-
-
-def _refuse_duplicate_keys(document: BaseModel, body: bytes) -> None:
-    """Two values for one key: parsers differ on which one counts, so neither does.
-
-    Every key has a colon. As many colons as fields that were set means that there is no second one; only
-    otherwise (a colon in a string, or a duplicate) is a closer look taken.
-    """
-    if body.count(b":") > _fields_set(document):
-        json.loads(body, object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        raise InvalidInput("a key appears twice in one object")
-    return unique
+        chunks.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        size = sum(map(len, chunks))
+    if size > limit:
+        raise ServiceError("body_too_large", f"at most {limit} bytes")
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _fields_set(value: Any) -> int:
     if isinstance(value, BaseModel):
-        set_fields = value.model_fields_set
-        nested = (getattr(value, name) for name in set_fields)
-        return len(set_fields) + sum(_fields_set(one) for one in nested if isinstance(one, (list, BaseModel)))
+        nested = (one for one in value.__dict__.values() if isinstance(one, (list, BaseModel)))
+        return len(value.model_fields_set) + sum(map(_fields_set, nested))
     return sum(map(_fields_set, value)) if isinstance(value, list) else 0
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(pairs)) < len(pairs):  # parsers differ on which one counts, so neither does
+        raise ServiceError("invalid_input", "a key appears twice in one object")
+    return unique

@@ -1,33 +1,24 @@
 """Back-pressure: how many requests may be inside at once. Decided before a byte of the body is read."""
 
-from app.core.errors import Overloaded
+from app.core.errors import ServiceError
 
 
 class Admission:
-    """Counts the requests inside, and refuses the one too many in microseconds.
-
-    A slot is taken at the door and given back when the work has really ended: `lingering` says how many
-    requests have been answered (deadline, client gone) while their rows are still in the model.
-    """
+    """Counts the requests inside, and refuses the one too many in microseconds."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.inside = 0
+        self.limit, self.inside = limit, 0
 
-    def enter(self, lingering: int = 0) -> None:
-        """Take a slot; raises Overloaded when there is none."""
+    def fit(self, seconds_per_row: float, deadline_seconds: float) -> None:
+        """Lower the limit to what half the deadline can answer: the cost was measured without load."""
+        self.limit = max(1, min(self.limit, int(deadline_seconds / 2 / max(seconds_per_row, 1e-9))))
+
+    def enter(self, lingering: int) -> None:
+        """Take a slot, or raise ServiceError; `lingering` are answered requests whose rows still run."""
         if self.inside + lingering >= self.limit:
-            raise Overloaded
+            raise ServiceError("overloaded", "too many requests are waiting")
         self.inside += 1
 
     def leave(self) -> None:
         """Give the slot back."""
         self.inside -= 1
-
-
-def sustainable_limit(ceiling: int, seconds_per_row: float, deadline_seconds: float) -> int:
-    """Requests that can be answered within half the deadline, never more than `ceiling`, at least one.
-
-    Half, because the cost was measured at start on a quieter machine than the one under load.
-    """
-    return max(1, min(ceiling, int(deadline_seconds / 2 / max(seconds_per_row, 1e-9))))

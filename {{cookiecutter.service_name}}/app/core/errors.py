@@ -1,65 +1,38 @@
-"""What can go wrong with a request, as classes that know their status and code.
+"""What can go wrong, as errors that know their status; `api.errors` alone turns them into answers."""
 
-One handler (`api.errors`) writes them; nobody else turns an exception into an answer.
-"""
+from typing import Any
 
-from typing import Any, ClassVar
+_STATUS = {
+    "invalid_json": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "body_too_large": 413,
+    "unsupported_media_type": 415,
+    "invalid_input": 422,
+    "rate_limited": 429,
+    "internal_error": 500,
+    "model_error": 500,  # the model raised on this very row
+    "non_finite_output": 500,
+    "overloaded": 503,
+    "model_not_ready": 503,
+    "model_timeout": 503,
+}
 
 
 class ServiceError(Exception):
-    """A failure a client is told about. `detail` is for people and never holds the input."""
+    """A failure a client is told about; `detail` is for people and never holds the input."""
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "internal_error"
-    title: ClassVar[str] = "Internal error"
-    retry_after: ClassVar[int | None] = None  # seconds
-
-    def __init__(self, detail: str = "", *, errors: list[dict[str, Any]] | None = None) -> None:
-        super().__init__(detail)
-        self.detail = detail or self.title
-        self.errors = errors or []
-        self.headers: dict[str, str] = {}
-        if self.retry_after is not None:
-            self.headers["retry-after"] = str(self.retry_after)
-
-
-class InvalidInput(ServiceError):
-    """The instance is well-formed JSON but breaks the contract."""
-
-    status, code, title = 422, "invalid_input", "Invalid input"
-
-
-class Overloaded(ServiceError):
-    """The queue is full; nothing was read or run."""
-
-    status, code, title, retry_after = 503, "overloaded", "Overloaded", 1
-
-
-class ModelNotReady(ServiceError):
-    """No usable model is loaded."""
-
-    status, code, title, retry_after = 503, "model_not_ready", "Model not ready", 2
-
-    def __init__(self, detail: str = "check 'model': still loading") -> None:
-        super().__init__(detail)
-
-
-class ModelTimeout(ServiceError):
-    """The deadline passed before there was an answer."""
-
-    status, code, title, retry_after = 503, "model_timeout", "Deadline exceeded", 1
-
-
-class ModelError(ServiceError):
-    """The model raised on this very row."""
-
-    status, code, title = 500, "model_error", "Model error"
-
-
-class NonFiniteOutput(ServiceError):
-    """The model answered NaN or infinity for this row."""
-
-    status, code, title = 500, "non_finite_output", "Non-finite model output"
+    def __init__(self, code: str, detail: str = "", errors: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(code)
+        self.code, self.status, self.title = (
+            code,
+            _STATUS[code],
+            code.replace("_", " ").capitalize().replace("json", "JSON"),
+        )
+        self.detail, self.errors = detail or self.title, errors or []
+        self.headers = {"retry-after": "1"} if self.status in (429, 503) else {}
 
 
 class ArtifactError(Exception):

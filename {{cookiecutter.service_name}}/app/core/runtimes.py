@@ -1,7 +1,4 @@
-"""What runs a model: verified bytes in, a function from rows to probabilities out.
-
-Artifact -> load_runtime -> Runtime.infer(matrix) -> probabilities
-"""
+"""What runs a model: verified bytes in, a function from rows to probabilities out."""
 
 import json
 import operator
@@ -24,23 +21,21 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 class Runtime(Protocol):
     """A loaded model. Pure: the same rows give the same answer, and no call disturbs another."""
 
-    def infer(self, matrix: Matrix) -> NDArray[Any]:
-        """Rows (n, features) in contract order -> probabilities (n, labels), or values (n,) of a regressor."""
+    def infer(self, matrix: Matrix) -> list[list[float]]:
+        """Rows (n, features) in the contract's order -> probabilities (n, labels) in the labels' order."""
         ...
 
 
 def load_runtime(artifact: Artifact) -> Runtime:
-    """Load the runtime the manifest names; raises ArtifactError."""
-    content = artifact.files[artifact.model_file]
-    names = [entry.name for entry in artifact.manifest.inputs]
+    """Load the runtime that the manifest names; raises ArtifactError."""
+    content, manifest = artifact.files[artifact.model_file], artifact.manifest
+    names = [entry.name for entry in manifest.inputs]
     try:
-        if artifact.manifest.runtime == "rules":
-            return RulesRuntime(json.loads(content), names, artifact.manifest.outputs.labels)
+        if manifest.runtime == "rules":
+            return RulesRuntime(json.loads(content), names, manifest.outputs.labels)
         return OnnxRuntime(content, len(names))
-    except ArtifactError:
-        raise
     except Exception as error:  # whatever a malformed model makes its library raise
-        where = f"{artifact.manifest.version}/{artifact.model_file}"
+        where = f"{manifest.version}/{artifact.model_file}"
         raise ArtifactError(f"{where}: cannot be loaded ({type(error).__name__})") from error
 
 
@@ -50,46 +45,41 @@ class OnnxRuntime:
     def __init__(self, content: bytes, features: int) -> None:
         import onnxruntime  # here, so that a rules model does not pay for it
 
-        onnxruntime.set_default_logger_severity(3)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        (model_input,) = session.get_inputs()
+        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        (model_input,) = self._session.get_inputs()
         if model_input.shape[-1] != features:
-            raise ArtifactError(
-                f"model.onnx: takes {model_input.shape[-1]} columns, the contract has {features}"
-            )
-        self._session = session
-        self._input = model_input.name
-        self._outputs = [session.get_outputs()[-1].name]  # a classifier's probabilities, a regressor's value
+            raise ValueError("the model takes another number of columns")
+        self._input, self._outputs = model_input.name, [self._session.get_outputs()[-1].name]
 
-    def infer(self, matrix: Matrix) -> NDArray[Any]:
+    def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
-        answer: NDArray[Any] = self._session.run(self._outputs, {self._input: matrix})[0]
+        answer: list[list[float]] = self._session.run(self._outputs, {self._input: matrix})[0].tolist()
         return answer
 
 
 class RulesRuntime:
-    """A decision list: the first rule whose conditions all hold decides. No model needed, the same contract."""
+    """A decision list: the first rule whose conditions all hold decides. No model, the same contract."""
 
     def __init__(self, document: dict[str, Any], names: list[str], labels: list[Any]) -> None:
-        position = {name: index for index, name in enumerate(names)}
+        self._labels = labels
         self._rules = [
             (
                 [
-                    (position[name], _OPERATORS[symbol], float(bound))
+                    (names.index(name), _OPERATORS[symbol], float(np.float32(bound)))
                     for name, conditions in rule["when"].items()
                     for symbol, bound in conditions.items()
                 ],
-                _spread(rule, labels),
+                self._spread(rule),
             )
             for rule in document["rules"]
         ]
-        self._otherwise = _spread(document["otherwise"], labels)
+        self._otherwise = self._spread(document["otherwise"])
 
-    def infer(self, matrix: Matrix) -> NDArray[Any]:
+    def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
-        return np.array([self._decide(row) for row in matrix.tolist()])
+        return [self._decide(row) for row in matrix.tolist()]
 
     def _decide(self, row: list[float]) -> list[float]:
         for conditions, probabilities in self._rules:
@@ -97,9 +87,8 @@ class RulesRuntime:
                 return probabilities
         return self._otherwise
 
-
-def _spread(decision: dict[str, Any], labels: list[Any]) -> list[float]:
-    """The decided label's score, and what is left of 1 shared by the other labels."""
-    chosen, score = labels.index(decision["label"]), float(decision["score"])
-    rest = (1 - score) / max(len(labels) - 1, 1)
-    return [score if index == chosen else rest for index in range(len(labels))]
+    def _spread(self, decision: dict[str, Any]) -> list[float]:
+        """The decided label's score, and what is left of 1 shared by the other labels."""
+        chosen, score = self._labels.index(decision["label"]), float(decision["score"])
+        rest = (1 - score) / max(len(self._labels) - 1, 1)
+        return [score if index == chosen else rest for index in range(len(self._labels))]

@@ -114,7 +114,7 @@ def _check_contract(folder: Path, manifest: Manifest) -> None:
 
 
 def _read(path: Path, size: int | None = None) -> bytes:
-    """The bytes of a regular file, at most one more than `size`, so that a wrong size shows without reading it all."""
+    """The bytes of a regular file; at most one more than `size`, enough to show that it is wrong."""
     if path.is_symlink():
         raise ArtifactError(f"{path}: is a symbolic link")
     try:

@@ -2,8 +2,8 @@
 
     Features, Prediction -> inputs, outputs -> canonical JSON -> sha256
 
-Words (descriptions, examples) may change freely; names, order, types, bounds, categories, units and
-labels may not: a model trained for other inputs must never be served under this contract.
+Words (descriptions, examples) may change freely; names, order, types, bounds, categories, units and labels
+may not: a model trained for other inputs must never be served under this contract.
 """
 
 import hashlib
@@ -11,12 +11,13 @@ import json
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import annotated_types
+from annotated_types import Ge, Le
 from pydantic import BaseModel
 
 from app.schemas.predict import Features, Prediction
 
 _DTYPES: dict[Any, str] = {float: "float64", int: "int64", str: "string", bool: "bool"}
+_BINDING = ("name", "dtype", "unit", "nullable", "minimum", "maximum", "categories")
 
 
 def contract_inputs(features: type[BaseModel] = Features) -> list[dict[str, Any]]:
@@ -26,20 +27,16 @@ def contract_inputs(features: type[BaseModel] = Features) -> list[dict[str, Any]
 
 def contract_outputs(prediction: type = Prediction) -> dict[str, Any]:
     """Task and labels, the labels in the order of the model's probabilities."""
-    hints = get_type_hints(prediction)
-    if "value" in hints:
-        return {"task": "regression", "labels": []}
-    return {"task": "classification", "labels": list(get_args(hints["label"]))}
+    return {"task": "classification", "labels": list(get_args(get_type_hints(prediction)["label"]))}
 
 
 def contract_sha256(inputs: list[dict[str, Any]], outputs: dict[str, Any]) -> str:
     """Signature (sha256, hex) of a contract; keys that are mere words are left out."""
-    binding = ("name", "dtype", "unit", "nullable", "minimum", "maximum", "categories")
     canonical = {
-        "inputs": [{key: entry.get(key) for key in binding} for entry in inputs],
+        "inputs": [{key: entry.get(key) for key in _BINDING} for entry in inputs],
         "outputs": {key: outputs[key] for key in ("task", "labels")},
     }
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 
 def served_contract_sha256() -> str:
@@ -53,17 +50,9 @@ def _describe(name: str, field: Any) -> dict[str, Any]:
         nullable = NoneType in get_args(kind)
         (kind,) = (member for member in get_args(kind) if member is not NoneType)
     categories = list(get_args(kind)) if get_origin(kind) is Literal else None
-    bounds: dict[str, float | None] = {"minimum": None, "maximum": None}
-    for constraint in field.metadata:
-        if isinstance(constraint, annotated_types.Ge):
-            bounds["minimum"] = float(constraint.ge)  # type: ignore[arg-type]  # a number, the field is one
-        elif isinstance(constraint, annotated_types.Le):
-            bounds["maximum"] = float(constraint.le)  # type: ignore[arg-type]  # likewise
-    return {
-        "name": name,
-        "dtype": _DTYPES[type(categories[0])] if categories else _DTYPES[kind],
-        "unit": (field.json_schema_extra or {}).get("unit"),
-        "nullable": nullable,
-        **bounds,
-        "categories": categories,
-    }
+    bounds: dict[type, Any] = {type(one): one for one in field.metadata}
+    minimum = float(bounds[Ge].ge) if Ge in bounds else None
+    maximum = float(bounds[Le].le) if Le in bounds else None
+    unit = (field.json_schema_extra or {}).get("unit")
+    dtype = _DTYPES[type(categories[0]) if categories else kind]
+    return dict(zip(_BINDING, (name, dtype, unit, nullable, minimum, maximum, categories), strict=True))

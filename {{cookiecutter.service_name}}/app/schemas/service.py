@@ -1,11 +1,21 @@
-"""What the operational endpoints answer."""
+"""What the service itself answers: several predictions, problems, and its operational endpoints."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.schemas.predict import Prediction
+from app.schemas.predict import Features, Prediction
+
+MAX_ERRORS = 20
+
+
+class Instances(BaseModel):
+    """Several instances, validated as a whole."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    instances: Annotated[list[Features], Field(min_length=1, description="At most APP_MAX_BATCH_ITEMS.")]
 
 
 @dataclass(slots=True)
@@ -14,6 +24,29 @@ class Batch:
 
     model_version: str
     predictions: Annotated[list[Prediction], Field(description="In the order of the instances.")]
+
+
+@dataclass(slots=True)
+class FieldError:
+    """One violation of the contract, without the value."""
+
+    loc: Annotated[list[str | int], Field(description="Where, with the original column name.")]
+    msg: str
+    type: str
+
+
+@dataclass(slots=True)
+class Problem:
+    """The body of every error, RFC 9457; never holds the input."""
+
+    type: Annotated[str, Field(examples=["urn:problem:invalid_input"])]
+    title: str
+    status: int
+    detail: str
+    code: Annotated[str, Field(examples=["invalid_input"])]
+    request_id: str
+    errors: Annotated[list[FieldError] | list[dict[str, Any]], Field(max_length=MAX_ERRORS)]
+    error: Annotated[str, Field(description="`title: detail`, for clients that look for a string here.")]
 
 
 @dataclass(slots=True)
@@ -48,9 +81,9 @@ class ServedModel:
 
 @dataclass(slots=True)
 class Version:
-    """What is running."""
+    """What is running; `model` is null while it loads."""
 
     service: str
-    version: Annotated[str, Field(description="Version of the service's code.")]
+    version: str
     api_version: Literal["v1"]
-    model: Annotated[ServedModel | None, Field(description="null while it loads.")]
+    model: ServedModel | None
