@@ -18,6 +18,8 @@ from app.core.sizing import default_workers
 from app.observability.logging import server_logging
 from app.settings import GRACE_SECONDS, SettingsError, load_settings
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process must have no threads when it forks
+
 try:
     settings = load_settings()
 except SettingsError as problem:

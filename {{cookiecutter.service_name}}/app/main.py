@@ -32,7 +32,7 @@ from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline, Policy
-from app.core.runtimes import load_runtime
+from app.core.runtimes import import_onnxruntime, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder
@@ -61,6 +61,10 @@ def verify_before_fork(settings: Settings) -> None:
     """Keep the verified bytes for workers: one that starts later never depends on what the disk says then."""
     global _inherited
     _inherited = read_served(settings)
+    if _inherited.manifest.runtime == "onnx":
+        import_onnxruntime()  # its memory is then shared by all workers
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -143,6 +147,7 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     # Half of the tail latency is the collector walking what never changes: take it out of its sight.
     gc.collect()
     gc.freeze()
+    admission.lingering = lambda: pipeline.batcher.abandoned
     service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
     service.recorder.flush()
     service.pipeline = pipeline

@@ -1,4 +1,4 @@
-"""The one ASGI middleware: everything that holds for every request, released in `finally`.
+"""The one ASGI middleware: everything that holds for every request.
 
     headers -> Call (id, trace, clock) -> key, quota -> slot -> route -> answer -> metrics -> log line
 
@@ -45,7 +45,7 @@ class ServiceMiddleware:
         call, key = self._open(scope)
         route = self._direct.get(path) if method == "POST" else None
         status, headers, body = 200, _JSON, b""
-        inside = passed_on = started = False
+        passed_on = started = False
 
         async def send_marked(message: Message) -> None:
             nonlocal status, started
@@ -61,8 +61,6 @@ class ServiceMiddleware:
                 if service.guard.limited:
                     await service.guard.spend(call.client)
             if route is not None:
-                service.admission.enter(service.pipeline.batcher.abandoned if service.pipeline else 0)
-                inside = True
                 body = await route.answer(call, receive)
             else:
                 if path == "/metrics":
@@ -75,9 +73,6 @@ class ServiceMiddleware:
             status = _CLOSED_REQUEST
         except Exception as error:
             status, headers, body = self._failed(call, error)
-        finally:
-            if inside:
-                service.admission.leave()
         if not started and status != _CLOSED_REQUEST:
             length = (b"content-length", b"%d" % len(body))
             start = {"type": "http.response.start", "status": status, "headers": [*headers, length]}

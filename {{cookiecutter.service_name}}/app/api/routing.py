@@ -6,6 +6,7 @@ FastAPI declares it: path, types, documentation, 405. But its own handler parses
 dependencies and opens exit stacks for every request, which costs more than a small model does.
 """
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -34,7 +35,17 @@ class JSONRoute(APIRoute):
         """The response body; raises ServiceError, or ClientDisconnect."""
         if call.content_type != b"application/json" or call.content_encoding:
             _check_media_type(call)
+        service = call.service
+        service.admission.check()
         call.body = body = await _read(call, receive)
+        with service.admission:
+            document = self._validate(body)
+            work = self.endpoint(document, call)
+            if service.pipeline is not None and service.pipeline.execution == "thread":
+                work = _unless_gone(work, receive)
+            return orjson.dumps(await work)
+
+    def _validate(self, body: bytes) -> Any:
         try:
             document = self._adapter.validate_json(body)
         except ValidationError as error:
@@ -43,7 +54,7 @@ class JSONRoute(APIRoute):
         # more (a colon in a string, or a duplicate) is a closer look taken.
         if body.count(b":") > _fields_set(document):
             json.loads(body, object_pairs_hook=_unique)
-        return orjson.dumps(await self.endpoint(document, call))
+        return document
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's hook: the same `answer`, for requests that come through its router."""
@@ -80,6 +91,19 @@ async def _read(call: Call, receive: Receive) -> bytes:
     if size > limit:
         raise ServiceError("body_too_large", f"at most {limit} bytes")
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
+    """The result, or ClientDisconnect and the work cancelled; a task too many unless the work takes long."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 def _fields_set(value: Any) -> int:

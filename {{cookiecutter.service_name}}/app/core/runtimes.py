@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -39,12 +40,19 @@ def load_runtime(artifact: Artifact) -> Runtime:
         raise ArtifactError(f"{where}: cannot be loaded ({type(error).__name__})") from error
 
 
+def import_onnxruntime() -> Any:
+    """The library, imported only where it is needed, and kept from sending usage events to its maker."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # too late once it is imported
+    import onnxruntime
+
+    return onnxruntime
+
+
 class OnnxRuntime:
     """onnxruntime on one thread: the service scales by workers, and threads of threads only fight."""
 
     def __init__(self, content: bytes, features: int) -> None:
-        import onnxruntime  # here, so that a rules model does not pay for it
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
