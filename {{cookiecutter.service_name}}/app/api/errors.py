@@ -12,25 +12,26 @@ from starlette.responses import Response
 from app.core.errors import ServiceError
 from app.schemas.service import MAX_ERRORS, Problem
 
-MAX_NAME, MAX_MSG = 64, 160  # characters: names in `loc` may be the client's own, and 20 must fit in 8 KiB
+MAX_BYTES, MAX_NAME, MAX_MSG = 8192, 64, 160  # names in `loc` may be the client's own, of any length
 MEDIA_TYPE = "application/problem+json"
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
 def problem(error: ServiceError, request_id: str) -> bytes:
     """The body of the answer to `error`."""
-    return orjson.dumps(
-        Problem(
-            type=f"urn:problem:{error.code}",
-            title=error.title,
-            status=error.status,
-            detail=error.detail,
-            code=error.code,
-            request_id=request_id,
-            errors=error.errors[:MAX_ERRORS],
-            error=f"{error.title}: {error.detail}",
-        )
+    document = Problem(
+        type=f"urn:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        code=error.code,
+        request_id=request_id,
+        errors=error.errors[:MAX_ERRORS],
+        error=f"{error.title}: {error.detail}",
     )
+    while len(body := orjson.dumps(document)) > MAX_BYTES:
+        document.errors.pop()
+    return body
 
 
 def from_validation(error: ValidationError, body: bytes) -> ServiceError:
