@@ -3,9 +3,10 @@ PYTHON ?= python3
 OPTIONS ?=
 ARGS ?=
 
+SERVICE := "{{cookiecutter.service_name}}"
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # uv where there is one, because it is quicker; pip does the same.
-INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --no-compile --require-hashes
+INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --require-hashes
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
@@ -23,14 +24,14 @@ test: .venv/dev.stamp ## render every option, then check, test and run what was 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)
 
-check: .venv/dev.stamp ## look, never write: format, lint, types
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
+check: .venv/dev.stamp ## look, never write: format, lint, types of the template
+	$(BIN)/ruff format --check . $(SERVICE)
+	$(BIN)/ruff check . $(SERVICE)
 	$(BIN)/mypy
 
 fix: .venv/dev.stamp ## format, and repair what the linter can
-	$(BIN)/ruff format
-	$(BIN)/ruff check --fix
+	$(BIN)/ruff format . $(SERVICE)
+	$(BIN)/ruff check --fix . $(SERVICE)
 
 files: .venv/dev.stamp ## write tests/files/ anew after files were added or removed
 	$(BIN)/python -m pytest --refresh-files tests/test_files.py
@@ -39,7 +40,7 @@ bake: .venv/render.stamp ## render into build/: make bake OPTIONS="slo=strict ci
 	$(BIN)/python -m scripts.render build $(OPTIONS)
 
 lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with UPGRADE=--upgrade
-	$(LOCK) --constraints "{{cookiecutter.service_name}}/requirements/dev.txt" --output-file requirements/dev.txt requirements/dev.in
+	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/dev.txt requirements/dev.in
 	$(LOCK) --constraints requirements/dev.txt --output-file requirements/render.txt requirements/render.in
 
 setup: .venv/dev.stamp ## the template's environment, in .venv

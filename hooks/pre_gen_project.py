@@ -26,7 +26,7 @@ TYPED = r"""{{ _cookiecutter | default({}) | tojson }}"""
 RESERVED = r"con|prn|aux|nul|com\d|lpt\d|scratch"
 SLUG = rf"(?=.{{3,40}}$)(?!({RESERVED})$)[a-z][a-z0-9]*(-[a-z0-9]+)*"
 SENTENCE = r"(?=.{1,200}$)[^\s{}]([^{}]*[^\s{}])?"
-TEAM = r"(?=.{1,60}$)\w([\w .@/&-]*\w)?"
+TEAM = r"(?=.{1,60}$)@?\w([\w .@/&-]*\w)?"
 ADDRESS = r"(?=.{1,200}$)https://[A-Za-z0-9-]+([.][A-Za-z0-9-]+)*(:[0-9]+)?(/[A-Za-z0-9._~%+@-]+)*"
 # A default may refer to another answer; any other template text in an answer would run as code.
 REFERENCE = r"\{\{ cookiecutter\.(\w+) \}\}"
@@ -64,7 +64,8 @@ def sentence(text: str) -> str:
 
 def team(text: str) -> str:
     """Gives the text without the characters that a label or a Markdown table could not carry."""
-    return re.sub(r"^\W+|\W+$", "", re.sub(r"[^\w .@/&-]+", " ", text)[:60]) or "ml-platform"
+    plain = " ".join(re.sub(r"[^\w .@/&-]", " ", text).split())[:60]
+    return re.sub(r"^[^\w@]+|\W+$", "", plain) or "ml-platform"
 
 
 def address(text: str) -> str:

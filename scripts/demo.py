@@ -1,6 +1,6 @@
 """Shows the service that the template makes: `make demo`.
 
-render with defaults -> its locked environment -> its server on a free port -> predictions good and bad, printed
+render with defaults -> its locked environment -> its server on a free port -> predictions, printed
 """
 
 import contextlib
@@ -28,7 +28,7 @@ CALLS = [
     ("One flower", "/v1/predict", json.dumps(SETOSA)),
     ("Two flowers in one call", "/v1/predict/batch", json.dumps({"instances": [SETOSA, VIRGINICA]})),
     ("A measurement is missing", "/v1/predict", json.dumps(INCOMPLETE)),
-    ("Not a number, which JSON does not have", "/v1/predict", json.dumps({**SETOSA, "petal_width": float("nan")})),
+    ("NaN, which JSON does not have", "/v1/predict", json.dumps({**SETOSA, "petal_width": float("nan")})),
 ]
 
 
@@ -61,20 +61,15 @@ def serving(service: Path) -> Iterator[str]:
     """Runs the service on a free port, ready when this yields its address; stops it as a platform would."""
     port = free_port()
     scripts = "Scripts" if os.name == "nt" else "bin"
-    command = [
-        service / ".venv" / scripts / "gunicorn",
-        "--config",
-        "gunicorn.conf.py",
-        "app.main:create_app()",
-    ]
+    gunicorn = service / ".venv" / scripts / "gunicorn"
     # What another program set for a service of its own must not configure this one.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("APP_")}
-    settings = {"APP_HOST": "127.0.0.1", "APP_PORT": str(port), "APP_WORKERS": "1", "APP_LOG_FORMAT": "console"}
+    settings = {"APP_HOST": "127.0.0.1", "APP_PORT": str(port), "APP_WORKERS": "1"}
     log = service.with_suffix(".log")
     with log.open("w") as output:
         # In a session of its own, so that Ctrl-C reaches only us and we stop it in order.
         server = subprocess.Popen(
-            command,
+            [gunicorn, "--config", "gunicorn.conf.py", "app.main:create_app()"],
             cwd=service,
             env={**inherited, **settings},
             stdout=output,

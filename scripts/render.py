@@ -24,8 +24,8 @@ def tracked_files(root: Path = ROOT) -> list[Path]:
 def copy_template(target: Path) -> Path:
     """Copies the template without what working in it leaves behind.
 
-    Cookiecutter renders everything it finds in the service folder, also the environment and the caches that are
-    there once its tests ran in place.
+    Cookiecutter renders everything it finds in the service folder, also the environment and the caches that
+    are there once its tests ran in place.
     """
     for file in tracked_files():
         (target / file).parent.mkdir(parents=True, exist_ok=True)

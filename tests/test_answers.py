@@ -1,0 +1,150 @@
+"""What may be answered: hostile text is refused with what to type instead, or comes out as it was typed."""
+
+import json
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Bake, Render, contents
+
+DESCRIPTIONS = {
+    "quotes": """Says "yes" or 'no', or neither: \"\"\" ''' `""",
+    "backslashes": r"Reads C:\new\table and ends in \\",
+    "accents": "Prédit l'espèce d'une fleur, à coup sûr — Größe, 花, 🌸",
+    "yaml": "yes: - [no, null] # 1.0 & *anchor !tag | > %",
+    "toml": 'x" = 1 # [tool] \\u0041',
+    "html": "<script>alert(1)</script> &amp; $HOME $(id) `id`",
+    "number": "007",
+    "200 characters": "ä" * 200,
+}
+REFUSED = {
+    "path upwards": ({"service_name": "../evil"}, "service_name=evil"),
+    "path downwards": ({"service_name": "a/b/c"}, "service_name=a-b-c"),
+    "backslash path": ({"service_name": r"..\evil"}, "service_name=evil"),
+    "absolute path": ({"service_name": "/evil/place"}, "service_name=evil-place"),
+    "this folder": ({"service_name": "."}, "service_name=service"),
+    "folder above": ({"service_name": ".."}, "service_name=service"),
+    "empty name": ({"service_name": ""}, "service_name=service"),
+    "two letters": ({"service_name": "ab"}, "service_name=ab-service"),
+    "capitals and spaces": ({"service_name": "My Model"}, "service_name=my-model"),
+    "accents in the name": ({"service_name": "Prédit_Espèce"}, "service_name=predit-espece"),
+    "leading digit": ({"service_name": "3d-model"}, "service_name=d-model"),
+    "newline in the name": ({"service_name": "iris\nclassifier"}, "service_name=iris-classifier"),
+    "quotes in the name": ({"service_name": "iris'\"; rm -rf ."}, "service_name=iris-rm-rf"),
+    "Windows device": ({"service_name": "con"}, "service_name=con-service"),
+    "reserved image name": ({"service_name": "scratch"}, "service_name=scratch-service"),
+    "200 characters": ({"service_name": "a" * 200}, "service_name=" + "a" * 40),
+    "longer than any file name": ({"service_name": "a" * 5000}, "service_name=" + "a" * 40),
+    "two lines": ({"description": "one\ntwo"}, "description=one two"),
+    "control characters": ({"description": "red \x1b[31malert\x07"}, "description=red [31malert"),
+    "201 characters": ({"description": "ä" * 201}, "description=" + "ä" * 200),
+    "empty description": ({"description": ""}, "description=Predicts one thing from others."),
+    "braces": ({"description": "{a: {b: 1}}"}, "description=a: b: 1"),
+    "expression": ({"description": "{{ 7 * 7 }}"}, "description=7 * 7"),
+    "statement": ({"description": "{% set x = 1 %}hello"}, "description=% set x = 1 %hello"),
+    "expression in a choice": ({"slo": "{{ 'strict' }}"}, "slo=strict"),
+    "quotes in the team": ({"owner_team": 'a" severity="page'}, "owner_team=a severity page"),
+    "newline in the team": ({"owner_team": "a\nb"}, "owner_team=a b"),
+    "61 characters": ({"owner_team": "a" * 61}, "owner_team=" + "a" * 60),
+    "unknown level": ({"slo": "Strikt"}, "slo=strict"),
+    "unknown platform": ({"deploy": "mainframe"}, "deploy=compose"),
+    "unknown CI": ({"ci": "githib"}, "ci=github"),
+    "clone address": (
+        {"repo_url": "git@example.com:team/iris.git"},
+        "repo_url=https://example.com/team/iris.git",
+    ),
+    "plain http": ({"repo_url": "http://example.com/iris/"}, "repo_url=https://example.com/iris"),
+    "script address": (
+        {"runbook_base_url": "javascript:alert(1)"},
+        "runbook_base_url=https://git.example.com/my-service",
+    ),
+    "quote in an address": (
+        {"repo_url": 'https://example.com/"x'},
+        "repo_url=https://git.example.com/my-service",
+    ),
+}
+if sys.platform == "linux":  # the only system that tells a hook what was typed
+    REFUSED["mistyped question"] = ({"servicename": "churn-model"}, "service_name=churn-model")
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS.values(), ids=DESCRIPTIONS.keys())
+def test_description_comes_out_as_typed(bake: Bake, description: str) -> None:
+    """Whatever one line of text describes the service, every rendered file parses and says exactly that."""
+    folder = bake(description=description)
+    check_that_all_files_parse(folder)
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["description"] == description
+    assert description in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("team", ["yes", "007", "Équipe R&D/données", "@org/ml-team", "a" * 60])
+def test_team_comes_out_as_typed(bake: Bake, team: str) -> None:
+    """Whatever team owns the service, every file parses and the model card names exactly that team."""
+    folder = bake(owner_team=team)
+    check_that_all_files_parse(folder)
+    assert f"| owner | {team} |" in (folder / "docs" / "model_card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["class", "import", "json", "test", "a1-b2", "abc", "a" * 40])
+def test_name_is_only_a_name(bake: Bake, name: str) -> None:
+    """A service may be called like a Python keyword or module, because its name never becomes Python code."""
+    folder = bake(service_name=name)
+    check_that_all_files_parse(folder)
+    assert tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == name
+    python = {file: content for file, content in contents(folder).items() if file.endswith(".py")}
+    assert python == {file: content for file, content in contents(bake()).items() if file.endswith(".py")}
+
+
+@pytest.mark.parametrize(("answers", "correction"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_with_advice(
+    render: Render, tmp_path: Path, answers: dict[str, str], correction: str
+) -> None:
+    """A bad answer ends with one clear line and a command that works when pasted, and leaves no trace."""
+    into = tmp_path / "out"
+    into.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    refusal = render(into=into, **answers)
+    assert refusal.status != 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+    complaint, command = refusal.said.splitlines()[:2]
+    (name,) = answers
+    assert complaint.startswith(name)
+    assert " cannot be used: " in complaint
+    assert len(complaint) < 250
+    program, _template, *words = shlex.split(command.removeprefix("Try: "))
+    assert program == "cookiecutter"
+    assert words == ["--no-input", correction]
+    accepted = render(into=into, **dict([correction.split("=", 1)]))
+    assert accepted.status == 0, accepted.said
+
+
+def test_refusal_repeats_the_other_answers(render: Render) -> None:
+    """The command to paste keeps what was answered well and corrects everything else at once."""
+    good = {"description": "Says 'no'", "owner_team": "growth", "ci": "none"}
+    refusal = render(service_name="Churn!", slo="strickt", **good)
+    _program, _template, _flag, *words = shlex.split(refusal.said.splitlines()[1].removeprefix("Try: "))
+    assert dict(word.split("=", 1) for word in words) == {"service_name": "churn", "slo": "strict", **good}
+
+
+@pytest.mark.parametrize("description", ["{{", "{% if %}", "{{ cookiecutter.nothing }}"])
+def test_broken_template_text_leaves_nothing(render: Render, tmp_path: Path, description: str) -> None:
+    """Text that cookiecutter itself cannot take as a template stops it before anything is written."""
+    refusal = render(into=tmp_path, description=description)
+    assert refusal.status != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def check_that_all_files_parse(folder: Path) -> None:
+    """Reads every structured file of a render with the parser of its format."""
+    for name, content in contents(folder).items():
+        if name.endswith(".json"):
+            json.loads(content)
+        elif name.endswith(".toml"):
+            tomllib.loads(content.decode("utf-8"))
+        elif name.endswith((".yml", ".yaml")):
+            list(yaml.safe_load_all(content))

@@ -1,0 +1,114 @@
+"""What a render consists of: exact file lists for every choice, byte for byte where bytes matter."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.render import ROOT, SERVICE
+from tests.conftest import Bake, Render, contents
+
+QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+CHOICES = {option: list(choices) for option, choices in QUESTIONS["_choices"].items()}
+OTHER_CHOICES = [(o, c) for o, choices in CHOICES.items() for c in choices if c != QUESTIONS[o]]
+LISTS = Path(__file__).parent / "files"
+
+
+def committed_list(config: pytest.Config, name: str, lines: list[str]) -> list[str]:
+    """Gives the committed list, after writing `lines` there when asked to (`make files`)."""
+    file = LISTS / f"{name}.txt"
+    if config.getoption("--refresh-files"):
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def test_default_files(bake: Bake, pytestconfig: pytest.Config) -> None:
+    """A default render has exactly the files of tests/files/default.txt, at most 110."""
+    files = sorted(contents(bake()))
+    assert files == committed_list(pytestconfig, "default", files)
+    assert len(files) <= 110
+
+
+@pytest.mark.parametrize(("option", "choice"), OTHER_CHOICES)
+def test_choice_changes_exactly_its_files(
+    bake: Bake, pytestconfig: pytest.Config, option: str, choice: str
+) -> None:
+    """Another choice adds (+), replaces (~) and leaves out (-) exactly the files of its list."""
+    before, after = contents(bake()), contents(bake(**{option: choice}))
+    changes = [
+        f"{'+' if name not in before else '-' if name not in after else '~'} {name}"
+        for name in sorted(before | after)
+        if before.get(name) != after.get(name)
+    ]
+    assert changes == committed_list(pytestconfig, f"{option}_{choice}", changes)
+
+
+def test_overlays_are_choices() -> None:
+    """Every overlay belongs to a choice, and every choice but the defaults has its file list."""
+    overlays = {folder.name for folder in (SERVICE / "_overlays").iterdir()}
+    assert overlays <= {f"{option}_{choice}" for option, choices in CHOICES.items() for choice in choices}
+    lists = {"default", *(f"{option}_{choice}" for option, choice in OTHER_CHOICES)}
+    assert {file.stem for file in LISTS.iterdir()} == lists
+
+
+def test_default_answers_are_choices() -> None:
+    """Every question has a prompt in plain words, and every default is one of the choices."""
+    questions = {name for name in QUESTIONS if not name.startswith("_")}
+    assert set(QUESTIONS["__prompts__"]) == questions
+    assert all(QUESTIONS[option] in choices for option, choices in CHOICES.items())
+
+
+def test_all_choices_together(bake: Bake) -> None:
+    """Choices of different options do not disturb each other."""
+    both = contents(bake(slo="strict", ci="none"))
+    assert both == {**contents(bake(ci="none")), "slo.toml": contents(bake(slo="strict"))["slo.toml"]}
+
+
+def test_nothing_of_the_template_is_left(bake: Bake) -> None:
+    """No template text is left; double braces stand only where other tools want them."""
+    for name, content in contents(bake()).items():
+        if b"\0" in content:
+            continue
+        text = content.decode("utf-8")
+        assert "cookiecutter." not in text, name
+        assert "{%" not in text, name
+        # GitHub's expressions, Prometheus' labels, Grafana's legends and Python's f-strings have them too.
+        assert "{{" not in text or name.startswith((".github/", "ops/")) or name.endswith(".py"), name
+        assert "\r" not in text, name
+
+
+def test_checksummed_files_are_copied(bake: Bake, template: Path) -> None:
+    """Artifacts, dashboards and Python files come out byte for byte as they stand in the template."""
+    copied = ("artifacts/", "ops/grafana/dashboards/")
+    originals = {
+        name: content
+        for name, content in contents(template / SERVICE.name).items()
+        if name.startswith(copied) or name.endswith(".py")
+    }
+    assert len(originals) > 10
+    rendered = contents(bake())
+    assert {name: rendered[name] for name in originals} == originals
+
+
+def test_same_answers_same_bytes(bake: Bake, render: Render) -> None:
+    """Rendering twice gives the same bytes, so an update shows only what the template changed."""
+    again = render()
+    assert contents(again.folder) == contents(bake())
+
+
+def test_rendering_over_an_earlier_render(bake: Bake, render: Render) -> None:
+    """Rendering over a service replaces the template's files and keeps the ones its owners added."""
+    folder = render(slo="strict").folder
+    model = folder / "artifacts" / "v2" / "model.onnx"
+    model.parent.mkdir()
+    model.write_bytes(b"trained at home")
+    again = render("--overwrite-if-exists", into=folder.parent)
+    assert again.status == 0, again.said
+    assert contents(folder) == {**contents(bake()), "artifacts/v2/model.onnx": b"trained at home"}
+
+
+def test_next_commands(render: Render) -> None:
+    """A render ends with the next three commands to type."""
+    rendering = render(service_name="churn-model")
+    commands = [line.strip() for line in rendering.said.splitlines() if line.startswith("  ")]
+    assert commands == [f"cd {rendering.folder}", "make run", "make test"]

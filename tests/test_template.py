@@ -1,0 +1,74 @@
+"""What holds for the repository itself."""
+
+import json
+import re
+
+import pytest
+
+from scripts.render import ROOT, SERVICE, tracked_files
+
+TEXT_FILES = [file for file in tracked_files() if b"\0" not in (ROOT / file).read_bytes()]
+# Written so that the pattern does not find itself.
+REGISTRY_HOSTS = r"(pypi|pythonhosted|npmjs|debian)[.](org|com|net|io)"
+
+
+def read(name: str) -> str:
+    """Gives the text of a file of this repository."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_python_files_are_plain_python() -> None:
+    """No Python file of the service holds template text, so it runs before it is rendered."""
+    for file in SERVICE.rglob("*.py"):
+        if ".venv" not in file.parts:
+            assert not re.search(r"\{\{ *cookiecutter|\{%", file.read_text(encoding="utf-8")), file
+
+
+def test_no_addresses_of_registries_or_machines() -> None:
+    """No file names a package registry's host or a path of one machine, so mirrors and air gaps work."""
+    for file in TEXT_FILES:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert not re.search(REGISTRY_HOSTS, text), file
+        assert not re.search(r"(^|[^\w./-])/(root|work|home)/", text, re.MULTILINE), file
+
+
+def test_no_large_files() -> None:
+    """No tracked file is over 1 MiB, so a clone stays quick."""
+    assert [file for file in tracked_files() if (ROOT / file).stat().st_size > 1024 * 1024] == []
+
+
+def test_size_of_the_service() -> None:
+    """The code that serves is at most 1,600 lines of Python, so one person can read it in an afternoon."""
+    lines = sum(
+        len(file.read_text(encoding="utf-8").splitlines()) for file in (SERVICE / "app").rglob("*.py")
+    )
+    assert 0 < lines <= 1600
+
+
+def test_every_option_is_documented() -> None:
+    """docs/options.md names every question and every choice."""
+    questions = json.loads(read("cookiecutter.json"))
+    text = read("docs/options.md")
+    names = [name for name in questions if not name.startswith("_")]
+    choices = [choice for allowed in questions["_choices"].values() for choice in allowed]
+    assert [name for name in names + choices if f"`{name}`" not in text] == []
+
+
+def test_claims_name_their_tests() -> None:
+    """Every test that the README points to as proof exists, in the template or in the service."""
+    claimed = set(re.findall(r"`(test_\w+)`", read("README.md")))
+    sources = [*(ROOT / "tests").glob("*.py"), *(SERVICE / "tests").rglob("*.py")]
+    defined = {
+        name for file in sources for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))
+    }
+    assert claimed
+    assert claimed <= defined, claimed - defined
+
+
+@pytest.mark.parametrize(
+    "name", [str(file) for file in TEXT_FILES if file.suffix == ".md" and SERVICE.name not in str(file)]
+)
+def test_links_in_documents_resolve(name: str) -> None:
+    """Every relative link in the template's documents leads to a file of this repository."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", read(name))
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
