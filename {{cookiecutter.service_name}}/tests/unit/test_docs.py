@@ -89,7 +89,7 @@ def test_every_panel_finds_its_data_source() -> None:
 
 
 def test_there_is_a_runbook_for_every_symptom() -> None:
-    """5xx, latency, readiness, 422, saturation, wrong predictions: each has a page, and the index has each."""
+    """5xx, latency, readiness, 422, saturation, wrong predictions: each has a page, linked from the index."""
     assert {path.stem for path in RUNBOOKS} == SYMPTOMS
     index = (ROOT / "docs" / "runbooks" / "README.md").read_text("utf-8")
     assert {symptom for symptom in SYMPTOMS if f"/{symptom}.md)" in index} == SYMPTOMS
