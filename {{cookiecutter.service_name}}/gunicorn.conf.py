@@ -6,6 +6,7 @@ request deadline < uvicorn's graceful shutdown < gunicorn's graceful shutdown < 
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +41,12 @@ class Worker(UvicornWorker):
         "proxy_headers": bool(os.environ.get("FORWARDED_ALLOW_IPS")),
         "timeout_graceful_shutdown": settings.drain_seconds - GRACE_SECONDS,
     }
+
+    async def callback_notify(self) -> None:
+        """The heartbeat; a worker whose master was killed ends too, instead of keeping the port for ever."""
+        self.notify()
+        if os.getppid() != self.ppid:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 bind = f"{settings.host}:{settings.port}"

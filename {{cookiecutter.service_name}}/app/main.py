@@ -118,12 +118,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         add_docs(app)
     if settings.metrics_enabled:
         _expose_metrics(app, metrics, service.recorder)
-    if settings.cors_origins:
-        headers = ["authorization", "content-type", "x-api-key"]
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_headers=headers)
     direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
     features = frozenset(entry["name"] for entry in contract_inputs())
     app.add_middleware(ServiceMiddleware, service=service, direct=direct, features=features)
+    if settings.cors_origins:  # outermost, so that it holds for every answer
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id"),
+        )
     return app
 
 

@@ -70,6 +70,13 @@ class Settings(BaseSettings):
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
 
+    @field_validator("rate_limit_storage")
+    @classmethod
+    def _known_storage(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("memory://", "redis://", "rediss://")):
+            raise ValueError("must be memory:// or redis://...")
+        return value
+
     @field_validator("api_keys")
     @classmethod
     def _hashed(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:

@@ -32,7 +32,8 @@ operations = APIRouter(tags=["operations"])
 @inference.post("/predict", summary="Predict one instance")
 async def predict(features: Features, call: CurrentCall) -> Prediction:
     """One instance in, one prediction out. `score` is the model's probability of `label`."""
-    (prediction,) = await call.pipeline.predict([features], call.prediction_ids(1), call.deadline)
+    pipeline, ids = call.pipeline, call.prediction_ids(1)
+    (prediction,) = await pipeline.predict([features], ids, call.deadline, single=True)
     return prediction
 
 

@@ -78,19 +78,21 @@ def _check_media_type(call: Call) -> None:
 async def _read(call: Call, receive: Receive) -> bytes:
     """The whole body, refused by its announced length before reading and by its real one while reading."""
     limit = call.service.settings.max_body_bytes
-    chunks, size, more = [], call.content_length, True
-    while more:
-        if size > limit:
-            raise ServiceError("body_too_large", f"at most {limit} bytes")
+    if call.content_length <= limit:
         message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            chunks, size = [body], len(body)
+            while message.get("more_body") and size <= limit:
+                message = await receive()
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+            body = b"".join(chunks)
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        chunks.append(message.get("body", b""))
-        more = message.get("more_body", False)
-        size = sum(map(len, chunks))
-    if size > limit:
-        raise ServiceError("body_too_large", f"at most {limit} bytes")
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if len(body) <= limit:
+            return body
+    raise ServiceError("body_too_large", f"at most {limit} bytes")
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:

@@ -62,7 +62,7 @@ class Pipeline:
         )
 
     async def predict(
-        self, instances: Sequence[BaseModel], ids: Sequence[str], deadline: float
+        self, instances: Sequence[BaseModel], ids: Sequence[str], deadline: float, *, single: bool = False
     ) -> list[Prediction]:
         """One prediction per validated instance, in order; `deadline` is a time of `perf_counter`.
 
@@ -70,7 +70,7 @@ class Pipeline:
         """
         rows = [tuple(instance.__dict__.values()) for instance in instances]
         if self._policy.out_of_range == "reject":
-            self._reject(rows)
+            self._reject(rows, single)
         if self.execution == "inline":
             batch = self._run(rows)
             self._observer.batch(batch, (0.0,))
@@ -123,13 +123,11 @@ class Pipeline:
         by_label = dict(zip(self._labels, probabilities, strict=True))
         return Prediction("", self.version, label, score, by_label, action)
 
-    def _reject(self, rows: Sequence[Row]) -> None:
+    def _reject(self, rows: Sequence[Row], single: bool) -> None:
         matrix = np.asarray(rows, np.float32)
         where = np.argwhere((matrix < self._low) | (matrix > self._high)).tolist()
         message = {"msg": "outside the range seen in training", "type": "out_of_range"}
-        locations = [
-            (["instances", row] if len(rows) > 1 else [], self._names[column]) for row, column in where
-        ]
+        locations = [([] if single else ["instances", row], self._names[column]) for row, column in where]
         errors = [{"loc": ["body", *row, name], **message} for row, name in locations]
         if errors:
             raise ServiceError("invalid_input", errors=errors)
