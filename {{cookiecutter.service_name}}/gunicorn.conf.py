@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gunicorn.errors import HaltServer
 from uvicorn_worker import UvicornWorker
 
 from app.core.errors import ArtifactError
@@ -69,6 +70,9 @@ if settings.metrics_enabled:
 def on_starting(_server: Any) -> None:
     """Verify the artifact once, before any worker is forked; the workers inherit the verified bytes."""
     from app.main import verify_before_fork
+
+    # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
+    sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
 
     try:
         verify_before_fork(settings)
