@@ -10,15 +10,21 @@ MODEL_FACTOR = 4  # a loaded model takes up to this many times the size of its f
 def default_workers(artifacts_dir: Path, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """One worker per usable CPU, fewer where memory (bytes) does not carry as many, at least one."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read(cgroup / "cpu.max").partition(" ")
-    if quota.isdigit():
-        cpus = min(cpus, int(quota) // int(period))
-    memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _read(cgroup / "memory.max")
-    if limit.isdigit():
-        memory = min(memory, int(limit))
+    # Version 2 of cgroups has both numbers in one file, version 1 in two.
+    quota = _numbers(cgroup / "cpu.max") or [
+        *_numbers(cgroup / "cpu/cpu.cfs_quota_us"),
+        *_numbers(cgroup / "cpu/cpu.cfs_period_us"),
+    ]
+    if len(quota) == 2:
+        cpus = min(cpus, quota[0] // quota[1])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        memory = min(memory, *_numbers(cgroup / limit), memory)
     largest = max((path.stat().st_size for path in artifacts_dir.glob("v*/*") if path.is_file()), default=0)
     return max(1, min(cpus, memory // (WORKER_BYTES + MODEL_FACTOR * largest)))
 
 
-def _read(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""
+def _numbers(path: Path) -> list[int]:
+    """The positive numbers of a cgroup's file; `max` and -1 mean that there is no limit."""
+    words = path.read_text().split() if path.is_file() else []
+    return [int(word) for word in words if word.isdigit()]
