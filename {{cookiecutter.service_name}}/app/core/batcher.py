@@ -7,6 +7,7 @@ A job that nobody waits for, or whose deadline passed, is dropped when its turn 
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,7 @@ class Batcher:
         self._running: list[_Job] = []  # in the thread now
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._rings = math.inf  # when the alarm does
 
     @property
     def waiting(self) -> int:
@@ -88,7 +90,7 @@ class Batcher:
                 self._draining = loop.call_later(self._max_wait, self._drain_here)
             else:  # after everything that is ready on the loop now, so that its requests join
                 self._draining = loop.call_soon(self._drain_here)
-        if self._alarm is None and self._executor is not None:
+        if self._executor is not None and deadline < self._rings:
             self._set_alarm()
         return await job.future
 
@@ -128,7 +130,16 @@ class Batcher:
 
     def _call(self, jobs: Sequence[_Job]) -> list[Batch]:
         rows = [row for job in jobs for row in job.rows]
-        return [self._run(rows[at : at + self._max_rows]) for at in range(0, len(rows), self._max_rows)]
+        return [self._guarded(rows[at : at + self._max_rows]) for at in range(0, len(rows), self._max_rows)]
+
+    def _guarded(self, rows: list[Row]) -> Batch:
+        """Whatever goes wrong with this call, its callers get an answer and the next call its turn."""
+        try:
+            return self._run(rows)
+        except Exception as error:
+            failure = ServiceError("internal_error")
+            failure.__cause__ = error
+            return Batch([failure] * len(rows), (0.0, 0.0, 0.0), {})
 
     def _finish(self, jobs: Sequence[_Job], started: float, batches: Sequence[Batch]) -> None:
         answers = (
@@ -148,11 +159,14 @@ class Batcher:
             job.future.set_exception(ServiceError("model_timeout", "the deadline passed"))
 
     def _set_alarm(self) -> None:
-        """One timer for all: deadlines are equally long, so the oldest waiting job is the next to expire."""
-        now, self._alarm = perf_counter(), None
+        """One timer for all, set to the next deadline: it tells those whose time is up."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        now, self._alarm, self._rings = perf_counter(), None, math.inf
         for job in (*self._running, *self._queue):
             if job.deadline <= now:
                 self._expire(job)
             elif not job.future.done():
-                self._alarm = asyncio.get_running_loop().call_later(job.deadline - now, self._set_alarm)
-                return
+                self._rings = min(self._rings, job.deadline)
+        if self._rings < math.inf:
+            self._alarm = asyncio.get_running_loop().call_later(self._rings - now, self._set_alarm)

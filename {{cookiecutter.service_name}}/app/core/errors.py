@@ -37,3 +37,6 @@ class ServiceError(Exception):
 
 class ArtifactError(Exception):
     """An artifact that must not be served; the message is one line that names file and reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names of files and keys may hold anything

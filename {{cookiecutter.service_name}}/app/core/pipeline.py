@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from app.core.batcher import Batch, Batcher, Observer, Row
-from app.core.errors import ServiceError
+from app.core.errors import ArtifactError, ServiceError
 from app.core.runtimes import Matrix, Runtime
 from app.core.store import Artifact
 from app.schemas.predict import Prediction
@@ -103,7 +103,10 @@ class Pipeline:
     def _infer(self, matrix: Matrix) -> list[Any]:
         """Probabilities per row; where the model raises, halves find the row whose fault it is."""
         try:
-            return self._runtime.infer(matrix)
+            rows = self._runtime.infer(matrix)
+            if len(rows) != len(matrix) or len(rows[0]) != len(self._labels):
+                raise ValueError("the model answered in another shape than it was asked")
+            return rows
         except Exception as error:  # whatever a model raises is this row's answer, not the service's end
             if len(matrix) == 1:
                 failure = ServiceError("model_error")
@@ -141,6 +144,8 @@ class Pipeline:
                 start = perf_counter()
                 self._infer(matrix)
                 times.append(perf_counter() - start)
+            if any(isinstance(answer, ServiceError) for answer in self._run([tuple(example)] * rows).answers):
+                raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
             best[rows] = min(times) / rows
         return best[1], best[self._policy.batch_max_rows]
 

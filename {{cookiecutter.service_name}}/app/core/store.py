@@ -7,6 +7,7 @@ What is loaded later are these same bytes, so a file that changes on disk afterw
 
 import hashlib
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +116,9 @@ def _check_contract(folder: Path, manifest: Manifest) -> None:
 
 def _read(path: Path, size: int | None = None) -> bytes:
     """The bytes of a regular file; at most one more than `size`, enough to show that it is wrong."""
-    if path.is_symlink():
-        raise ArtifactError(f"{path}: is a symbolic link")
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ArtifactError(f"{path}: is no regular file but a link, a folder or a pipe")
         with path.open("rb") as file:
             return file.read() if size is None else file.read(size + 1)
     except OSError as error:

@@ -7,6 +7,7 @@ Exceptions are written as their types and frames, without their messages: messag
 """
 
 import atexit
+import json
 import logging
 import os
 import sys
@@ -38,12 +39,12 @@ class LineWriter:
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self.on_drop: Callable[[], None] = lambda: None
+        self.on_drop: Callable[[int], None] = lambda _lines: None
 
     def write(self, line: bytes) -> None:
         """Queue one line, without its newline."""
         if len(self._lines) >= self._max_lines:
-            self.on_drop()
+            self.on_drop(1)
             return
         self._lines.append(line)
         if self._thread is None:  # only now, so that a process that forks first has no thread yet
@@ -72,7 +73,7 @@ class LineWriter:
                 while chunk:
                     chunk = chunk[os.write(self._descriptor, chunk) :]
             except OSError:  # the reader has gone; there is nobody left to tell
-                self.on_drop()
+                self.on_drop(chunk.count(b"\n"))
             if not self._closing:
                 sleep(PAUSE_SECONDS)
 
@@ -132,7 +133,10 @@ def _json(_logger: Any, level: str, fields: dict[str, Any]) -> bytes:
     line = {"timestamp": datetime.now(UTC), "level": level, **fields}
     if "exc_info" in line:
         line["exception"] = describe(line.pop("exc_info"))
-    return orjson.dumps(line, default=str)
+    try:
+        return orjson.dumps(line, default=str)
+    except TypeError:  # a lone surrogate, a number of more than 64 bits
+        return json.dumps(line, default=str, skipkeys=True).encode()
 
 
 def _console(logger: Any, level: str, fields: dict[str, Any]) -> bytes:
