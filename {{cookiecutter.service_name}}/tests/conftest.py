@@ -5,6 +5,7 @@
 `folder` is the working folder and gets the log, so that no `.env` and no variable of the developer's counts.
 """
 
+import ctypes
 import http.client
 import json
 import os
@@ -30,6 +31,8 @@ SETOSA = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_w
 VIRGINICA = {"sepal_length": 6.3, "sepal_width": 3.3, "petal_length": 6.0, "petal_width": 2.5}
 
 T = TypeVar("T")
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 
 def until(look: Callable[[], T | None], what: str) -> T:
@@ -49,23 +52,32 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def run(
-    folder: Path, *command: str, stdin: bytes = b"", **settings: object
+    folder: Path, *command: str, stdin: bytes = b"", timeout: float = PATIENCE_SECONDS, **settings: object
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m command...` in `folder` to its end, which must come within ten seconds."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=environment(**settings),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    """`python -m command...` in `folder`, to its end."""
+    pipe = subprocess.PIPE
+    process = begin(folder, *command, env=environment(**settings), stdin=pipe, stdout=pipe, stderr=pipe)
     try:
-        output, errors = process.communicate(stdin, timeout=10)
+        output, errors = process.communicate(stdin, timeout)
     finally:
         end(process)
     return subprocess.CompletedProcess(command, process.returncode, output.decode(), errors.decode())
+
+
+def begin(folder: Path, *command: str, **options: Any) -> subprocess.Popen[bytes]:
+    """`python -m command...` in a process group of its own that does not outlive this process."""
+
+    def die_with_parent() -> None:
+        if LIBC is not None:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+        **options,
+    )
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -76,8 +88,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def refusal(folder: Path, **settings: object) -> str:
-    """The one line with which the service refuses to start, once it is clear that it says nothing else."""
-    done = run(folder, *GUNICORN, stdin=b"", **{"host": "127.0.0.1", "port": 0, **settings})
+    """The one line with which the service, within ten seconds, refuses to start; it says nothing else."""
+    done = run(folder, *GUNICORN, stdin=b"", timeout=10, **{"host": "127.0.0.1", "port": 0, **settings})
     assert done.returncode != 0
     assert "Traceback" not in done.stdout + done.stderr
     # What the server itself logs comes as JSON lines; a reason found in a worker is one of them.
@@ -150,15 +162,9 @@ class Service:
 def serving(folder: Path, ready: bool = True, **settings: object) -> Iterator[Service]:
     """The service with these settings on a port that the kernel chose, two workers unless said otherwise."""
     log = folder / "service.log"
+    variables = environment(**{"host": "127.0.0.1", "port": 0, "workers": 2, **settings})
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *GUNICORN],
-            cwd=folder,
-            env=environment(**{"host": "127.0.0.1", "port": 0, "workers": 2, **settings}),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = begin(folder, *GUNICORN, env=variables, stdout=output, stderr=subprocess.STDOUT)
 
     def address() -> str | None:
         assert process.poll() is None, log.read_text()

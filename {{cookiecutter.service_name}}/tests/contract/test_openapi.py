@@ -78,7 +78,7 @@ def test_generated_requests_find_no_fault(start: Callable[..., Service], tmp_pat
     service = start(api_keys=sha256(b"a key").hexdigest())
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json",
-         "--header", "X-API-Key: a key", "--checks", "all", "--max-examples", "150", "--seed", "1",
+         "--header", "X-API-Key: a key", "--checks", "all", "--max-examples", "100", "--seed", "1",
          "--continue-on-failure", "--no-color"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -43,6 +43,12 @@ def link(path: Path) -> None:
     path.symlink_to(elsewhere)
 
 
+def pipe(path: Path) -> None:
+    """Put a pipe in the place of a file: whoever reads it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def release(**changes: str) -> Damage:
     """Other entries in release.json."""
     return lambda root: edit(root / "release.json", lambda document: document.update(changes))
@@ -77,7 +83,8 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "empty model": (lambda root: (root / MODEL).write_bytes(b""), MODEL, "size"),
     "truncated model": (lambda root: os.truncate(root / MODEL, 600), MODEL, "size"),
     "flipped bit": (lambda root: flip(root / MODEL), MODEL, "sha256"),
-    "linked model": (lambda root: link(root / MODEL), MODEL, "symbolic link"),
+    "linked model": (lambda root: link(root / MODEL), MODEL, "link"),
+    "pipe for a model": (lambda root: pipe(root / MODEL), MODEL, "pipe"),
     "unlisted model": (manifest(lambda own: own["files"].pop("model.onnx")), MODEL, "not listed"),
     "unlisted file": (lambda root: (root / "v1/model.pkl").write_bytes(b"x"), "v1/model.pkl", "not listed"),
     "unlisted folder": (lambda root: (root / "v1/more").mkdir(), "v1/more", "not listed"),
