@@ -39,4 +39,5 @@ class ArtifactError(Exception):
     """An artifact that must not be served; the message is one line that names file and reason."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # names of files and keys may hold anything
+        # Names of files and keys may hold anything, a terminal's control characters too.
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
