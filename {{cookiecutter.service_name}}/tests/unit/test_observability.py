@@ -22,7 +22,6 @@ from app.observability.metrics import LATENCY, Metrics, Recorder, observe_many
 from app.schemas.predict import Prediction
 
 SECRET = "4111 1111 1111 1111"  # noqa: S105  # stands for what a message quotes
-SECONDS = st.floats(0, 100)
 
 
 def samples(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
@@ -47,14 +46,14 @@ def test_observing_many_is_observing_each(values: list[tuple[float, int]]) -> No
     assert samples(many) == pytest.approx(samples(one))
 
 
-ANSWER = st.sampled_from(
-    [("setosa", 0.95, "accept"), ("virginica", 0.5, "review"), ServiceError("model_error")]
-)
+ANSWERS = [("setosa", 0.95, "accept"), ("virginica", 0.5, "review"), ServiceError("model_error")]
 REQUEST = st.tuples(
-    st.sampled_from(["GET", "POST", "BREW"]), st.sampled_from(["/health", "/v1/predict"]),
-OUTCOMES = [("setosa", 0.95, "accept"), ("virginica", 0.5, "review"), ServiceError("model_error")]
-ANSWER = st.sampled_from(OUTCOMES)
-)  # fmt: skip
+    st.sampled_from(["GET", "POST", "BREW"]),
+    st.sampled_from(["/health", "/v1/predict"]),
+    st.sampled_from([200, 422, 499, 503]),
+    st.floats(0, 100),
+    st.lists(st.lists(st.sampled_from(ANSWERS), min_size=1, max_size=4), max_size=3),
+)
 
 
 @settings(deadline=None, max_examples=40)
