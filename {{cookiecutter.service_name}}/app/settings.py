@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     metrics_enabled: bool = True
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
-    tracing_endpoint: str | None = None
+    tracing_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^/]+")] = None
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

@@ -39,6 +39,7 @@ class LineWriter:
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self.on_drop: Callable[[int], None] = lambda _lines: None
 
     def write(self, line: bytes) -> None:
@@ -47,12 +48,18 @@ class LineWriter:
             self.on_drop(1)
             return
         self._lines.append(line)
-        if self._thread is None:  # only now, so that a process that forks first has no thread yet
-            self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
-            self._thread.start()
-            atexit.register(self.close)
+        if self._thread is None:
+            self._start()
         if not self._wake.is_set():
             self._wake.set()
+
+    def _start(self) -> None:
+        """Only with the first line, so that a process that forks before has no thread yet."""
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
 
     # structlog calls the method that is named after the level
     debug = info = warning = error = write
@@ -89,10 +96,13 @@ class ForeignHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
-        fields: dict[str, Any] = {"event": record.getMessage(), "logger": record.name}
-        if record.exc_info and record.exc_info[1] is not None:
-            fields["exc_info"] = record.exc_info[1]
-        self._write(self._render(None, record.levelname.lower(), fields))
+        try:
+            fields: dict[str, Any] = {"event": record.getMessage(), "logger": record.name}
+            if record.exc_info and record.exc_info[1] is not None:
+                fields["exc_info"] = record.exc_info[1]
+            self._write(self._render(None, record.levelname.lower(), fields))
+        except Exception:  # a record whose arguments do not fit must not fail the caller
+            self.handleError(record)
 
 
 def configure_logging(level: str, fmt: Format) -> tuple[Logger, LineWriter]:
