@@ -2,10 +2,12 @@
 
 import typer
 
+from lifecycle.size import size
 from lifecycle.train import train
 
 commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 commands.command()(train)
+commands.command()(size)
 
 
 @commands.callback()

@@ -1,6 +1,7 @@
 """`python -m load.run`: start the service on a free port, load it, stop it; the exit code is the gate's.
 
 gunicorn -> /ready -> locust (load/locustfile.py) -> percentiles, verdict, load/report.html
+                   -> load/profile.py -> load/profile.md, load/profile.svg
 """
 
 import argparse
@@ -15,15 +16,26 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from load import profile
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class Running:
+    """A service that is ready: its address, and the process that started its workers."""
+
+    address: str
+    pid: int
+
+
 @contextmanager
-def service(**environment: str) -> Iterator[str]:
-    """The address of a service that is ready, started as everywhere else and ended on leaving."""
+def service(**environment: str) -> Iterator[Running]:
+    """A service on a free port, started as everywhere else and ended on leaving."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,7 +53,7 @@ def service(**environment: str) -> Iterator[str]:
                 log.seek(0)
                 sys.stderr.write(log.read().decode(errors="replace")[-4000:])
                 raise SystemExit("load: the service did not become ready")
-            yield address
+            yield Running(address, process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -64,16 +76,26 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=20, help="clients at once (20)")
     parser.add_argument("--seconds", type=int, default=15, help="how long (15)")
     parser.add_argument("--report", type=Path, default=ROOT / "load" / "report.html", help="HTML report")
+    parser.add_argument(
+        "--profile", type=Path, default=ROOT / "load" / "profile.md", help="profile, Markdown"
+    )
+    parser.add_argument(
+        "--step-seconds", type=float, default=3, help="for each number of connections; 0 leaves it out (3)"
+    )
     options, more = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the usual way, which ends the service
     report = options.report.resolve()
     report.unlink(missing_ok=True)
-    with service() as address:
+    with service(APP_METRICS_ENABLED="true") as running:
         print(f"load: {options.users} clients for {options.seconds} s", flush=True)
         command = [sys.executable, "-m", "locust", "-f", str(ROOT / "load" / "locustfile.py"), "--headless"]
-        command += ["--host", address, "--users", str(options.users), "--spawn-rate", str(options.users)]
+        command += ["--host", running.address, "--users", str(options.users)]
+        command += ["--spawn-rate", str(options.users)]
         command += ["--run-time", f"{options.seconds}s", "--html", str(report), "--only-summary"]
         code = subprocess.run(command + more, cwd=ROOT, check=False).returncode  # noqa: S603  # as typed by the user
+        if options.step_seconds:
+            profile.write(running.address, running.pid, options.profile.resolve(), options.step_seconds)
+            print(f"load: profile in {options.profile.resolve()}")
     if report.exists():
         print(f"load: report in {report}")
     return code

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,17 +29,25 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 def load(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A load test of a few seconds against a real server."""
-    report = str(tmp_path / "report.html")
-    return run("load.run", "--users=4", "--seconds=2", "--report", report, *arguments, **environment)
+    files = ("--report", str(tmp_path / "report.html"), "--profile", str(tmp_path / "profile.md"))
+    return run(
+        "load.run", "--users=4", "--seconds=2", "--step-seconds=0.2", *files, *arguments, **environment
+    )
 
 
 def test_a_service_that_keeps_its_promises_passes(tmp_path: Path) -> None:
-    """Within its limits the load test exits 0, prints the percentiles and leaves an HTML report."""
-    done = load(tmp_path, "--p95-ms=60000")
+    """Within its limits the load test exits 0, prints percentiles, leaves an HTML report and a profile."""
+    done = load(tmp_path, "--p95-ms=60000", APP_WORKERS="2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 errors; p50 " in done.stdout
     assert "load: passed" in done.stdout
-    assert "/v1/predict/batch" in (tmp_path / "report.html").read_text("utf-8")
+    assert "/v1/predict" in (tmp_path / "report.html").read_text("utf-8")
+    profile = (tmp_path / "profile.md").read_text("utf-8")
+    assert re.findall(r"^\| (\d+) \| [\d,]+ \|", profile, re.MULTILINE) == ["1", "4", "16", "64"]
+    assert "**First bottleneck:**" in profile
+    assert "2 workers" in profile
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", profile)
+    assert (tmp_path / picture).read_text("utf-8").startswith("<svg ")
 
 
 def test_a_service_slower_than_promised_fails(tmp_path: Path) -> None:
@@ -56,6 +65,7 @@ def test_a_service_with_more_errors_than_promised_fails(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "load: FAILED, error ratio 1.0000 is above" in done.stdout
     assert "status 401, expected 200" in done.stderr
+    assert re.search(r"\d+ of 401", (tmp_path / "profile.md").read_text("utf-8"))
 
 
 def test_a_service_that_does_not_start_fails_the_load_test(tmp_path: Path) -> None:
