@@ -97,12 +97,13 @@ class ForeignHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
         try:
-            fields: dict[str, Any] = {"event": record.getMessage(), "logger": record.name}
-            if record.exc_info and record.exc_info[1] is not None:
-                fields["exc_info"] = record.exc_info[1]
-            self._write(self._render(None, record.levelname.lower(), fields))
-        except Exception:  # a record whose arguments do not fit must not fail the caller
-            self.handleError(record)
+            message = record.getMessage()
+        except (TypeError, ValueError):  # arguments that do not fit must not fail the caller
+            message = str(record.msg)
+        fields: dict[str, Any] = {"event": message, "logger": record.name}
+        if record.exc_info and record.exc_info[1] is not None:
+            fields["exc_info"] = record.exc_info[1]
+        self._write(self._render(None, record.levelname.lower(), fields))
 
 
 def configure_logging(level: str, fmt: Format) -> tuple[Logger, LineWriter]:

@@ -41,7 +41,7 @@ def test_the_defaults_start() -> None:
     assert settings.docs
 
 
-@pytest.mark.parametrize("seconds", [5, 10, 30], ids=["strict", "standard", "relaxed"])
+@pytest.mark.parametrize("seconds", [5, 10, 15], ids=["strict", "standard", "relaxed"])
 def test_every_promised_deadline_starts_with_the_default_drain(
     monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
