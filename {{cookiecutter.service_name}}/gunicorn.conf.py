@@ -69,13 +69,13 @@ if settings.metrics_enabled:
 
 def on_starting(_server: Any) -> None:
     """Verify the artifact once, before any worker is forked; the workers inherit the verified bytes."""
-    from app.main import verify_before_fork
+    from app.main import prepare_workers
 
     # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
     sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
 
     try:
-        verify_before_fork(settings)
+        prepare_workers(settings, workers)
     except ArtifactError as problem:
         sys.exit(f"cannot start: {problem}")
 

@@ -5,14 +5,16 @@ create_app(settings) -> FastAPI; its lifespan loads and warms the model, and yie
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from fastapi import FastAPI, Security
 from fastapi.exceptions import RequestValidationError
@@ -39,10 +41,28 @@ from app.observability.metrics import Metrics, Recorder
 from app.schemas.contract import contract_inputs
 from app.settings import Settings, load_settings
 
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
 BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
 
-_inherited: Artifact | None = None  # what the master verified before it forked
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What the master gives its workers by forking them."""
+
+    artifact: Artifact  # verified; a worker that starts later never depends on what the disk says then
+    workers: int
+    loaded: "Synchronized[int]"  # how many workers have loaded the model so far
+
+    @property
+    def all_loaded(self) -> bool:
+        """Whether a request may land on any worker and find the model there."""
+        return self.loaded.value >= self.workers
+
+
+_inheritance: Inheritance | None = None
 
 
 class State(TypedDict):
@@ -57,11 +77,11 @@ def read_served(settings: Settings) -> Artifact:
     return read_artifact(root, settings.model_version or read_release(root).serving)
 
 
-def verify_before_fork(settings: Settings) -> None:
-    """Keep the verified bytes for workers: one that starts later never depends on what the disk says then."""
-    global _inherited
-    _inherited = read_served(settings)
-    if _inherited.manifest.runtime == "onnx":
+def prepare_workers(settings: Settings, workers: int) -> None:
+    """In the master, before it forks: verify the artifact, and share what can be shared."""
+    global _inheritance
+    _inheritance = Inheritance(read_served(settings), workers, multiprocessing.Value("i"))
+    if _inheritance.artifact.manifest.runtime == "onnx":
         import_onnxruntime()  # its memory is then shared by all workers
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
@@ -82,12 +102,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         admission=Admission(settings.max_concurrency + settings.max_queue),
         guard=Guard(settings),
         recorder=Recorder(metrics),
+        all_loaded=lambda: _inheritance is None or _inheritance.all_loaded,
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
-        # In the background, so that /health and /ready tell the truth while a large model loads.
+        # In the background, so that /health and /ready tell the truth while a large model loads; but a worker
+        # that replaces another takes no requests before it can answer them.
         loading = asyncio.create_task(_load(service, metrics, writer))
+        if _inheritance is not None and _inheritance.all_loaded:
+            await loading
         try:
             yield {"service": service}
         finally:
@@ -155,12 +179,15 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
     service.recorder.flush()
     service.pipeline = pipeline
+    if _inheritance is not None:
+        with _inheritance.loaded:
+            _inheritance.loaded.value += 1
     service.log.info("ready", model_version=pipeline.version, execution=pipeline.execution, seconds=seconds)
 
 
 def _build(service: Service) -> Pipeline:
     settings = service.settings
-    artifact = _inherited or read_served(settings)
+    artifact = _inheritance.artifact if _inheritance else read_served(settings)
     policy = Policy(
         review_threshold=settings.review_threshold,
         out_of_range=settings.out_of_range,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -27,6 +28,7 @@ class Service:
     admission: Admission
     guard: Guard
     recorder: Recorder
+    all_loaded: Callable[[], bool]  # this worker and all others
     pipeline: Pipeline | None = None
 
 

@@ -58,7 +58,10 @@ async def health() -> Health:
 @operations.get("/ready", summary="Can it predict?", responses={503: _ANSWERS[503]})
 async def ready(call: CurrentCall) -> Ready:
     """Readiness: 503 with the failing check named until a model is loaded and warm."""
-    return Ready(call.pipeline.version)
+    answer = Ready(call.pipeline.version)
+    if not call.service.all_loaded():
+        raise ServiceError("model_not_ready", "check `workers` fails: one is still loading the model")
+    return answer
 
 
 @operations.get("/version", summary="What is running?")
