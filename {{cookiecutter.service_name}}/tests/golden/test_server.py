@@ -22,8 +22,8 @@ Server = tuple[str, str]  # version, address
 @pytest.fixture(scope="module", params=VERSIONS)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A running service, pinned to each version in turn."""
-    with service(APP_MODEL_VERSION=request.param, APP_WORKERS="1") as address:
-        yield request.param, address
+    with service(APP_MODEL_VERSION=request.param, APP_WORKERS="1") as running:
+        yield request.param, running.address
 
 
 def post(url: str, body: Any) -> Any:
