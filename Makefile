@@ -8,7 +8,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # uv where there is one, because it is quicker; pip does the same.
 INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --require-hashes
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: help demo test test-image check fix files bake lock setup
 

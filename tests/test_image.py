@@ -13,8 +13,7 @@ import pytest
 
 from tests.conftest import Bake, run
 
-# One worker, so that two builds do not compete for the same layers.
-pytestmark = [pytest.mark.image, pytest.mark.xdist_group("image")]
+pytestmark = pytest.mark.image
 
 START_SECONDS = 120
 FLOWER = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}

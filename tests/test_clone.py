@@ -1,0 +1,77 @@
+"""What a person does with a clone: run the demo, make a service with cruft, update it later."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from scripts.render import SERVICE
+from tests.conftest import Bake, commit, contents, run
+
+pytestmark = pytest.mark.slow
+
+CRUFT = Path(sys.executable).parent / "cruft"
+
+
+def test_demo_from_an_empty_clone(repository: Path) -> None:
+    """`make demo` in a fresh clone predicts over HTTP, refuses bad input, and ends without a terminal."""
+    demo = run("make", "demo", cwd=repository)
+    assert demo.returncode == 0, demo.stdout
+    assert '"label": "setosa"' in demo.stdout
+    assert '"model_version": "v1"' in demo.stdout
+    assert re.search(r"petal_width\": NaN\}\n  400 \{", demo.stdout)
+    assert re.search(r"\n  422 \{", demo.stdout)
+    (docs,) = re.findall(r"http://127\.0\.0\.1:\d+/docs", demo.stdout)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(docs, timeout=5)
+
+    # What just served was installed from requirements/runtime.txt alone.
+    scripts = "Scripts" if os.name == "nt" else "bin"
+    python = repository / "build" / "iris-classifier" / ".venv" / scripts / "python"
+    absent = run(python, "-c", "import sklearn", cwd=repository)
+    assert "No module named 'sklearn'" in absent.stdout
+
+
+def test_update_keeps_what_the_owners_changed(repository: Path, tmp_path: Path) -> None:
+    """`cruft update` brings a change of the template into a service and keeps its owners' changes."""
+    upstream = shutil.copytree(
+        repository, tmp_path / "upstream", ignore=shutil.ignore_patterns(".venv", "build")
+    )
+    created = run(
+        CRUFT,
+        "create",
+        str(upstream),
+        "--no-input",
+        "--extra-context",
+        json.dumps({"ci": "none"}),
+        cwd=tmp_path,
+    )
+    assert created.returncode == 0, created.stdout
+    service = tmp_path / "iris-classifier"
+    with (service / "app" / "main.py").open("a", encoding="utf-8") as module:
+        module.write("# ours\n")
+    commit(service, "Ours")
+
+    slo = upstream / SERVICE.name / "slo.toml"
+    slo.write_text("# theirs\n" + slo.read_text(encoding="utf-8"), encoding="utf-8")
+    commit(upstream, "Theirs")
+    updated = run(CRUFT, "update", "--skip-apply-ask", cwd=service)
+    assert updated.returncode == 0, updated.stdout
+    assert (service / "slo.toml").read_text(encoding="utf-8").startswith("# theirs\n")
+    assert (service / "app" / "main.py").read_text(encoding="utf-8").endswith("# ours\n")
+    assert not (service / ".github").exists()
+
+
+def test_cruft_renders_the_same(repository: Path, bake: Bake, tmp_path: Path) -> None:
+    """Cruft renders what cookiecutter renders, byte for byte."""
+    created = run(CRUFT, "create", str(repository), "--no-input", cwd=tmp_path)
+    assert created.returncode == 0, created.stdout
+    files = contents(tmp_path / "iris-classifier")
+    del files[".cruft.json"]
+    assert files == contents(bake())
