@@ -1,14 +1,23 @@
 """What a change of the API breaks for a client that was written for the old one.
 
+`python -m tests.contract.compatibility` writes openapi.json anew; a change that breaks clients is refused
+unless `--breaking` is given.
+
     old OpenAPI, new OpenAPI -> breaks(old, new) -> sentences, none if every old client keeps working
 
 One rule in two directions. What a client may send must still be taken: the old request schema lies within
 the new one. What a client is promised must still be kept: the new response schema lies within the old one.
 """
 
+import json
 import math
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from tests.conftest import ROOT, serving
 
 Schema = Any  # a JSON Schema: an object, or true or false
 
@@ -26,6 +35,7 @@ UNDERSTOOD = {
     "additionalProperties",
     "items",
 }
+SNAPSHOT = ROOT / "openapi.json"
 METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 
 
@@ -185,3 +195,18 @@ def _alternatives(schema: Any) -> list[Any]:
 
 def _values(schema: Any) -> list[Any] | None:
     return [schema["const"]] if "const" in schema else schema.get("enum")
+
+
+def main() -> None:
+    """Write what the running service says of itself to the snapshot, unless that breaks clients."""
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as service:
+        live: dict[str, Any] = service.client.get("/openapi.json").json()
+    if SNAPSHOT.exists() and "--breaking" not in sys.argv[1:]:
+        broken = breaks(json.loads(SNAPSHOT.read_text("utf-8")), live)
+        if broken:
+            sys.exit("\n".join(["clients would break; if you mean it, repeat with --breaking:", *broken]))
+    SNAPSHOT.write_text(json.dumps(live, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from openapi_spec_validator import validate
 from tests.conftest import ROOT, Service
 from tests.contract.compatibility import breaks
 
-UPDATE = "to accept it: python -m tests.contract.update_snapshot"
+UPDATE = "to accept it: python -m tests.contract.compatibility"
 
 
 @pytest.fixture(scope="module")
