@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/pyth
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-image check fix files bake lock setup
+.PHONY: help demo test test-image check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -38,6 +38,9 @@ files: .venv/dev.stamp ## write tests/files/ anew after files were added or remo
 
 bake: .venv/render.stamp ## render into build/: make bake OPTIONS="slo=strict ci=none"
 	$(BIN)/python -m scripts.render build $(OPTIONS)
+
+benchmark: .venv/render.stamp ## measure the service against reference servers: make benchmark ARGS="--model tiny"
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with UPGRADE=--upgrade
 	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/dev.txt requirements/dev.in

@@ -197,8 +197,8 @@ def session(leader: int) -> Iterator[tuple[int, float]]:
 class Runs:
     """What the harness measured of one model: per server, the newest run that has it."""
 
-    def __init__(self, model: str) -> None:
-        self.files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{model}-*.json"))]
+    def __init__(self, results: Path, model: str) -> None:
+        self.files = [json.loads(path.read_text()) for path in sorted(results.glob(f"{model}-*.json"))]
 
     def rounds(self, server: str) -> list[dict[str, Any]]:
         """The rounds of the newest run in which the server and this service were measured."""
@@ -252,7 +252,7 @@ COLUMNS = [
 ]
 
 
-def report() -> str:
+def report(results: Path) -> str:
     """All that was measured so far, as Markdown."""
     lines = [
         "# Benchmark",
@@ -265,7 +265,7 @@ def report() -> str:
         "other server's in the same round.",
     ]
     for model in MODELS:
-        runs, cold = Runs(model), RESULTS / f"cold-{model}.json"
+        runs, cold = Runs(results, model), results / f"cold-{model}.json"
         seconds = json.loads(cold.read_text())["seconds"] if cold.exists() else {}
         if not runs.servers() and not seconds:
             continue
@@ -306,7 +306,7 @@ def table(runs: Runs) -> list[str]:
         cells = []
         for _, value, form in COLUMNS:
             ratio = "" if name == OURS else f"{runs.median(OURS, value, base=name):.2f}"
-            cells += [format(runs.median(name, value), form), ratio]
+            cells += [format(runs.median(name, value), form), ratio.replace("nan", "-")]
         errors = sum(point["errors"] for one in runs.rounds(name) for point in one[name]["points"])
         lines.append(f"| {name} | {' | '.join(cells)} | {errors} |")
     return lines
@@ -389,7 +389,7 @@ def main() -> None:
                 say(f"Servers of the {model} model: {options.rounds} rounds")
                 harness(options, model)
     finally:
-        REPORT.write_text(report(), encoding="utf-8")
+        REPORT.write_text(report(RESULTS), encoding="utf-8")
         print(f"\n{REPORT.read_text(encoding='utf-8')}\nbenchmark: report in {REPORT.relative_to(ROOT)}")
 
 
