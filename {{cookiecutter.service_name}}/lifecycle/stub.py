@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.package import Rows, feature_names, golden_set, labels, pack
-from lifecycle.publish import canonical_json
+from lifecycle.package import Rows, canonical_json, feature_names, golden_set, labels, pack
 
 VERSION = "v0"
 

@@ -27,8 +27,18 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from app.core.manifest import VERSION_PATTERN, Training
-from lifecycle.package import TOLERANCE, Rows, baseline, feature_names, golden_set, labels, pack
-from lifecycle.publish import differing, publish, start_release
+from lifecycle.package import (
+    TOLERANCE,
+    Rows,
+    baseline,
+    differing,
+    feature_names,
+    golden_set,
+    labels,
+    pack,
+    publish,
+    start_release,
+)
 from lifecycle.stub import VERSION as STUB_VERSION
 from lifecycle.stub import stub_files
 

@@ -12,7 +12,7 @@ import typer
 
 from app.core.store import read_artifact, read_release
 from app.schemas.contract import served_contract_sha256
-from lifecycle.publish import differing, publish
+from lifecycle.package import differing, publish
 from lifecycle.train import ARTIFACTS, Data, convert, fit, load, model_files, prove_parity, train
 
 ROOT = ARTIFACTS.parent
