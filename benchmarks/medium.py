@@ -63,9 +63,7 @@ def build(folder: Path) -> None:
 
     # Only now, because these read the contract that was just written.
     sys.path.insert(0, str(folder))
-    package, publish, train = (
-        importlib.import_module(f"lifecycle.{name}") for name in ("package", "publish", "train")
-    )
+    package, train = (importlib.import_module(f"lifecycle.{name}") for name in ("package", "train"))
     manifest = importlib.import_module("app.core.manifest")
 
     rows: Any = data.data
@@ -98,9 +96,9 @@ def build(folder: Path) -> None:
     )
     artifacts = folder / "artifacts"
     shutil.rmtree(artifacts)  # its versions were made for another contract
-    publish.publish(artifacts, "v1", packed)
+    train.publish(artifacts, "v1", packed)
     release = {"serving": "v1", "previous": None, "shadow": None, "canary": None, "canary_percent": 0}
-    (artifacts / "release.json").write_bytes(publish.canonical_json(release))
+    (artifacts / "release.json").write_bytes(package.canonical_json(release))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark serves the right model and reports right. No figure is judged: that depends on the machine."""
+"""The benchmark serves the right model and reports right. No figure is judged: machines differ."""
 
 import json
 import os
