@@ -4,14 +4,13 @@ the service with 1 and with 2 workers, under load -> memory of each, processor t
 -> a table of workers, the number to set, and what limits it
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from app.core.sizing import default_workers
+from app.core.sizing import Machine, default_workers, machine
 from load import profile
 from load.run import service
 
@@ -19,14 +18,6 @@ ARTIFACTS = Path(__file__).resolve().parents[1] / "artifacts"
 MEMORY_SHARE = 0.8  # the rest is for the system's buffers, and for requests larger than the usual
 CONNECTIONS = 64
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the service may really use: processors, and bytes of memory."""
-
-    processors: int
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -38,26 +29,6 @@ class Cost:
     model_seconds: float  # the model's part of one request alone
     request_seconds: float | None  # processor time of a request among many
     execution: str
-
-
-def machine(cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:
-    """The processors and the memory that the limits of a container, if there are any, leave."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _numbers(cgroup / "cpu.max") or [
-        *_numbers(cgroup / "cpu/cpu.cfs_quota_us"),
-        *_numbers(cgroup / "cpu/cpu.cfs_period_us"),
-    ]
-    if len(quota) == 2:
-        processors = max(1, min(processors, quota[0] // quota[1]))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        memory = min(memory, *_numbers(cgroup / limit), memory)
-    return Machine(processors, memory)
-
-
-def _numbers(path: Path) -> list[int]:
-    words = path.read_text().split() if path.is_file() else []
-    return [int(word) for word in words if word.isdigit()]
 
 
 def pss(pid: int) -> int | None:
@@ -104,23 +75,23 @@ def carried(cost: Cost, there: Machine) -> int | None:
 def advise(cost: Cost, there: Machine) -> tuple[int, str]:
     """The number of workers to set, and why not more."""
     most = carried(cost, there)
-    if most is not None and most < there.processors:
+    if most is not None and most < there.cpus:
         return most, f"memory bound: {MEMORY_SHARE:.0%} of the memory carries no more"
-    return there.processors, "CPU bound: beyond one worker a processor, workers add memory and no answers"
+    return there.cpus, "CPU bound: beyond one worker a processor, workers add memory and no answers"
 
 
 def table(cost: Cost, there: Machine) -> str:
     """Workers, their memory, and about how many predictions a second they give."""
     chosen, _ = advise(cost, there)
     lines = ["workers     memory  of the limit   about predictions/s"]
-    for workers in sorted({1, 2, 4, 8, there.processors, chosen}):
+    for workers in sorted({1, 2, 4, 8, there.cpus, chosen}):
         memory = share = "n/a"
         if cost.shared is not None and cost.worker is not None:
             total = cost.shared + workers * cost.worker
             memory, share = f"{total / MIB:,.0f} MiB", f"{total / there.memory:.0%}"
         rate = "n/a"
         if cost.request_seconds:
-            rate = f"{min(workers, there.processors) / cost.request_seconds:,.0f}"
+            rate = f"{min(workers, there.cpus) / cost.request_seconds:,.0f}"
         mark = "  <-" if workers == chosen else ""
         lines.append(f"{workers:>7} {memory:>10} {share:>13} {rate:>21}{mark}")
     return "\n".join(lines)
@@ -136,7 +107,7 @@ def size(
     each = "not available on this system" if cost.worker is None else f"{cost.worker / MIB:.0f} MiB each"
     request = "n/a" if cost.request_seconds is None else f"{cost.request_seconds * 1e6:.0f} µs"
     typer.echo(
-        f"machine    {there.processors} processors, {there.memory / MIB:,.0f} MiB\n"
+        f"machine    {there.cpus} processors, {there.memory / MIB:,.0f} MiB\n"
         f"worker     {each}\n"
         f"model      {cost.model_seconds * 1e6:.0f} µs a row alone, run as `{cost.execution}`\n"
         f"request    {request} of processor time, with {CONNECTIONS} at once\n\n"
