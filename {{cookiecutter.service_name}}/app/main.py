@@ -23,6 +23,7 @@ from fastapi.telemetry import TelemetryConfig
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from app.api.call import Service
 from app.api.docs import add_docs, openapi
@@ -132,7 +133,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         telemetry=_telemetry(settings, service.name),
-        exception_handlers=dict.fromkeys((HTTPException, RequestValidationError, ServiceError), handle),
+        exception_handlers=dict.fromkeys(
+            (HTTPException, RequestValidationError, ServiceError, Exception), handle
+        ),
     )
     keys = [Security(scheme) for scheme in SCHEMES] if settings.api_keys else []
     app.include_router(inference, dependencies=keys)
@@ -144,14 +147,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         _expose_metrics(app, metrics, service.recorder)
     direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
     features = frozenset(entry["name"] for entry in contract_inputs())
-    app.add_middleware(ServiceMiddleware, service=service, direct=direct, features=features)
-    if settings.cors_origins:  # outermost, so that it holds for every answer
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id"),
+    # Outermost, so that a prediction passes none of the layers that know nothing of it.
+    stack: ASGIApp = ServiceMiddleware(app.build_middleware_stack(), service, direct, features)
+    if settings.cors_origins:
+        headers = ("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id")
+        stack = CORSMiddleware(
+            stack, settings.cors_origins, allow_methods=("GET", "POST"), allow_headers=headers
         )
+    app.middleware_stack = stack
     return app
 
 

@@ -74,9 +74,9 @@ class ServiceMiddleware:
         except Exception as error:
             status, headers, body = self._failed(call, error)
         if not started and status != _CLOSED_REQUEST:
-            length = (b"content-length", b"%d" % len(body))
-            start = {"type": "http.response.start", "status": status, "headers": [*headers, length]}
-            await send_marked(start)
+            length, own = (b"content-length", b"%d" % len(body)), (b"x-request-id", call.request_id.encode())
+            headers = [*headers, length, own, *_ALWAYS]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
         handler = getattr(scope.get("route"), "path", "none") if route is None else route.path
         seconds = perf_counter() - call.started

@@ -17,11 +17,13 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from app.api.call import Call
 from app.api.errors import from_validation
 from app.core.errors import ServiceError
+
+_SCALARS = (float, int, str, bool)
 
 
 class JSONRoute(APIRoute):
@@ -30,7 +32,11 @@ class JSONRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
         (body,) = self.dependant.body_params
-        self._adapter: TypeAdapter[Any] = TypeAdapter(body.field_info.annotation or Any)
+        kind: Any = body.field_info.annotation
+        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        fields = list(kind.model_fields.values())
+        flat = all(field.is_required() and field.annotation in _SCALARS for field in fields)
+        self._colons = len(fields) if flat else -1  # in a body of this kind that is as it should be
 
     async def answer(self, call: Call, receive: Receive) -> bytes:
         """The response body; raises ServiceError, or ClientDisconnect."""
@@ -38,7 +44,7 @@ class JSONRoute(APIRoute):
             _check_media_type(call)
         service = call.service
         service.admission.check()
-        call.body = body = await _read_in_time(call, receive)
+        call.body = body = await _read(call, receive)
         with service.admission:
             document = self._validate(body)
             work = self.endpoint(document, call)
@@ -53,7 +59,7 @@ class JSONRoute(APIRoute):
             raise from_validation(error, body) from None
         # Every key has a colon: as many colons as fields means that no key came twice. Only where there are
         # more (a colon in a string, or a duplicate) is a closer look taken.
-        if body.count(b":") > _fields_set(document):
+        if (colons := body.count(b":")) != self._colons and colons > _fields_set(document):
             json.loads(body, object_pairs_hook=_unique)
         return document
 
@@ -76,37 +82,40 @@ def _check_media_type(call: Call) -> None:
         raise ServiceError("unsupported_media_type", "send the body without Content-Encoding")
 
 
-async def _read_in_time(call: Call, receive: Receive) -> bytes:
-    """The whole body, or ServiceError at the deadline; `asyncio.timeout` would cost twice as much."""
-    task, patience = asyncio.current_task(), call.deadline - perf_counter()
-    alarm = asyncio.get_running_loop().call_later(patience, task.cancel if task else int)
-    try:
-        return await _read(call, receive)
-    except asyncio.CancelledError:
-        call.service.recorder.shed("deadline")
-        raise ServiceError("model_timeout", "the body did not arrive in time") from None
-    finally:
-        alarm.cancel()
-
-
 async def _read(call: Call, receive: Receive) -> bytes:
-    """The whole body, refused by its announced length before reading and by its real one while reading."""
+    """The whole body, at most APP_MAX_BODY_BYTES of it, and all of it before the deadline."""
     limit = call.service.settings.max_body_bytes
     if call.content_length <= limit:
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if message.get("more_body"):
-            chunks, size = [body], len(body)
-            while message.get("more_body") and size <= limit:
-                message = await receive()
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-            body = b"".join(chunks)
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
+        # Nearly always it has arrived with the headers: look first, and set an alarm only if it has not.
+        pending: Any = receive()
+        try:
+            pending.send(None)
+            pending.close()
+            body = await _read_slowly(call, {"more_body": True}, receive)
+        except StopIteration as arrived:
+            body = arrived.value.get("body", b"")
+            if arrived.value.get("more_body"):
+                body = await _read_slowly(call, arrived.value, receive)
         if len(body) <= limit:
             return body
     raise ServiceError("body_too_large", f"at most {limit} bytes")
+
+
+async def _read_slowly(call: Call, message: Message, receive: Receive) -> bytes:
+    """What follows `message`, up to the limit; ServiceError at the deadline, ClientDisconnect at the end."""
+    chunks, size = [message.get("body", b"")], len(message.get("body", b""))
+    try:
+        async with asyncio.timeout(call.deadline - perf_counter()):
+            while message.get("more_body") and size <= call.service.settings.max_body_bytes:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+    except TimeoutError:
+        call.service.recorder.shed("deadline")
+        raise ServiceError("model_timeout", "the body did not arrive in time") from None
+    return b"".join(chunks)
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
