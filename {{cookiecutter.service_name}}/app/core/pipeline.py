@@ -38,6 +38,13 @@ class Policy:
     execution: Execution | None = None
 
 
+def choose_execution(seconds_per_call: float, seconds_per_row: float, max_rows: int) -> Execution:
+    """How to run a model that costs so much for a call with one row, and per row of a full call."""
+    if max(seconds_per_call, seconds_per_row * max_rows) > MAX_LOOP_SECONDS:
+        return "thread"
+    return "batch" if seconds_per_call > MIN_BATCH_GAIN * seconds_per_row else "inline"
+
+
 class Pipeline:
     """A loaded model behind one `async predict(instances)`."""
 
@@ -52,7 +59,9 @@ class Pipeline:
         ranges = [entry.training_range or (-math.inf, math.inf) for entry in inputs]
         self._low, self._high = np.array(ranges, np.float32).T
         self.seconds_per_call, self.seconds_per_row = self._warm_up([entry.example for entry in inputs])
-        self.execution = policy.execution or self._choose()
+        self.execution = policy.execution or choose_execution(
+            self.seconds_per_call, self.seconds_per_row, policy.batch_max_rows
+        )
         self.batcher = Batcher(
             self._run,
             observer,
@@ -148,9 +157,3 @@ class Pipeline:
                 raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
             best[rows] = min(times) / rows
         return best[1], best[self._policy.batch_max_rows]
-
-    def _choose(self) -> Execution:
-        longest = max(self.seconds_per_call, self.seconds_per_row * self._policy.batch_max_rows)
-        if longest > MAX_LOOP_SECONDS:
-            return "thread"
-        return "batch" if self.seconds_per_call > MIN_BATCH_GAIN * self.seconds_per_row else "inline"

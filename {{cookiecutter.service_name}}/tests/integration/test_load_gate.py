@@ -31,7 +31,7 @@ def load(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Comp
     """A load test of a few seconds against a real server."""
     files = ("--report", str(tmp_path / "report.html"), "--profile", str(tmp_path / "profile.md"))
     return run(
-        "load.run", "--users=4", "--seconds=2", "--step-seconds=0.2", *files, *arguments, **environment
+        "load.run", "--users=4", "--seconds=6", "--step-seconds=0.2", *files, *arguments, **environment
     )
 
 
