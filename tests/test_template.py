@@ -38,11 +38,11 @@ def test_no_large_files() -> None:
 
 
 def test_size_of_the_service() -> None:
-    """The code that serves is at most 1,600 lines of Python, so one person can read it in an afternoon."""
+    """The code that serves is at most 2,400 lines of Python, docstrings included, so one person can read it."""
     lines = sum(
         len(file.read_text(encoding="utf-8").splitlines()) for file in (SERVICE / "app").rglob("*.py")
     )
-    assert 0 < lines <= 1600
+    assert 0 < lines <= 2400
 
 
 def test_every_option_is_documented() -> None:

@@ -84,6 +84,8 @@ class Recorder:
         self._scheduled = False
         self._requests: Tally[tuple[str, str, str]] = Tally()
         self._seconds: defaultdict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
+        self._shed: Tally[str] = Tally()
+        self._violations: Tally[tuple[str, str]] = Tally()
         self._batches: list[tuple[BatchLike, Sequence[float]]] = []
         # Requests inside, requests queued, admission limit: read at each flush, set by whoever knows.
         self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
@@ -103,11 +105,11 @@ class Recorder:
 
     def shed(self, reason: str) -> None:
         """A request refused or given up."""
-        self._metrics.shed.labels(reason).inc()
+        self._shed[reason] += 1
 
     def violation(self, field: str, reason: str) -> None:
         """A broken rule of the contract; both labels come from closed sets."""
-        self._metrics.violations.labels(field, reason).inc()
+        self._violations[field, reason] += 1
 
     def disconnect(self) -> None:
         """A client that went away before its answer."""
@@ -125,6 +127,12 @@ class Recorder:
             metrics.requests.labels(*labels).inc(count)
         for route, seconds in self._seconds.items():
             observe_many(metrics.duration.labels(*route), seconds)
+        for reason, count in self._shed.items():
+            metrics.shed.labels(reason).inc(count)
+        for (field, reason), count in self._violations.items():
+            metrics.violations.labels(field, reason).inc(count)
+        self._shed.clear()
+        self._violations.clear()
         self._requests.clear()
         self._seconds.clear()
         batches, self._batches = self._batches, []
