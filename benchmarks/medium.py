@@ -96,7 +96,7 @@ def build(folder: Path) -> None:
     )
     artifacts = folder / "artifacts"
     shutil.rmtree(artifacts)  # its versions were made for another contract
-    train.publish(artifacts, "v1", packed)
+    package.publish(artifacts, "v1", packed)
     release = {"serving": "v1", "previous": None, "shadow": None, "canary": None, "canary_percent": 0}
     (artifacts / "release.json").write_bytes(package.canonical_json(release))
 

@@ -150,9 +150,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # Outermost, so that a prediction passes none of the layers that know nothing of it.
     stack: ASGIApp = ServiceMiddleware(app.build_middleware_stack(), service, direct, features)
     if settings.cors_origins:
-        headers = ("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id")
+        headers = (
+            "authorization",
+            "content-type",
+            "idempotency-key",
+            "traceparent",
+            "x-api-key",
+            "x-request-id",
+        )
         stack = CORSMiddleware(
-            stack, settings.cors_origins, allow_methods=("GET", "POST"), allow_headers=headers
+            stack,
+            settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=headers,
+            expose_headers=("retry-after", "x-request-id"),
         )
     app.middleware_stack = stack
     return app

@@ -80,7 +80,7 @@ class Pipeline:
         rows = [tuple(instance.__dict__.values()) for instance in instances]
         if self._policy.out_of_range == "reject":
             self._reject(rows, single)
-        if self.execution == "inline":
+        if self.execution == "inline" and len(rows) <= self._policy.batch_max_rows:
             batch = self._run(rows)
             self._observer.batch(batch, (0.0,))
             answers = batch.answers
