@@ -30,9 +30,22 @@ PATIENCE_SECONDS = 60.0  # for what is waited for; only a broken service takes a
 SETOSA = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}
 VIRGINICA = {"sepal_length": 6.3, "sepal_width": 3.3, "petal_length": 6.0, "petal_width": 2.5}
 
+VERSIONS = sorted(path.parent.name for path in ARTIFACTS.glob("v*/golden.jsonl"))
+
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
+
+
+def golden_set(version: str) -> list[dict[str, Any]]:
+    """Rows with `features`, `label`, `probabilities`, `tolerance`."""
+    return [json.loads(line) for line in (ARTIFACTS / version / "golden.jsonl").read_bytes().splitlines()]
+
+
+def assert_golden(row: dict[str, Any], label: str, probabilities: dict[str, float]) -> None:
+    """The answer is the recorded one: the same label, each probability within the row's tolerance."""
+    recorded: Any = pytest.approx(row["probabilities"], abs=row["tolerance"], rel=0)
+    assert (row["features"], label, probabilities) == (row["features"], row["label"], recorded)
 
 
 def until(look: Callable[[], T | None], what: str) -> T:

@@ -20,7 +20,7 @@ from app.core.runtimes import load_runtime
 from app.core.store import read_artifact
 from app.schemas.predict import Features, Prediction
 from load.run import service
-from tests.golden import ARTIFACTS, VERSIONS, assert_golden, golden_set
+from tests.conftest import ARTIFACTS, VERSIONS, assert_golden, golden_set
 
 
 class Silent:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from app.core.errors import ArtifactError
 from app.core.runtimes import RulesRuntime, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
-from tests.golden import ARTIFACTS, VERSIONS
+from tests.conftest import ARTIFACTS, VERSIONS
 
 FILES = [
     path.relative_to(ARTIFACTS).as_posix() for version in VERSIONS for path in (ARTIFACTS / version).iterdir()

@@ -24,7 +24,7 @@ from app.core.pipeline import Execution, Pipeline, Policy, choose_execution
 from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact, read_artifact
 from app.schemas.predict import Features, Prediction
-from tests.golden import ARTIFACTS, VERSIONS, golden_set
+from tests.conftest import ARTIFACTS, VERSIONS, golden_set
 
 PATIENCE_SECONDS = 20.0  # only what is broken takes as long
 V1 = read_artifact(ARTIFACTS, "v1")

@@ -1,1 +1,0 @@
-"""What runs outside the service: making the versions that it serves. Nothing in `app` imports this."""

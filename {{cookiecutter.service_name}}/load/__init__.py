@@ -1,1 +1,0 @@
-"""Load test: realistic traffic, and a gate with the numbers of slo.toml."""
