@@ -38,7 +38,7 @@ def test_no_large_files() -> None:
 
 
 def test_size_of_the_service() -> None:
-    """The code that serves is at most 2,400 lines of Python, docstrings included, so one person can read it."""
+    """The code that serves is at most 2,400 lines of Python, docstrings included: one person can read it."""
     lines = sum(
         len(file.read_text(encoding="utf-8").splitlines()) for file in (SERVICE / "app").rglob("*.py")
     )
