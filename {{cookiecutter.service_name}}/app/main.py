@@ -100,7 +100,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=project["version"],
         settings=settings,
         log=log,
-        admission=Admission(settings.max_concurrency + settings.max_queue),
+        admission=Admission(settings.max_concurrency + settings.max_queue, settings.request_deadline_seconds),
         guard=Guard(settings),
         recorder=Recorder(metrics),
         all_loaded=lambda: _inheritance is None or _inheritance.all_loaded,
@@ -171,7 +171,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     """Verify, load and warm up; a model that cannot be served ends the process."""
-    started, settings = perf_counter(), service.settings
+    started = perf_counter()
     try:
         pipeline = await asyncio.to_thread(_build, service)
     except Exception as error:
@@ -181,7 +181,8 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
         os._exit(BOOT_ERROR)
     seconds = perf_counter() - started
     admission = service.admission
-    admission.fit(pipeline.seconds_per_row, settings.request_deadline_seconds)
+    admission.learn(pipeline.seconds_per_row, 1)
+    pipeline.batcher.on_call = admission.learn
     manifest = pipeline.artifact.manifest
     metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
     metrics.execution.labels(pipeline.execution).set(1)

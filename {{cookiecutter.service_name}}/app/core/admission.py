@@ -4,17 +4,23 @@ from collections.abc import Callable
 
 from app.core.errors import ServiceError
 
+PACE_WEIGHT = 0.1  # of the latest call in the moving average
+
 
 class Admission:
     """Counts the requests inside, and refuses the one too many in microseconds: `with admission: ...`."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, deadline_seconds: float) -> None:
         self.limit, self.inside = limit, 0
+        self._most, self._budget = limit, deadline_seconds / 2  # the other half is for what nobody foresees
+        self._seconds = 0.0  # of the model, for a request
         self.lingering: Callable[[], int] = lambda: 0  # answered requests whose rows still run
 
-    def fit(self, seconds_per_row: float, deadline_seconds: float) -> None:
-        """Lower the limit to what half the deadline can answer: the cost was measured without load."""
-        self.limit = max(1, min(self.limit, int(deadline_seconds / 2 / max(seconds_per_row, 1e-9))))
+    def learn(self, seconds: float, requests: int) -> None:
+        """Let in what can be answered in time at the pace of late: neighbours and large requests slow it."""
+        latest = seconds / requests
+        self._seconds += (latest - self._seconds) * (PACE_WEIGHT if self._seconds else 1)
+        self.limit = max(1, min(self._most, int(self._budget / max(self._seconds, 1e-9))))
 
     def check(self) -> None:
         """Raise ServiceError when there is no slot; takes none, so that a slow sender holds none."""

@@ -64,6 +64,9 @@ class Batcher:
         self._executor = ThreadPoolExecutor(1, "inference") if threaded else None
         self._queue: deque[_Job] = deque()
         self._running: list[_Job] = []  # in the thread now
+        self.on_call: Callable[[float, int], None] = lambda _seconds, _requests: (
+            None
+        )  # after each in the thread
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._rings = math.inf  # when the alarm does
@@ -112,6 +115,7 @@ class Batcher:
             started, self._running = perf_counter(), jobs
             batches = await loop.run_in_executor(executor, self._call, jobs)
             self._running = []
+            self.on_call(perf_counter() - started, len(jobs))
             self._finish(jobs, started, batches)
         self._draining = None
 

@@ -23,6 +23,7 @@ from app.schemas.predict import Prediction
 Execution = Literal["inline", "batch", "thread"]
 
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
+MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
 MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
 
@@ -45,6 +46,11 @@ def choose_execution(seconds_per_call: float, seconds_per_row: float, max_rows: 
     return "batch" if seconds_per_call > MIN_BATCH_GAIN * seconds_per_row else "inline"
 
 
+def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
+    """How many rows to join at most, of a model that costs so much per row of a full call."""
+    return max(1, min(max_rows, int(MAX_CALL_SECONDS / max(seconds_per_row, 1e-9))))
+
+
 class Pipeline:
     """A loaded model behind one `async predict(instances)`."""
 
@@ -65,7 +71,7 @@ class Pipeline:
         self.batcher = Batcher(
             self._run,
             observer,
-            max_rows=policy.batch_max_rows,
+            max_rows=rows_of_a_call(self.seconds_per_row, policy.batch_max_rows),
             max_wait_seconds=policy.batch_max_wait_seconds,
             threaded=self.execution == "thread",
         )

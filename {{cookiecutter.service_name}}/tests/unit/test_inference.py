@@ -20,7 +20,7 @@ from app.core.admission import Admission
 from app.core.batcher import Batch, Batcher, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.manifest import Manifest
-from app.core.pipeline import Execution, Pipeline, Policy, choose_execution
+from app.core.pipeline import Execution, Pipeline, Policy, choose_execution, rows_of_a_call
 from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact, read_artifact
 from app.schemas.predict import Features, Prediction
@@ -475,7 +475,7 @@ async def test_null_reaches_the_model_as_missing() -> None:
 
 def test_one_too_many_is_refused_at_once() -> None:
     """As many as the limit may be inside; the next is told to come back, and every way out frees a slot."""
-    admission = Admission(2)
+    admission = Admission(2, 10)
     with suppress(ZeroDivisionError), admission, admission:
         for enter in (admission.check, admission.__enter__):
             with pytest.raises(ServiceError, match="overloaded") as refused:
@@ -489,7 +489,7 @@ def test_one_too_many_is_refused_at_once() -> None:
 
 def test_work_that_goes_on_without_a_client_keeps_its_slot() -> None:
     """A request that was answered while its rows still run counts until they have."""
-    admission, running = Admission(2), [None]
+    admission, running = Admission(2, 10), [None]
     admission.lingering = lambda: len(running)
     with admission, pytest.raises(ServiceError, match="overloaded"):
         admission.check()
@@ -501,8 +501,28 @@ def test_work_that_goes_on_without_a_client_keeps_its_slot() -> None:
 @given(limit=st.integers(1, 10_000), cost=st.floats(0, 100), deadline=st.floats(0.001, 600))
 def test_no_more_are_let_in_than_can_be_answered_in_time(limit: int, cost: float, deadline: float) -> None:
     """The measured cost of a row lowers the limit to what half the deadline can answer, never below one."""
-    admission = Admission(limit)
-    admission.fit(cost, deadline)
+    admission = Admission(limit, deadline)
+    admission.learn(cost, 1)
     assert 1 <= admission.limit <= limit
     assert admission.limit == 1 or admission.limit * cost <= deadline / 2 * (1 + 1e-9)
     assert admission.limit == limit or (admission.limit + 1) * max(cost, 1e-9) >= deadline / 2 * (1 - 1e-9)
+
+
+def test_the_limit_follows_the_pace_of_the_model() -> None:
+    """Slowed by neighbours or by large requests, a model gets fewer of them until that is over."""
+    admission = Admission(300, 10)
+    admission.learn(0.02, 1)
+    assert admission.limit == 250
+    for _ in range(50):
+        admission.learn(0.16, 4)
+    assert 120 <= admission.limit <= 130
+    for _ in range(50):
+        admission.learn(0.01, 1)
+    assert admission.limit == 300
+
+
+def test_calls_are_as_long_as_pays() -> None:
+    """Rows of a slow model are joined for 50 ms at most: more saves nothing, and keeps others waiting."""
+    assert rows_of_a_call(0.02, 64) == 2
+    assert rows_of_a_call(0.2, 64) == 1
+    assert rows_of_a_call(1e-5, 64) == 64
