@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
+GC_ALLOCATIONS = 10_000  # between two collections of what is young; a request leaves hardly any cycles
 BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
 
 
@@ -190,6 +191,7 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     # Half of the tail latency is the collector walking what never changes: take it out of its sight.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS)
     admission.lingering = lambda: pipeline.batcher.abandoned
     service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
     service.recorder.flush()

@@ -23,7 +23,7 @@ import orjson
 import structlog
 
 MAX_LINES = 10_000
-PAUSE_SECONDS = 0.005  # lines that come within it share one write
+PAUSE_SECONDS = 0.02  # lines that come within it share one write
 STDOUT = 1
 
 Format = Literal["json", "console"]
