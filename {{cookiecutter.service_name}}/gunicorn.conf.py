@@ -98,7 +98,7 @@ class Worker(UvicornWorker):
 
 
 bind = f"{settings.host}:{settings.port}"
-workers = settings.workers or default_workers(settings.artifacts_dir)
+workers = settings.workers or default_workers(Path(settings.artifacts_dir))
 worker_class = Worker
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # heartbeats must not wait for a disk
 timeout = 60

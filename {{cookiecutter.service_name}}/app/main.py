@@ -35,7 +35,8 @@ from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline, Policy
-from app.core.runtimes import import_onnxruntime, load_runtime
+from app.core.remote import local_folder
+from app.core.runtimes import import_library, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder
@@ -75,16 +76,16 @@ class State(TypedDict):
 
 def read_served(settings: Settings) -> Artifact:
     """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
-    root = settings.artifacts_dir
-    return read_artifact(root, settings.model_version or read_release(root).serving)
+    place, version = settings.artifacts_dir, settings.model_version
+    with local_folder(place, version, settings.artifacts_allow_private) as root:
+        return read_artifact(root, version or read_release(root).serving)
 
 
 def prepare_workers(settings: Settings, workers: int) -> None:
     """In the master, before it forks: verify the artifact, and share what can be shared."""
     global _inheritance
     _inheritance = Inheritance(read_served(settings), workers, multiprocessing.Value("i"))
-    if _inheritance.artifact.manifest.runtime == "onnx":
-        import_onnxruntime()  # its memory is then shared by all workers
+    import_library(_inheritance.artifact)  # its memory is then shared by all workers
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
 

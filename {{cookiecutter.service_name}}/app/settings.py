@@ -25,6 +25,10 @@ SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
 GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
 
 
+# No user, password or query: those would be credentials, in a value that is shown and logged.
+RemotePlace = Annotated[str, Field(pattern=r"^((s3|gs|az)://[\w.-]+|https://[\w.-]+(:[0-9]+)?)(/[\w./-]*)?$")]
+
+
 class SettingsError(Exception):
     """A configuration the service must not start with; one line, never a value."""
 
@@ -42,7 +46,8 @@ class Settings(BaseSettings):
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
-    artifacts_dir: Path = Path("artifacts")
+    artifacts_dir: Annotated[RemotePlace | Path, Field(union_mode="left_to_right")] = Path("artifacts")
+    artifacts_allow_private: bool = False
     model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
@@ -69,6 +74,13 @@ class Settings(BaseSettings):
         return (
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
+
+    @field_validator("artifacts_dir")
+    @classmethod
+    def _known_place(cls, value: str | Path) -> str | Path:
+        if isinstance(value, Path) and re.match(r"\w+:/", str(value)):
+            raise ValueError("must be a folder, or s3://, gs://, az:// or https:// with host and path alone")
+        return value
 
     @field_validator("rate_limit_storage")
     @classmethod

@@ -63,10 +63,12 @@ class Manifest(_Strict):
     name: str
     version: Annotated[str, Field(pattern=VERSION_PATTERN)]
     task: Literal["classification", "regression"]
-    runtime: Literal["onnx", "rules"]
+    runtime: Literal["onnx", "skops", "rules"]
     files: dict[str, FileEntry]
     inputs: list[Input]
     outputs: Outputs
     training: Training | None
     libraries: dict[str, str]
+    # What a skops model may be made of; serving loads nothing else.
+    trusted_types: Annotated[list[str], Field(exclude_if=lambda types: not types)] = []
     contract_sha256: Sha256

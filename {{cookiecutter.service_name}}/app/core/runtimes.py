@@ -1,9 +1,13 @@
 """What runs a model: verified bytes in, a function from rows to probabilities out."""
 
+import io
 import json
 import operator
 import os
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,28 +36,121 @@ def load_runtime(artifact: Artifact) -> Runtime:
     content, manifest = artifact.files[artifact.model_file], artifact.manifest
     names = [entry.name for entry in manifest.inputs]
     try:
+        library = import_library(artifact)
         if manifest.runtime == "rules":
             return RulesRuntime(json.loads(content), names, manifest.outputs.labels)
-        return OnnxRuntime(content, len(names))
+        if manifest.runtime == "skops":
+            return SkopsRuntime(library, content, manifest.trusted_types, names, manifest.outputs.labels)
+        return OnnxRuntime(library, content, len(names))
+    except ArtifactError:
+        raise
+    except Unfit as error:
+        raise _refusal(artifact, str(error)) from None
     except Exception as error:  # whatever a malformed model makes its library raise
-        where = f"{manifest.version}/{artifact.model_file}"
-        raise ArtifactError(f"{where}: cannot be loaded ({type(error).__name__})") from error
+        raise _refusal(artifact, f"cannot be loaded ({type(error).__name__})") from error
 
 
-def import_onnxruntime() -> Any:
-    """The library, imported only where it is needed, and kept from sending usage events to its maker."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # too late once it is imported
-    import onnxruntime
+def import_library(artifact: Artifact) -> Any:
+    """The library that runs this artifact, or None; raises ArtifactError where it is not the one to use."""
+    if artifact.manifest.runtime == "onnx":
+        # Kept from sending usage events to its maker; too late once it is imported.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
 
-    return onnxruntime
+        return onnxruntime
+    if artifact.manifest.runtime == "skops":
+        _check_libraries(artifact)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the service scales by workers
+        import skops.io
+
+        return skops.io
+    return None
+
+
+def _refusal(artifact: Artifact, reason: str) -> ArtifactError:
+    return ArtifactError(f"{artifact.manifest.version}/{artifact.model_file}: {reason}")
+
+
+def _check_libraries(artifact: Artifact) -> None:
+    """Raise ArtifactError unless every library in the manifest is installed in that very version."""
+    made_with = artifact.manifest.libraries
+    for name in sorted({"numpy", "scikit-learn", "skops", *made_with}):
+        if name not in made_with:
+            raise _refusal(artifact, f"manifest.json does not say with which {name} it was made")
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed = "none"
+        if installed != made_with[name]:
+            raise _refusal(
+                artifact,
+                f"was made with {name} {made_with[name]}, and {installed} is installed: "
+                f"add {name}=={made_with[name]} to requirements/runtime.in, run `make lock`, install again",
+            )
+
+
+class Unfit(Exception):
+    """A model that is not loaded, and the reason in a few words of ours."""
+
+
+# The way to every tensor of an ONNX file: the numbers of the fields of onnx.proto, by message.
+ONNX_FIELDS: dict[str, dict[int, str]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto",
+        22: "SparseTensorProto", 23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+    "TensorProto": {13: "StringStringEntryProto"},
+}  # fmt: skip
+
+
+def refers_outside(content: bytes) -> bool:
+    """Whether a tensor of an ONNX file has its data elsewhere: in a file, or at an address in memory."""
+    # Every such tensor spells this key out; a file without it, nearly every one, need not be walked through.
+    return b"location" in content and "StringStringEntryProto" in _messages(memoryview(content), "ModelProto")
+
+
+def _messages(message: memoryview, kind: str) -> Iterator[str]:
+    """The kinds of all messages inside a protobuf message, down to the end of each way in `ONNX_FIELDS`."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            _, position = _varint(message, position)
+        elif wire_type in (1, 5):
+            position += 8 if wire_type == 1 else 4
+        elif wire_type == 2:
+            size, start = _varint(message, position)
+            position = start + size
+            if inner := ONNX_FIELDS.get(kind, {}).get(number):
+                yield inner
+                yield from _messages(message[start:position], inner)
+        else:
+            raise ValueError("not protobuf")
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """The number at `position`, and the position after it."""
+    value = shift = 0
+    while (byte := message[position]) & 0x80:
+        value, shift, position = value | (byte & 0x7F) << shift, shift + 7, position + 1
+    return value | byte << shift, position + 1
 
 
 class OnnxRuntime:
     """onnxruntime on one thread: the service scales by workers, and threads of threads only fight."""
 
-    def __init__(self, content: bytes, features: int) -> None:
-        onnxruntime = import_onnxruntime()
+    def __init__(self, onnxruntime: Any, content: bytes, features: int) -> None:
+        if refers_outside(content):
+            raise Unfit("refers to data outside of the file")
         options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # the one that was looked at
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         (model_input,) = self._session.get_inputs()
@@ -65,6 +162,50 @@ class OnnxRuntime:
         """See `Runtime`."""
         answer: list[list[float]] = self._session.run(self._outputs, {self._input: matrix})[0].tolist()
         return answer
+
+
+class SkopsRuntime:
+    """A scikit-learn model, made of the types that the manifest lists and of no other."""
+
+    def __init__(
+        self, skops_io: Any, content: bytes, trusted: list[str], names: list[str], labels: list[Any]
+    ) -> None:
+        # skops trusts some hundred types of its own accord; here the manifest alone has the say.
+        if unlisted := sorted(skops_types(content) - set(trusted)):
+            raise Unfit(f"holds a {unlisted[0]}, which manifest.json does not list among trusted_types")
+        self._model = skops_io.loads(content, trusted=trusted)
+        classes = self._model.classes_.tolist()
+        if sorted(map(repr, classes)) != sorted(map(repr, labels)):
+            raise Unfit("answers with other labels than manifest.json")
+        fitted = getattr(self._model, "feature_names_in_", names)
+        if list(fitted) != names or self._model.n_features_in_ != len(names):
+            raise Unfit("takes other columns than manifest.json")
+        self._columns = [classes.index(label) for label in labels]
+        alone = {key: 1 for key in self._model.get_params() if key.rpartition("__")[2] == "n_jobs"}
+        self._model.set_params(**alone)
+        # Columns are in order, as was just checked; an array need not carry their names.
+        warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
+
+    def infer(self, matrix: Matrix) -> list[list[float]]:
+        """See `Runtime`."""
+        answer: list[list[float]] = self._model.predict_proba(matrix)[:, self._columns].tolist()
+        return answer
+
+
+def skops_types(content: bytes) -> set[str]:
+    """Every type, function and method owner that a skops file names, like `numpy.ndarray`."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        pending, found = [json.loads(archive.read("schema.json"))], set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            owner, name = node.get("__module__"), node.get("__class__")
+            if isinstance(owner, str) and isinstance(name, str):
+                found.add(f"{owner}.{name}")
+            pending.extend(node.values())
+        elif isinstance(node, list):
+            pending.extend(node)
+    return found
 
 
 class RulesRuntime:

@@ -17,7 +17,12 @@ from app.core.errors import ArtifactError
 from app.core.manifest import VERSION_PATTERN, Manifest
 from app.schemas.contract import contract_outputs, contract_sha256, served_contract_sha256
 
-MANIFEST = "manifest.json"
+RELEASE, MANIFEST = "release.json", "manifest.json"
+MAX_JSON_BYTES = 2**24  # of release.json and of a manifest, the two files whose size nothing states
+# How a file starts, by its name. No pickle, of whatever protocol or compression, starts like any of these.
+STARTS: dict[str, bytes | tuple[bytes, ...]] = {
+    ".onnx": b"\x08", ".skops": b"PK\x03\x04", ".json": (b"{", b"["), ".jsonl": b"{",
+}  # fmt: skip
 
 
 class Release(BaseModel):
@@ -42,7 +47,8 @@ class Artifact:
     @property
     def model_file(self) -> str:
         """The file the runtime loads."""
-        return "rules.json" if self.manifest.runtime == "rules" else "model.onnx"
+        runtime = self.manifest.runtime
+        return "rules.json" if runtime == "rules" else f"model.{runtime}"
 
     @property
     def sha256(self) -> str:
@@ -52,7 +58,7 @@ class Artifact:
 
 def read_release(root: Path) -> Release:
     """The release that `root` names; raises ArtifactError."""
-    path = root / "release.json"
+    path = root / RELEASE
     try:
         return Release.model_validate_json(_read(path))
     except ValidationError as error:
@@ -66,12 +72,9 @@ def read_artifact(root: Path, version: str) -> Artifact:
     folder = root / version
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no such version")
-    if folder.resolve().parent != root.resolve():
-        raise ArtifactError(f"{folder}: leads out of {root}")
-    try:
-        manifest = Manifest.model_validate_json(_read(folder / MANIFEST))
-    except ValidationError as error:
-        raise ArtifactError(f"{folder / MANIFEST}: {_first(error)}") from None
+    if folder.resolve() != root.resolve() / version:
+        raise ArtifactError(f"{folder}: is a link that leads out of its place in {root}")
+    manifest = read_manifest(folder)
     if manifest.version != version:
         raise ArtifactError(f"{folder / MANIFEST}: is of version {manifest.version}")
     files = _verified_files(folder, manifest)
@@ -82,6 +85,14 @@ def read_artifact(root: Path, version: str) -> Artifact:
         )
     _check_contract(folder, manifest)
     return artifact
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the version in `folder` says of itself, still to be verified; raises ArtifactError."""
+    try:
+        return Manifest.model_validate_json(_read(folder / MANIFEST))
+    except ValidationError as error:
+        raise ArtifactError(f"{folder / MANIFEST}: {_first(error)}") from None
 
 
 def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -97,6 +108,11 @@ def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             raise ArtifactError(f"{folder / name}: size differs from the {entry.size} bytes in {MANIFEST}")
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise ArtifactError(f"{folder / name}: sha256 differs from {MANIFEST}")
+        suffix = Path(name).suffix
+        if suffix not in STARTS:
+            raise ArtifactError(f"{folder / name}: cannot be loaded: a version holds {', '.join(STARTS)}")
+        if not content.startswith(STARTS[suffix]):
+            raise ArtifactError(f"{folder / name}: cannot be loaded: does not start like {suffix}")
         files[name] = content
     return files
 
@@ -114,13 +130,13 @@ def _check_contract(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _read(path: Path, size: int | None = None) -> bytes:
+def _read(path: Path, size: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a regular file; at most one more than `size`, enough to show that it is wrong."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise ArtifactError(f"{path}: is no regular file but a link, a folder or a pipe")
         with path.open("rb") as file:
-            return file.read() if size is None else file.read(size + 1)
+            return file.read(size + 1)
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror or 'cannot be read'}") from None
 

@@ -1,31 +1,47 @@
 """Store and runtimes: what is refused and in which words, and that only verified bytes are loaded."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import pickle
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import skops.io
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_iris
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from app.core.errors import ArtifactError
-from app.core.runtimes import RulesRuntime, load_runtime
-from app.core.store import Artifact, read_artifact, read_release
+from app.core.remote import Unavailable, check_address
+from app.core.runtimes import ONNX_FIELDS, RulesRuntime, SkopsRuntime, load_runtime, skops_types
+from app.core.store import STARTS, Artifact, read_artifact, read_release
 from tests.conftest import ARTIFACTS, VERSIONS
 
 FILES = [
     path.relative_to(ARTIFACTS).as_posix() for version in VERSIONS for path in (ARTIFACTS / version).iterdir()
 ]
 MANIFEST, MODEL = "manifest.json", "model.onnx"
+NAMES = ["sepal_length", "sepal_width", "petal_length", "petal_width"]
+LABELS = ["setosa", "versicolor", "virginica"]
 
 
 @pytest.fixture
@@ -131,6 +147,13 @@ def unlisted(v1: Path) -> None:
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no folder": (shutil.rmtree, "v1", "no such version"),
+    "a link beside the folder": (
+        lambda v1: v1.symlink_to(v1.rename(v1.with_name("v2")), target_is_directory=True), "v1", "leads out"),
+    "a link for the manifest": (lambda v1: replace(v1 / MANIFEST), MANIFEST, "no regular file"),
+    "a link for a file that is not loaded": (
+        lambda v1: replace(v1 / "golden.jsonl"), "golden.jsonl", "no regular file"),
+    "a manifest without an end": (
+        lambda v1: os.truncate(v1 / MANIFEST, 2**25), MANIFEST, "JSON"),
     "a file for the folder": (lambda v1: replace(v1, Path.touch), "v1", "no such version"),
     "a link for the folder": (replace, "v1", "leads out"),
     "no manifest": (lambda v1: (v1 / MANIFEST).unlink(), MANIFEST, "No such file"),
@@ -214,6 +237,31 @@ def test_what_is_no_model_is_refused_and_never_unpickled(
     assert not trace.exists()
 
 
+COMPRESSED = (bytes, zlib.compress, gzip.compress, bz2.compress, lzma.compress)
+PICKLES = [
+    compress(pickle.dumps(value, protocol))
+    for compress in COMPRESSED
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    for value in (LogisticRegression(), {"a": 1}, [1], (), "text", 1, None, Bomb(Path("trace")))
+]
+
+
+@pytest.mark.parametrize("suffix", STARTS)
+def test_no_pickle_starts_like_a_file_of_a_version(suffix: str) -> None:
+    """Whatever is pickled, by whatever protocol and compressed or not, none of it passes for a known file."""
+    assert not [content for content in PICKLES if content.startswith(STARTS[suffix])]
+
+
+@pytest.mark.parametrize(
+    "name", [MODEL, "golden.jsonl", "baseline.json", "other.skops", "model.joblib", "noend"]
+)
+def test_a_listed_pickle_is_refused_under_any_name(root: Path, tmp_path: Path, name: str) -> None:
+    """Being in the manifest, hash and all, makes no pickle welcome, even where nobody would load it."""
+    put(root / "v1", name, pickle.dumps(Bomb(tmp_path / "trace")))
+    assert f"v1/{name}: cannot be loaded" in refused(lambda: read_artifact(root, "v1"))
+    assert not (tmp_path / "trace").exists()
+
+
 def onnx_model(columns: int, labels: int, inputs: int = 1) -> bytes:
     """A model that takes and gives so many columns."""
     taken = [f"x{index}" for index in range(inputs)]
@@ -236,6 +284,219 @@ def test_a_model_of_another_shape_is_refused(root: Path) -> None:
     for columns, labels, inputs in ((3, 3, 1), (5, 3, 1), (4, 3, 2)):
         put(root / "v1", MODEL, onnx_model(columns, labels, inputs))
         assert "v1/model.onnx: cannot be loaded" in refused(lambda: load(root))
+
+
+def ways_to_tensors() -> dict[str, dict[int, str]]:
+    """Fields of ONNX's messages that lead to data outside of the file, as the library itself has them."""
+    fields: dict[str, dict[int, str]] = {}
+    pending = [onnx.ModelProto.DESCRIPTOR]
+    while pending:
+        message = pending.pop()
+        inner = {field.number: field.message_type for field in message.fields if field.message_type}
+        fields[message.name] = {number: one.name for number, one in inner.items()}
+        pending.extend(one for one in inner.values() if one.name not in fields)
+    outside = {onnx.TensorProto.DESCRIPTOR.fields_by_name["external_data"].number: "StringStringEntryProto"}
+    ways = {"TensorProto": outside}
+    while True:
+        found = {
+            name: {number: inner for number, inner in own.items() if inner in ways}
+            for name, own in fields.items()
+            if name != "TensorProto" and set(own.values()) & ways.keys()
+        }
+        if found.keys() < ways.keys():
+            return {**found, "TensorProto": outside}
+        ways |= found
+
+
+def test_every_way_to_a_tensor_is_known() -> None:
+    """The search for data outside of an ONNX file leaves no part of the format out."""
+    assert ways_to_tensors() == ONNX_FIELDS
+
+
+def tensors_of(model: onnx.ModelProto) -> dict[str, Callable[[], onnx.TensorProto]]:
+    """By name, what adds a tensor somewhere in a model."""
+    graph, function = model.graph, model.functions.add()
+    return {
+        "initializer": graph.initializer.add,
+        "sparse initializer": lambda: graph.sparse_initializer.add().values,
+        "indices": lambda: graph.sparse_initializer.add().indices,
+        "constant": lambda: graph.node.add().attribute.add().t,
+        "constants": lambda: graph.node.add().attribute.add().tensors.add(),
+        "branch": lambda: graph.node.add().attribute.add().g.initializer.add(),
+        "branches": lambda: graph.node.add().attribute.add().graphs.add().node.add().attribute.add().t,
+        "sparse constant": lambda: graph.node.add().attribute.add().sparse_tensor.values,
+        "function": lambda: function.node.add().attribute.add().t,
+        "default": lambda: function.attribute_proto.add().t,
+        "training": lambda: model.training_info.add().algorithm.initializer.add(),
+    }
+
+
+@pytest.mark.parametrize("where", tensors_of(onnx.ModelProto()))
+def test_data_outside_of_the_file_is_refused_wherever_it_is_referred_to(root: Path, where: str) -> None:
+    """A model is its own verified bytes: a tensor that lies in another file stops the load."""
+    model = onnx.load_from_string(onnx_model(4, 3))
+    tensor = tensors_of(model)[where]()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones((4, 3), np.float32), "location"))
+    put(root / "v1", MODEL, model.SerializeToString())
+    assert "refers to data outside" not in str(attempt(root))
+    tensor.external_data.add(key="location", value="weights.json")
+    put(root / "v1", MODEL, model.SerializeToString())
+    assert refused(lambda: load(root)) == "v1/model.onnx: refers to data outside of the file"
+
+
+def attempt(root: Path) -> object:
+    """What loading gives, or raises."""
+    try:
+        return load(root)
+    except ArtifactError as error:
+        return error
+
+
+def fitted(step: Any = None, columns: int = 4, labels: Any = LABELS) -> Any:
+    """A model of the contract's flowers, behind a step that changes nothing unless another is given."""
+    data, target = load_iris(return_X_y=True)
+    model = make_pipeline(step or FunctionTransformer(), LogisticRegression(max_iter=1000))
+    return model.fit(data[:, :columns], np.array(labels)[target])
+
+
+def put_skops(version: Path, model: Any, **changes: Any) -> None:
+    """Make a version one that is served through skops, by a model or by the bytes of its file."""
+    content = model if isinstance(model, bytes) else skops.io.dumps(model)
+    (version / MODEL).unlink(missing_ok=True)
+    edit(version / MANIFEST, lambda manifest: manifest["files"].pop(MODEL, None))
+    put(version, "model.skops", content)
+    own = {
+        "runtime": "skops",
+        "libraries": {name: installed(name) for name in ("numpy", "scikit-learn", "skops")},
+        "trusted_types": [] if model is content else sorted(skops_types(content)),
+    }
+    edit(version / MANIFEST, lambda manifest: manifest.update(own | changes))
+
+
+def test_a_skops_model_answers_as_before_it_was_saved(root: Path) -> None:
+    """Probabilities are scikit-learn's own, as floats, in the order of the manifest's labels."""
+    model, rows = fitted(), load_iris().data.astype(np.float32)
+    put_skops(root / "v1", model)
+    answers = load_runtime(read_artifact(root, "v1")).infer(rows)
+    assert answers == model.predict_proba(rows).tolist()
+    assert {type(value) for answer in answers for value in answer} == {float}
+    content = skops.io.dumps(model)
+    other = SkopsRuntime(skops.io, content, sorted(skops_types(content)), NAMES, LABELS[::-1])
+    assert other.infer(rows) == [answer[::-1] for answer in answers]
+
+
+def test_only_listed_types_are_loaded(root: Path, tmp_path: Path) -> None:
+    """Each type in a skops file must be listed in the manifest, also those that skops itself trusts."""
+    content = skops.io.dumps(fitted(FunctionTransformer(np.sqrt)))
+    needed = skops_types(content)
+    assert {"sklearn.linear_model._logistic.LogisticRegression", "numpy.ndarray", "numpy.sqrt"} <= needed
+    for one in sorted(needed):
+        put_skops(root / "v1", content, trusted_types=sorted(needed - {one}))
+        line = refused(lambda: load(root))
+        assert line == f"v1/model.skops: holds a {one}, which manifest.json does not list among trusted_types"
+    put_skops(root / "v1", content, trusted_types=sorted(needed))
+    load(root)
+
+
+def test_a_function_that_was_not_listed_is_not_called(root: Path, tmp_path: Path) -> None:
+    """A model that would do something when it is loaded or asked does not get that far."""
+    archive, trace = io.BytesIO(), tmp_path / "trace"
+    text = {"__class__": "str", "__module__": "builtins", "__loader__": "JsonNode", "content": f'"{trace}"'}
+    call = {"__class__": "mkdir", "__module__": "posix", "__loader__": "ConstructorFromReduceNode"}
+    words = {"__class__": "tuple", "__module__": "builtins", "__loader__": "TupleNode", "content": [text]}
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("schema.json", json.dumps({**call, "content": words, "protocol": 2}))
+    put_skops(root / "v1", archive.getvalue(), trusted_types=["builtins.str", "builtins.tuple"])
+    assert "holds a posix.mkdir" in refused(lambda: load(root))
+    assert not trace.exists()
+    put_skops(
+        root / "v1", archive.getvalue(), trusted_types=["builtins.str", "builtins.tuple", "posix.mkdir"]
+    )
+    refused(lambda: load(root))
+    assert trace.exists()  # so it was the list that kept it shut
+
+
+@pytest.mark.parametrize(
+    ("libraries", "reason"),
+    [
+        ({"scikit-learn": "1.0"}, "was made with scikit-learn 1.0, and "),
+        ({"numpy": "1.0"}, "was made with numpy 1.0, and "),
+        ({"skops": "0.1"}, "add skops==0.1 to requirements/runtime.in"),
+        ({"xgboost": "3.0.0"}, "was made with xgboost 3.0.0, and none is installed"),
+        ({"skops": None}, "manifest.json does not say with which skops"),
+    ],
+    ids=str,
+)
+def test_libraries_of_other_versions_are_refused(
+    root: Path, libraries: dict[str, str | None], reason: str
+) -> None:
+    """A skops model runs on the very libraries it was made with; the line says what to install."""
+    put_skops(root / "v1", b"PK\x03\x04, and nothing that could be loaded")
+    own = json.loads((root / "v1" / MANIFEST).read_bytes())["libraries"] | libraries
+    known = {name: version for name, version in own.items() if version}
+    edit(root / "v1" / MANIFEST, lambda manifest: manifest.update(libraries=known))
+    line = refused(lambda: load(root))
+    assert line.startswith("v1/model.skops: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (fitted(columns=3), "takes other columns"),
+        (fitted(labels=[0, 1, 2]), "answers with other labels"),
+        (b"PK\x03\x04, and no archive", "cannot be loaded"),
+        (pickle.dumps(LogisticRegression()), "cannot be loaded"),
+        (b"", "cannot be loaded"),
+    ],
+    ids=["columns", "labels", "no archive", "pickle", "empty"],
+)
+def test_a_skops_file_that_does_not_fit_is_refused(root: Path, model: Any, reason: str) -> None:
+    """A model for other columns or labels, or none at all, is refused with the reason."""
+    put_skops(root / "v1", model)
+    line = refused(lambda: load(root))
+    assert "v1/model.skops: " in line
+    assert reason in line
+
+
+def test_columns_are_those_of_the_frame_it_was_fitted_on(root: Path) -> None:
+    """A model that remembers the names of its columns is refused when the manifest orders them otherwise."""
+    model = fitted()
+    model[0].feature_names_in_ = np.array(NAMES[::-1], dtype=object)
+    content = skops.io.dumps(model)
+    with pytest.raises(Exception, match="takes other columns"):
+        SkopsRuntime(skops.io, content, sorted(skops_types(content)), NAMES, LABELS)
+
+
+def test_a_model_runs_on_one_thread(root: Path) -> None:
+    """Whatever a model was trained with, serving scales by workers and not by threads of threads."""
+    data, target = load_iris(return_X_y=True)
+    forest = RandomForestClassifier(3, n_jobs=-1, random_state=0).fit(data, np.array(LABELS)[target])
+    put_skops(root / "v1", forest)
+    runtime: Any = load_runtime(read_artifact(root, "v1"))
+    assert runtime._model.n_jobs == 1
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+        "::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "2002:0a00:0001::",
+    ],
+)  # fmt: skip
+def test_private_addresses_are_refused_unless_allowed(address: str) -> None:
+    """Loopback, private, shared and link-local addresses, however they are written, need permission."""
+    with pytest.raises(Unavailable, match=r"private address .*APP_ARTIFACTS_ALLOW_PRIVATE"):
+        check_address(address, secure=True, allow_private=False)
+    check_address(address, secure=False, allow_private=True)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"])
+def test_public_addresses_are_spoken_to_under_encryption(address: str) -> None:
+    """What crosses a network that is not one's own is encrypted, permission for private addresses or not."""
+    check_address(address, secure=True, allow_private=False)
+    with pytest.raises(Unavailable, match="without encryption"):
+        check_address(address, secure=False, allow_private=True)
 
 
 def rules(*conditions: dict[str, dict[str, float]]) -> RulesRuntime:

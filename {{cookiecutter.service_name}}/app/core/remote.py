@@ -1,0 +1,185 @@
+"""Artifacts in an object store or on a web server, brought into a private folder to be verified there.
+
+    s3://bucket/prefix -> release.json -> v1/manifest.json -> the files it lists -> folder -> as any other
+
+obstore knows the clouds: where a bucket is, and the credentials in the variables of their SDKs. It would also
+follow redirects and connect to whatever a name resolves to, so all it does is sign each object's address, and
+the object is fetched here. This happens in a process of its own: the caller, about to fork, must have no
+threads, which obstore starts, and an alarm ends that process whatever it waits for.
+"""
+
+import http.client
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+from urllib.parse import SplitResult, quote, urlsplit
+
+from app.core.errors import ArtifactError
+from app.core.store import MANIFEST, MAX_JSON_BYTES, RELEASE, read_manifest, read_release
+
+SECONDS = 5  # for everything, and on top of that the time that the files take at the lowest speed:
+BYTES_PER_SECOND = 2**20
+CONNECT_SECONDS = 3
+SIGNED_FOR = timedelta(minutes=5)
+PLAIN = re.compile(r"\w[\w.-]*")
+REFUSED = 3  # exit code: the last line printed is the reason; else it is the object that was being fetched
+
+
+@contextmanager
+def local_folder(place: Path | str, version: str | None, allow_private: bool) -> Iterator[Path]:
+    """The folder to read from: `place` itself, or while in use a copy of what is served from there.
+
+    `version` is what release.json says unless given. Raises ArtifactError, which names places, not copies.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    place = place.rstrip("/")
+    with TemporaryDirectory(prefix="artifacts-") as folder:  # for this user alone
+        command = [sys.executable, "-m", __name__, place, version or "", folder, str(int(allow_private))]
+        project = Path(__file__).resolve().parents[2]
+        # Nothing but our own words is passed on: what libraries and servers say may hold credentials.
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            said = (done.stdout.splitlines() or [""])[-1]
+            late = done.returncode == -signal.SIGALRM
+            reason = f"{said}: {'takes too long' if late else 'cannot be fetched'}"
+            raise ArtifactError(f"{place}/{said if done.returncode == REFUSED else reason}")
+        try:
+            yield Path(folder)
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(folder, place)) from None
+
+
+def fetch_version(place: str, version: str, folder: Path, allow_private: bool) -> None:
+    """Fetch one version, or the served one, into `folder`; the process is ended if that takes too long."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    started, address = monotonic(), addresses(place)
+
+    def fetch(name: str, limit: int) -> None:
+        print(name, flush=True)  # noqa: T201  # to the parent: what to name if nothing else is heard
+        try:
+            _fetch(address(name), folder / name, limit, allow_private)
+        except Unavailable as error:
+            raise ArtifactError(f"{name}: {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ArtifactError(f"{name}: cannot be fetched ({type(error).__name__})") from None
+
+    if not version:
+        fetch(RELEASE, MAX_JSON_BYTES)
+        version = read_release(folder).serving
+    (folder / version).mkdir()
+    fetch(f"{version}/{MANIFEST}", MAX_JSON_BYTES)
+    listed = read_manifest(folder / version).files.items()
+    # What has no plain name is not fetched, and then missed by whoever verifies.
+    sizes = {name: entry.size for name, entry in listed if PLAIN.fullmatch(name) and name != MANIFEST}
+    total = sum(sizes.values())
+    if total > shutil.disk_usage(folder).free:
+        raise ArtifactError(f"{version}/{MANIFEST}: lists more than there is room for")
+    left = SECONDS + total / BYTES_PER_SECOND - (monotonic() - started)
+    signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+    for name, size in sizes.items():
+        fetch(f"{version}/{name}", size)
+
+
+def addresses(place: str) -> Callable[[str], SplitResult]:
+    """From an object's name to the address, signed where need be, to fetch it from."""
+    if place.startswith("https:"):
+        return lambda name: urlsplit(f"{place}/{quote(name)}")
+    import obstore
+    from obstore.store import from_url
+
+    def signed(name: str) -> SplitResult:
+        try:
+            store: Any = from_url(place, retry_config={"max_retries": 0})
+            return urlsplit(obstore.sign(store, "GET", name, SIGNED_FOR))
+        except Exception as error:
+            reason = f"cannot be signed for ({type(error).__name__}): see the credentials in the environment"
+            raise Unavailable(reason) from None
+
+    return signed
+
+
+def _fetch(address: SplitResult, target: Path, limit: int, allow_private: bool) -> None:
+    """GET `address` into `target`, at most `limit` bytes of it."""
+    secure = address.scheme == "https"
+    host, port = address.hostname or "", address.port or (443 if secure else 80)
+    protocol = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    with closing(protocol(host, port)) as connection:
+        connection.sock = _connect(host, port, secure, allow_private)
+        connection.request("GET", address.path + (f"?{address.query}" if address.query else ""))
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise Unavailable(_status(response.status))
+        left = limit + 1
+        with target.open("xb") as file:
+            while left and (chunk := response.read(min(left, 2**20))):
+                file.write(chunk)
+                left -= len(chunk)
+        if not left:
+            raise Unavailable(f"is larger than the {limit} bytes it may have")
+        if response.length:
+            raise Unavailable("ends early")
+
+
+class Unavailable(Exception):
+    """Why an object was not fetched, in a few words of ours."""
+
+
+def _status(status: int) -> str:
+    if status in (301, 302, 303, 307, 308):
+        return f"is answered with a redirect ({status}), which is not followed"
+    words = {401: "access is denied", 403: "access is denied", 404: "there is no such object"}
+    return f"{words.get(status, 'is answered with an error')} ({status})"
+
+
+def _connect(host: str, port: int, secure: bool, allow_private: bool) -> socket.socket:
+    """A connection to one of the very addresses that were looked at."""
+    found = dict.fromkeys(str(one[4][0]) for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    for one in found:
+        check_address(one, secure, allow_private)
+    plain = _first_open(found, port)
+    plain.settimeout(None)  # the alarm is set
+    return ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
+
+
+def _first_open(found: Iterable[str], port: int) -> socket.socket:
+    failure = OSError()
+    for one in found:
+        try:
+            return socket.create_connection((one, port), CONNECT_SECONDS)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def check_address(address: str, secure: bool, allow_private: bool) -> None:
+    """Raise Unavailable for a private address, unless allowed, and for a public one without encryption."""
+    ip = ip_address(address.partition("%")[0])
+    if isinstance(ip, IPv6Address):
+        ip = ip.ipv4_mapped or ip.sixtofour or ip
+    if not ip.is_global and not allow_private:
+        raise Unavailable(f"is at a private address ({ip}), and APP_ARTIFACTS_ALLOW_PRIVATE is not set")
+    if ip.is_global and not secure:
+        raise Unavailable("is offered without encryption by a public address")
+
+
+if __name__ == "__main__":
+    url, wanted, into, private = sys.argv[1:]
+    try:
+        fetch_version(url, wanted, Path(into), private == "1")
+    except ArtifactError as refusal:
+        print(str(refusal).removeprefix(f"{into}/"))  # noqa: T201
+        sys.exit(REFUSED)
