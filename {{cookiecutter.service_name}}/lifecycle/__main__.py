@@ -2,12 +2,14 @@
 
 import typer
 
+from lifecycle.sbom import sbom
 from lifecycle.size import size
 from lifecycle.train import train
 
 commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 commands.command()(train)
 commands.command()(size)
+commands.command()(sbom)
 
 
 @commands.callback()
