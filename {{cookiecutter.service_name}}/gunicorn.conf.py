@@ -4,7 +4,6 @@ Everything adjustable comes from `APP_` variables. Timeouts nest, so that each i
 request deadline < uvicorn's graceful shutdown < gunicorn's graceful shutdown < termination grace period.
 """
 
-import asyncio
 import os
 import shutil
 import signal
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from gunicorn.errors import HaltServer
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn_worker import UvicornWorker
 
 from app.core.errors import ArtifactError
 from app.core.sizing import default_workers
 from app.observability.logging import server_logging
+from app.protocol import Protocol
 from app.settings import GRACE_SECONDS, SettingsError, load_settings
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process must have no threads when it forks
@@ -30,57 +29,12 @@ except SettingsError as problem:
     sys.exit(f"cannot start: {problem}")
 
 
-class Cork:
-    """A transport that holds back a response's head until its body follows: one system call, one packet."""
-
-    __slots__ = ("_head", "_loop", "_transport")
-
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop, self._head = transport, loop, b""
-
-    def write(self, data: bytes) -> None:
-        """Send what was held back and `data`; or hold `data` back for the rest of this turn of the loop."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head + data)
-        else:
-            self._head = data
-            self._loop.call_soon(self._flush)
-
-    def is_closing(self) -> bool:
-        """See `asyncio.Transport`."""
-        closing: bool = self._transport.is_closing()
-        return closing
-
-    def close(self) -> None:
-        """See `asyncio.Transport`."""
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-class CorkedProtocol(HttpToolsProtocol):
-    """uvicorn writes head and body apart, at a system call each."""
-
-    def connection_made(self, transport: Any) -> None:
-        """See `asyncio.Protocol`."""
-        super().connection_made(transport)
-        self.transport = Cork(transport, self.loop)
-
-
 class Worker(UvicornWorker):
     """uvicorn-worker with a graceful timeout, which it never sets itself, and without what is not needed."""
 
     CONFIG_KWARGS: dict[str, Any] = {  # noqa: RUF012  # the name and kind are uvicorn-worker's
         "loop": "auto",
-        "http": CorkedProtocol,
+        "http": Protocol,
         "ws": "none",
         "lifespan": "on",
         "access_log": False,

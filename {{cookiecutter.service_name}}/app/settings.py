@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     artifacts_allow_private: bool = False
     model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
+    header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
     max_queue: Annotated[int, Field(ge=0, le=100_000)] = 256
     max_body_bytes: Annotated[int, Field(ge=1)] = 1_048_576

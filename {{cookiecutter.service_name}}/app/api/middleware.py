@@ -56,6 +56,8 @@ class ServiceMiddleware:
             await send(message)
 
         try:
+            if "refused" in scope:  # by `protocol`: it never became a request
+                raise scope["refused"]
             if path.startswith("/v1/"):
                 call.client = service.guard.authenticate(key, scope["client"][0] if scope["client"] else "")
                 if service.guard.limited:
@@ -116,7 +118,9 @@ class ServiceMiddleware:
                 key = key or value[7:].strip()
             elif name == b"idempotency-key":
                 call.idempotency_key = value
-            elif name == b"content-encoding":
+            elif name == b"content-encoding" or (
+                name == b"transfer-encoding" and value.lower() != b"chunked"
+            ):
                 call.content_encoding = value
         call.request_id = call.request_id or os.urandom(16).hex()
         return call, key

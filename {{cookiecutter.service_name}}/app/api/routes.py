@@ -25,11 +25,27 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": meaning} for status, meaning in _MEANING.items()
 }
 
+# OpenAPI's links: what a client may do next with what it has sent or got.
+_AS_BATCH = {
+    "InBatch": {
+        "operationId": "predict_batch_v1_predict_batch_post",
+        "requestBody": {"instances": ["$request.body"]},
+        "description": "The same instance as one of several gets the same answer.",
+    }
+}
+_ALONE = {
+    "Alone": {
+        "operationId": "predict_v1_predict_post",
+        "requestBody": "$request.body#/instances/0",
+        "description": "An instance of the batch by itself gets the same answer.",
+    }
+}
+
 inference = APIRouter(prefix="/v1", route_class=JSONRoute, tags=["inference"], responses=_ANSWERS)
 operations = APIRouter(tags=["operations"])
 
 
-@inference.post("/predict", summary="Predict one instance")
+@inference.post("/predict", summary="Predict one instance", responses={200: {"links": _AS_BATCH}})
 async def predict(features: Features, call: CurrentCall) -> Prediction:
     """One instance in, one prediction out. `score` is the model's probability of `label`."""
     pipeline, ids = call.pipeline, call.prediction_ids(1)
@@ -37,7 +53,7 @@ async def predict(features: Features, call: CurrentCall) -> Prediction:
     return prediction
 
 
-@inference.post("/predict/batch", summary="Predict several instances")
+@inference.post("/predict/batch", summary="Predict several instances", responses={200: {"links": _ALONE}})
 async def predict_batch(batch: Instances, call: CurrentCall) -> Batch:
     """Predictions in the order of the instances; an invalid one fails the request and is named by index."""
     count, limit = len(batch.instances), call.service.settings.max_batch_items

@@ -4,14 +4,18 @@ from typing import Any
 
 _STATUS = {
     "invalid_json": 400,
+    "invalid_request": 400,  # not HTTP, or HTTP that two readers could take for two different things
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
     "method_not_allowed": 405,
+    "request_timeout": 408,
     "body_too_large": 413,
+    "uri_too_long": 414,
     "unsupported_media_type": 415,
     "invalid_input": 422,
     "rate_limited": 429,
+    "headers_too_large": 431,
     "internal_error": 500,
     "model_error": 500,  # the model raised on this very row
     "non_finite_output": 500,
@@ -29,7 +33,7 @@ class ServiceError(Exception):
         self.code, self.status, self.title = (
             code,
             _STATUS[code],
-            code.replace("_", " ").capitalize().replace("json", "JSON"),
+            code.replace("_", " ").capitalize().replace("json", "JSON").replace("Uri", "URI"),
         )
         self.detail, self.errors = detail or self.title, errors or []
         self.headers = {"retry-after": "1"} if self.status in (429, 503) else {}

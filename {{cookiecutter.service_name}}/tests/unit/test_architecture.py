@@ -19,6 +19,7 @@ KNOWS = {
     "settings": set(),
     "core": {"core", "schemas", "observability"},
     "api": {"api", "core", "schemas", "observability", "settings"},
+    "protocol": {"core"},
     "main": {"api", "core", "schemas", "observability", "settings"},
     "__main__": {"main", "api", "core", "schemas", "observability", "settings"},
 }
@@ -29,6 +30,7 @@ SHUNS = {
     "settings": WEB | MODEL_LIBRARIES,
     "core": WEB,
     "api": {"gunicorn", "onnxruntime", "uvicorn", "uvicorn_worker"},
+    "protocol": (WEB | MODEL_LIBRARIES) - {"uvicorn"},
     "main": {"gunicorn", "onnxruntime", "uvicorn", "uvicorn_worker"},
     "__main__": WEB,
 }

@@ -1,0 +1,255 @@
+"""A connection: what uvicorn leaves open between the socket and the first request that is one.
+
+    bytes -> httptools -> complete head within time and limits -> uvicorn's cycle -> Cork -> bytes
+                       -> anything else: `_refuse` -> the application's problem document -> close
+
+uvicorn's workers heed none of gunicorn's limits and wait for ever. Here every wait for a client has an end,
+and what is kept of a request has a bound, for a few comparisons a request and a timer a connection.
+It stands beside `api`, which knows no server.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from app.core.errors import ServiceError
+
+MAX_HEAD_BYTES, MAX_URI_BYTES, MAX_HEADERS = 65_536, 8_192, 100
+MAX_PIPELINED = 100  # requests that wait on one connection for those before them
+WIRE_FACTOR = 8  # a body in chunks of one byte takes six bytes for each
+
+_TRAILERS: Any = deque(maxlen=0)  # takes in the fields after a body and keeps none: they are no headers
+
+
+class Cork:
+    """A transport that holds back a response's head until its body follows: one system call, one packet."""
+
+    __slots__ = ("_closing", "_hang_up", "_head", "_loop", "_transport")
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop, hang_up: Callable[[], None]) -> None:
+        self._transport, self._loop, self._head = transport, loop, b""
+        self._hang_up, self._closing = hang_up, False
+
+    def write(self, data: bytes) -> None:
+        """Send what was held back and `data`; or hold `data` back for the rest of this turn of the loop."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
+        else:
+            self._head = data
+            self._loop.call_soon(self._flush)
+
+    def is_closing(self) -> bool:
+        """See `asyncio.Transport`."""
+        return self._closing or self._transport.is_closing()
+
+    def close(self) -> None:
+        """See `asyncio.Transport`; the second call does not wait for the client any more."""
+        self._flush()
+        if self._closing:
+            self._transport.close()
+        else:
+            self._closing = True
+            self._hang_up()
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol with an end to every wait, a bound on every size, and one packet an answer."""
+
+    # Beyond thirty attributes Python's dictionary for an instance gets slow; uvicorn's has nearly as many.
+    __slots__ = ("_deaf", "_in_body", "_max_wire", "_patience", "_seconds", "_size", "_socket", "_stalled")
+
+    def connection_made(self, transport: Any) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        settings = self.app_state["service"].settings
+        self._seconds: float = settings.header_timeout_seconds
+        self._max_wire: int = MAX_HEAD_BYTES + WIRE_FACTOR * settings.max_body_bytes
+        self._socket = transport
+        self.transport: Any = Cork(transport, self.loop, self._hang_up)
+        self.url, self.headers = b"", _TRAILERS
+        self._size = 0  # bytes since the last request or head was complete, as of the last packet
+        self._in_body = self._deaf = False
+        self._stalled: asyncio.TimerHandle | None = None  # rings when a client takes no answer
+        self._patience: asyncio.TimerHandle | None = None  # rings when a client has not finished speaking
+        self._be_patient()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_lost(exc)
+        self._be_patient(False)
+        self.resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self._deaf:
+            return
+        self._unset_keepalive_if_required()
+        self._size += len(data)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserError as error:
+            cause = error.__context__
+            self._refuse(cause if isinstance(cause, ServiceError) else ServiceError("invalid_request"))
+        except HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        else:
+            if self._size:
+                self._look()
+
+    def on_headers_complete(self) -> None:
+        """See httptools; raises ServiceError for what `_refuse` is to answer."""
+        if self._patience is not None:
+            self._be_patient(False)
+        if len(self.headers) > MAX_HEADERS or len(self.url) > MAX_URI_BYTES or self._size > MAX_HEAD_BYTES:
+            self._check_head()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ServiceError("invalid_request", "too many requests at once on one connection")
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ServiceError("invalid_request")
+            return  # httptools would lose the body: see `_decline`
+        HttpToolsProtocol.on_headers_complete(self)
+        self.headers, self._in_body, self._size = _TRAILERS, True, 0
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        if not self._in_body:  # another protocol was offered: the request is still to come
+            return
+        self._in_body, self._size, cycle = False, 0, self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
+        else:  # only the rest of the body was still to come
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        if self._patience is not None:
+            self._be_patient(False)
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`; who takes no answer for too long gets none."""
+        super().pause_writing()
+        self._stalled = self._stalled or self.loop.call_later(self._seconds, self._socket.abort)
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _look(self) -> None:
+        """The packet ended within a request: is it still one we wait for?"""
+        if self._patience is None:
+            self._be_patient()
+        try:
+            if not self._in_body:
+                self._check_head()
+                if self._size > MAX_HEAD_BYTES:
+                    raise ServiceError("headers_too_large")
+            elif self._size > self._max_wire:
+                raise ServiceError("body_too_large")
+        except ServiceError as error:
+            self._refuse(error)
+
+    def _check_head(self) -> None:
+        if len(self.url) > MAX_URI_BYTES:
+            raise ServiceError("uri_too_long", f"at most {MAX_URI_BYTES} bytes")
+        if len(self.headers) > MAX_HEADERS or (
+            self._size > MAX_HEAD_BYTES  # nearly never: a packet with so much in it
+            and sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES
+        ):
+            raise ServiceError("headers_too_large", f"at most {MAX_HEADERS} of {MAX_HEAD_BYTES} bytes in all")
+
+    def _decline(self, rest: bytes) -> None:
+        """Take the request as if it offered no other protocol, which is how HTTP says no."""
+        version = self.parser.get_http_version().encode()
+        head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        head += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self.data_received(b"\r\n".join((*head, b"", rest)))
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Listen no more; answer where an answer cannot be taken for that to another request."""
+        self._deaf, cycle = True, self.cycle
+        self._be_patient(False)
+        if cycle is None or cycle.response_complete:
+            if self._in_body:
+                self.transport.close()
+            else:
+                self._answer(error)
+        elif not self._in_body:
+            cycle.keep_alive = False  # what was asked before is answered, and then the door closes
+        elif cycle.response_started or self.pipeline:
+            self._socket.abort()
+        else:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._answer(error)
+
+    def _answer(self, error: ServiceError) -> None:
+        """Let the application say it, so that this, too, has its id, its log line and its count."""
+        self.on_message_begin()
+        scope: Any = self.scope
+        scope |= {"method": "", "path": "", "raw_path": b"", "query_string": b"", "refused": error}
+        self.cycle = RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=False,
+            on_response=self.on_response_complete,
+        )
+        self._start_asgi_task(self.cycle, self.app)
+
+    def _hang_up(self) -> None:
+        """Close; where the client still speaks, only after it had time to read what it was told.
+
+        A socket closed with unread bytes sends a reset, which would overtake the answer.
+        """
+        if self._socket.is_closing():
+            return
+        if self._deaf or self._in_body:
+            self._deaf = True
+            self.flow.resume_reading()
+            self._socket.write_eof()
+            self._be_patient()
+        else:
+            self._socket.close()
+            # Until the client has taken what is still to be sent; but not for ever.
+            self._stalled = self._stalled or self.loop.call_later(self._seconds, self._socket.abort)
+
+    def _be_patient(self, still: bool = True) -> None:
+        """Wait for the client from now on; or, with `still` false, not any more."""
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience = self.loop.call_later(self._seconds, self._give_up) if still else None
+
+    def _give_up(self) -> None:
+        self._patience = None
+        if self._deaf:
+            self._socket.abort()
+        elif self._in_body and not self.cycle.response_complete:
+            self._be_patient()  # the route that reads the body has its own deadline
+        elif self._size and not self._in_body:
+            self._refuse(ServiceError("request_timeout", "the headers did not arrive in time"))
+        else:
+            self.transport.close()
