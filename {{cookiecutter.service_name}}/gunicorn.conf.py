@@ -39,8 +39,12 @@ class Worker(UvicornWorker):
         "lifespan": "on",
         "access_log": False,
         "server_header": False,
-        # X-Forwarded-For is believed only from the proxies that FORWARDED_ALLOW_IPS names.
-        "proxy_headers": bool(os.environ.get("FORWARDED_ALLOW_IPS")),
+        # For every answer, uvicorn's own to broken HTTP included: predictions are about somebody, so nothing
+        # in between may keep or reinterpret them.
+        "headers": [("cache-control", "no-store"), ("x-content-type-options", "nosniff")],
+        # X-Forwarded-For is believed only from these. By default gunicorn and uvicorn believe their own host.
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": [str(network) for network in settings.trusted_proxies],
         "timeout_graceful_shutdown": settings.drain_seconds - GRACE_SECONDS,
     }
 

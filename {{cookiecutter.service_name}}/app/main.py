@@ -16,10 +16,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, TypedDict
 
-from fastapi import FastAPI, Security
+from fastapi import FastAPI, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.telemetry import TelemetryConfig
+from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.exceptions import HTTPException
@@ -39,7 +40,7 @@ from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
 from app.observability.logging import LineWriter, configure_logging
-from app.observability.metrics import Metrics, Recorder
+from app.observability.metrics import Metrics, Recorder, scrape
 from app.schemas.contract import contract_inputs
 from app.settings import Settings, load_settings
 
@@ -78,7 +79,10 @@ def read_served(settings: Settings) -> Artifact:
     """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
     place, version = settings.artifacts_dir, settings.model_version
     with local_folder(place, version, settings.artifacts_allow_private) as root:
-        return read_artifact(root, version or read_release(root).serving)
+        artifact = read_artifact(root, version or read_release(root).serving)
+    if settings.env == "production" and (missing := artifact.manifest.unpinned):
+        raise ArtifactError(f"{artifact.manifest.version}/manifest.json: production needs {missing}")
+    return artifact
 
 
 def prepare_workers(settings: Settings, workers: int) -> None:
@@ -96,16 +100,25 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     log, writer = configure_logging(settings.log_level, settings.log_format)
     metrics = Metrics()
     writer.on_drop = metrics.dropped_lines.inc
+    tracing = None
     project = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
+    telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+    if settings.tracing_endpoint:
+        from app.observability.tracing import Tracing  # here, because nobody else needs its libraries
+
+        endpoint, on_drop = settings.tracing_endpoint, metrics.dropped_spans.inc
+        tracing = Tracing(project["name"], project["version"], endpoint, on_drop)
+        telemetry |= {"tracing": True, "tracer_provider": tracing.provider}
     service = Service(
         name=project["name"],
         version=project["version"],
         settings=settings,
         log=log,
         admission=Admission(settings.max_concurrency + settings.max_queue, settings.request_deadline_seconds),
-        guard=Guard(settings),
+        guard=Guard(settings, log, metrics.fallbacks.inc),
         recorder=Recorder(metrics),
         all_loaded=lambda: _inheritance is None or _inheritance.all_loaded,
+        tracing=tracing,
     )
 
     @asynccontextmanager
@@ -123,6 +136,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 service.pipeline.batcher.close()
             service.recorder.flush()
             log.info("stopped")
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
             await asyncio.to_thread(writer.close)
 
     app = FastAPI(
@@ -134,7 +149,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry=_telemetry(settings, service.name),
+        telemetry=telemetry,
         exception_handlers=dict.fromkeys(
             (HTTPException, RequestValidationError, ServiceError, Exception), handle
         ),
@@ -225,18 +240,8 @@ def _expose_metrics(app: FastAPI, metrics: Metrics, recorder: Recorder) -> None:
     instrumentator = Instrumentator(
         should_group_status_codes=False, should_group_untemplated=True, registry=metrics.registry
     )
-    instrumentator.add(record).instrument(app).expose(app, include_in_schema=False)
+    instrumentator.add(record).instrument(app)
 
-
-def _telemetry(settings: Settings, name: str) -> TelemetryConfig:
-    """FastAPI's own tracing, exported over OTLP/HTTP when APP_TRACING_ENDPOINT is set."""
-    if not settings.tracing_endpoint:
-        return {"tracing": False, "metrics": False, "logs": False}
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-    provider = TracerProvider(resource=Resource.create({"service.name": name}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.tracing_endpoint)))
-    return {"tracer_provider": provider, "metrics": False, "logs": False}
+    @app.get("/metrics", include_in_schema=False)
+    def scraped() -> Response:
+        return Response(scrape(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -7,11 +7,12 @@
 
 import os
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -23,6 +24,7 @@ from pydantic_settings import (
 PREFIX = "APP_"
 SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
 GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
+_NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
 
 
 # No user, password or query: those would be credentials, in a value that is shown and logged.
@@ -67,9 +69,10 @@ class Settings(BaseSettings):
     metrics_enabled: bool = True
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
-    tracing_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^/]+")] = None
+    tracing_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^/@\s]+(/\S*)?$")] = None
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (
@@ -95,6 +98,8 @@ class Settings(BaseSettings):
     def _hashed(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if not all(re.fullmatch(r"[0-9a-fA-F]{64}", key.get_secret_value()) for key in keys):
             raise ValueError("each key must be the sha256 of the key as 64 hex digits")
+        if _NO_KEYS & {key.get_secret_value().lower() for key in keys}:
+            raise ValueError("one of the keys is the sha256 of nothing: was the variable with the key empty?")
         return keys
 
     @model_validator(mode="after")
@@ -103,6 +108,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"APP_REQUEST_DEADLINE_SECONDS plus {GRACE_SECONDS} must be less than APP_DRAIN_SECONDS, "
                 "or draining would cut off requests that are still allowed to run"
+            )
+        if self.batch_max_wait_ms / 1000 >= self.request_deadline_seconds:
+            raise ValueError(
+                "APP_BATCH_MAX_WAIT_MS must be less than APP_REQUEST_DEADLINE_SECONDS, "
+                "or every request would be too late before it is run"
             )
         if self.env == "production" and not self.api_keys and not self.auth_disabled:
             raise ValueError("APP_API_KEYS is empty: production needs keys, or APP_AUTH_DISABLED=true")

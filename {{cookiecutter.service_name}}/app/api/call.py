@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -15,6 +16,11 @@ from app.core.pipeline import Pipeline
 from app.observability.logging import Logger
 from app.observability.metrics import Recorder
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.observability.tracing import Tracing
+
+_IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +35,7 @@ class Service:
     guard: Guard
     recorder: Recorder
     all_loaded: Callable[[], bool]  # this worker and all others
+    tracing: "Tracing | None" = None
     pipeline: Pipeline | None = None
 
 
@@ -43,6 +50,7 @@ class Call:
     trace_id: str | None = None
     client: str = ""  # hashed
     idempotency_key: bytes | None = None
+    attempt: int = 1  # which one this is, as a retrying proxy says
     content_type: bytes = b""
     content_encoding: bytes = b""
     content_length: int = 0
@@ -62,13 +70,31 @@ class Call:
 
     def prediction_ids(self, count: int) -> list[str]:
         """32 hex digits each: random, or with Idempotency-Key a function of key and body, for retries."""
-        if self.idempotency_key is None:
+        key = self.idempotency_key
+        if key is None:
             ids = [os.urandom(16).hex() for _ in range(count)]
+        elif not _IDEMPOTENCY_KEY.fullmatch(key):
+            where, rule = ["header", "Idempotency-Key"], "must be 1 to 255 printable ASCII characters"
+            error = {"loc": where, "msg": rule, "type": "idempotency_key"}
+            raise ServiceError("invalid_input", f"Idempotency-Key {rule}", [error])
         else:
-            seed = self.idempotency_key + b"\0" + self.body
+            seed = key + b"\0" + self.body
             ids = [hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:32] for index in range(count)]
+            self.service.recorder.keyed(ids[0])
         self.prediction_id = ids[0]
         return ids
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """What only some log lines have: the signs of a retry, and what went wrong."""
+        marks: dict[str, Any] = {}
+        if self.idempotency_key is not None:
+            marks["idempotency_key"] = hashlib.sha256(self.idempotency_key).hexdigest()[:12]
+        if self.attempt > 1:
+            marks["attempt"] = self.attempt
+        if self.error is not None:
+            marks["exc_info"] = self.error
+        return marks
 
 
 def _current(request: Request) -> Call:

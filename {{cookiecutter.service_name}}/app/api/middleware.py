@@ -21,11 +21,10 @@ from app.core.errors import ServiceError
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request that it sends again
 _SHED = {"overloaded": "queue_full", "model_not_ready": "not_ready", "rate_limited": "rate_limit"}
 _CLOSED_REQUEST = 499  # nginx's number for a client that has gone
 _JSON = [(b"content-type", b"application/json")]
-# Predictions are about somebody: nothing in between may keep or reinterpret them.
-_ALWAYS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 
 
 class ServiceMiddleware:
@@ -52,16 +51,20 @@ class ServiceMiddleware:
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 own = (b"x-request-id", call.request_id.encode())
-                message["headers"] = [*message.get("headers", ()), own, *_ALWAYS]
+                message["headers"] = [*message.get("headers", ()), own]
             await send(message)
 
         try:
             if "refused" in scope:  # by `protocol`: it never became a request
                 raise scope["refused"]
             if path.startswith("/v1/"):
-                call.client = service.guard.authenticate(key, scope["client"][0] if scope["client"] else "")
-                if service.guard.limited:
-                    await service.guard.spend(call.client)
+                guard, query = service.guard, scope["query_string"]
+                address = scope["client"][0] if scope["client"] else ""
+                call.client, known = guard.identify(key, query, address)
+                if not known:
+                    await guard.refuse(call.client, key, query)
+                if guard.limited:
+                    await guard.spend(call.client)
             if route is not None:
                 body = await route.answer(call, receive)
             else:
@@ -75,9 +78,11 @@ class ServiceMiddleware:
             status = _CLOSED_REQUEST
         except Exception as error:
             status, headers, body = self._failed(call, error)
+        if service.tracing is not None and route is not None:
+            service.tracing.name(method, route.path)
         if not started and status != _CLOSED_REQUEST:
             length, own = (b"content-length", b"%d" % len(body)), (b"x-request-id", call.request_id.encode())
-            headers = [*headers, length, own, *_ALWAYS]
+            headers = [*headers, length, own]
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
         handler = getattr(scope.get("route"), "path", "none") if route is None else route.path
@@ -95,7 +100,7 @@ class ServiceMiddleware:
             model_version=call.model_version,
             prediction_id=call.prediction_id,
             client=call.client,
-            **({"exc_info": call.error} if call.error else {}),
+            **call.marks,
         )
 
     def _open(self, scope: Scope) -> tuple[Call, bytes | None]:
@@ -122,6 +127,11 @@ class ServiceMiddleware:
                 name == b"transfer-encoding" and value.lower() != b"chunked"
             ):
                 call.content_encoding = value
+            elif name == b"x-envoy-attempt-count" and _ATTEMPT.fullmatch(value):
+                call.attempt = int(value)
+                self._service.recorder.retried("proxy")
+        if self._service.tracing is not None:
+            call.trace_id = self._service.tracing.trace_id()
         call.request_id = call.request_id or os.urandom(16).hex()
         return call, key
 

@@ -1,56 +1,185 @@
-"""Who may call, and how often. Decided from the headers alone, before the body is read."""
+"""Who may call, and how often. Decided from the headers alone, before the body is read.
 
+    key -> sha256 -> compared with every known one -> the client's name -> its quota, and that of failures
+
+Quotas are counted in Redis, for all workers together; without Redis, or while it is away, by each worker.
+"""
+
+import asyncio
 import hashlib
 import hmac
+import re
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
-from time import time
+from ipaddress import ip_network
+from math import ceil
+from time import monotonic, time
+from typing import Any, NoReturn
+from urllib.parse import unquote_to_bytes
 
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from app.core.errors import ServiceError
+from app.observability.logging import Logger
 from app.settings import Settings
 
 # These only describe the keys in OpenAPI; the middleware has asked `Guard` before a route is reached.
 SCHEMES = (APIKeyHeader(name="X-API-Key", auto_error=False), HTTPBearer(auto_error=False))
 
+MAX_CLIENTS, MAX_HITS = 10_000, 1_000_000  # that one worker remembers: some 40 MB at most
+ANSWER_SECONDS = 0.5  # for Redis to answer, before the worker counts by itself
+PAUSE_SECONDS = 5.0  # until a Redis that did not answer is asked again
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_KEY_IN_QUERY = re.compile(rb"(?:^|[&;])[^=&;]*(?:key|token|secret|auth)[^=&;]*=", re.IGNORECASE)
+_HOW = "send the key in the header X-API-Key, or as Authorization: Bearer"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most `amount` in any `seconds`."""
+
+    amount: int
+    seconds: int
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Limit":
+        """From the like of `600/minute`."""
+        amount, _, unit = text.partition("/")
+        return cls(int(amount), _SECONDS[unit], text)
+
+
+# A right key is accepted even then: behind a shared address, one caller must not lock out the others. What
+# keeps keys from being guessed is their length; this tells a loop with a wrong key to stop.
+FAILURES = Limit.parse("30/minute")
+
+
+class Windows:
+    """Moving windows in this process's memory; beyond its bounds the client idle longest is forgotten."""
+
+    def __init__(self) -> None:
+        self._hits: OrderedDict[str, deque[float]] = OrderedDict()
+        self._total = 0
+
+    def hit(self, limit: Limit, name: str) -> float:
+        """Take one and return 0, or the seconds until there is one to take."""
+        now, hits = monotonic(), self._hits.setdefault(name, deque(maxlen=limit.amount))
+        self._hits.move_to_end(name)
+        if len(hits) < limit.amount:
+            self._total += 1
+        elif (left := hits[0] + limit.seconds - now) > 0:
+            return left
+        hits.append(now)
+        while len(self._hits) > MAX_CLIENTS or self._total > MAX_HITS:
+            self._total -= len(self._hits.popitem(last=False)[1])
+        return 0.0
+
+
+class SharedWindows:
+    """The same in Redis: exact over all workers. While Redis is away every worker counts by itself."""
+
+    def __init__(self, uri: str, log: Logger, on_fallback: Callable[[], None]) -> None:
+        from limits import RateLimitItemPerSecond  # here, so that a service without Redis does not pay for it
+        from limits.aio.strategies import MovingWindowRateLimiter
+        from limits.storage import storage_from_string
+        from redis.asyncio import BlockingConnectionPool
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        # Retried once, because a connection from the pool may have been closed meanwhile.
+        pool = BlockingConnectionPool.from_url(uri, timeout=None, retry=Retry(NoBackoff(), 1))
+        options: dict[str, Any] = {"implementation": "redispy", "connection_pool": pool}
+        self._shared = MovingWindowRateLimiter(storage_from_string(f"async+{uri}", **options))
+        self._item, self._own = RateLimitItemPerSecond, Windows()
+        self._log, self._on_fallback = log, on_fallback
+        self._away, self._ask_again = False, 0.0
+
+    async def hit(self, limit: Limit, name: str) -> float:
+        """See `Windows.hit`; never raises."""
+        if (now := monotonic()) >= self._ask_again:
+            if self._away:  # one request tries; the others do not wait for what comes of it
+                self._ask_again = now + PAUSE_SECONDS
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    left = await self._hit(limit, name)
+            except Exception as error:  # whatever is wrong with Redis is no reason to refuse a request
+                self._ask_again = monotonic() + PAUSE_SECONDS
+                if not self._away:
+                    self._away = True
+                    self._log.error("rate limit storage away, counting per worker", exc_info=error)
+            else:
+                if self._away:
+                    self._away, self._ask_again = False, 0.0
+                    self._log.info("rate limit storage back")
+                return left
+        self._on_fallback()
+        return self._own.hit(limit, name)
+
+    async def _hit(self, limit: Limit, name: str) -> float:
+        item = self._item(limit.amount, limit.seconds)
+        if await self._shared.hit(item, name):
+            return 0.0
+        return max(0.001, (await self._shared.get_window_stats(item, name)).reset_time - time())
+
 
 class Guard:
-    """Authentication and rate limit of one process."""
+    """Authentication and quotas of one process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: Logger, on_fallback: Callable[[], None]) -> None:
         self._digests = [bytes.fromhex(key.get_secret_value()) for key in settings.api_keys]
-        self.limited = settings.rate_limit is not None
-        if settings.rate_limit is not None:
-            from limits import parse  # here, so that a service without quotas does not pay for it
-            from limits.aio.strategies import MovingWindowRateLimiter
-            from limits.storage import storage_from_string
+        self._limit = Limit.parse(settings.rate_limit) if settings.rate_limit else None
+        uri = settings.rate_limit_storage.get_secret_value()
+        self._windows = None if uri.startswith("memory") else SharedWindows(uri, log, on_fallback)
+        self._own = Windows()
+        self.limited = self._limit is not None
 
-            uri = settings.rate_limit_storage.get_secret_value()
-            options = {} if uri.startswith("memory") else {"implementation": "redispy"}
-            self._limiter = MovingWindowRateLimiter(storage_from_string(f"async+{uri}", **options))
-            self._limit = parse(settings.rate_limit)
-
-    def authenticate(self, key: bytes | None, address: str) -> str:
-        """The client's name for logs and quotas, hashed; raises ServiceError."""
+    def identify(self, key: bytes | None, query: bytes, address: str) -> tuple[str, bool]:
+        """The client's name for logs and quotas, hashed, and whether it may call."""
         if not self._digests:
-            return _hashed(address)
+            return _hashed(address), True
         digest = hashlib.sha256(key or b"").digest()
         # All keys are compared, so that the time tells nothing about which one matched.
-        if sum(hmac.compare_digest(digest, known) for known in self._digests):
-            return digest.hex()[:12]
-        error = ServiceError("forbidden", "this key is not accepted") if key else ServiceError("unauthorized")
+        known = sum(hmac.compare_digest(digest, one) for one in self._digests)
+        if key and known and not (query and _in_query(query)):
+            return digest.hex()[:12], True
+        return _hashed(address), False
+
+    async def refuse(self, client: str, key: bytes | None, query: bytes) -> NoReturn:
+        """Raise the ServiceError for a request that `identify` did not let in; too many of them are 429."""
+        await self._take(FAILURES, f"failed:{client}", f"{FAILURES.text} without an accepted key")
+        if query and _in_query(query):
+            error = ServiceError("unauthorized", f"a key in the URL ends up in logs: replace it, and {_HOW}")
+        elif key:
+            error = ServiceError("forbidden", "this key is not accepted")
+        else:
+            error = ServiceError("unauthorized", _HOW)
         error.headers["www-authenticate"] = 'Bearer realm="service", ApiKey header="X-API-Key"'
         raise error
 
     async def spend(self, client: str) -> None:
         """Take one request from the client's quota; raises ServiceError."""
-        if not await self._limiter.hit(self._limit, client):
-            error = ServiceError("rate_limited", f"the quota is {self._limit}")
-            reset = (await self._limiter.get_window_stats(self._limit, client)).reset_time
-            error.headers["retry-after"] = str(max(1, round(reset - time())))
+        if self._limit is not None:
+            await self._take(self._limit, client, f"the quota is {self._limit.text}")
+
+    async def _take(self, limit: Limit, name: str, detail: str) -> None:
+        shared = self._windows
+        left = self._own.hit(limit, name) if shared is None else await shared.hit(limit, name)
+        if left > 0:
+            error = ServiceError("rate_limited", detail)
+            error.headers["retry-after"] = str(ceil(left))
             raise error
+
+
+def _in_query(query: bytes) -> bool:
+    return _KEY_IN_QUERY.search(unquote_to_bytes(query)) is not None
 
 
 @lru_cache(maxsize=4096)
 def _hashed(address: str) -> str:
+    if ":" in address:  # whoever has one address of IPv6 has a whole /64 of them
+        with suppress(ValueError):
+            address = str(ip_network(f"{address}/64", strict=False))
     return hashlib.sha256(address.encode()).hexdigest()[:12]

@@ -3,11 +3,13 @@
 artifacts/<version>/manifest.json -> Manifest
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 VERSION_PATTERN = r"^v[0-9]{1,9}$"
+_EXACT = re.compile(r"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -72,3 +74,13 @@ class Manifest(_Strict):
     # What a skops model may be made of; serving loads nothing else.
     trusted_types: Annotated[list[str], Field(exclude_if=lambda types: not types)] = []
     contract_sha256: Sha256
+
+    @property
+    def unpinned(self) -> str:
+        """What keeps the model from being traced or rebuilt; a rules model is its own source."""
+        if self.runtime == "rules":
+            return ""
+        if self.training is None:
+            return "`training`"
+        exact = bool(self.libraries) and all(_EXACT.fullmatch(one) for one in self.libraries.values())
+        return "" if exact else "`libraries`, each of one exact version"

@@ -10,6 +10,7 @@ import atexit
 import json
 import logging
 import os
+import select
 import sys
 import threading
 import traceback
@@ -97,7 +98,8 @@ class ForeignHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
         try:
-            message = record.getMessage()
+            # What asyncio says of a failure quotes the arguments and the error; the frames below say enough.
+            message = "an error on the event loop" if record.name == "asyncio" else record.getMessage()
         except (TypeError, ValueError):  # arguments that do not fit must not fail the caller
             message = str(record.msg)
         fields: dict[str, Any] = {"event": message, "logger": record.name}
@@ -117,6 +119,8 @@ def configure_logging(level: str, fmt: Format) -> tuple[Logger, LineWriter]:
         foreign = logging.getLogger(name)
         foreign.handlers = []
         foreign.propagate = name != "uvicorn.access"  # this service writes its own line a request
+    logging.captureWarnings(True)
+    threading.excepthook = lambda failed: logger.error("a thread failed", exc_info=failed.exc_value)
     return logger, writer
 
 
@@ -137,7 +141,9 @@ def describe(error: BaseException | None) -> str:
 
 
 def _write_now(line: bytes) -> None:
-    os.write(STDOUT, line + b"\n")
+    """For gunicorn's master, which must have no threads: a line that nobody reads must not stop it."""
+    if select.select([], [STDOUT], [], 0)[1]:
+        os.write(STDOUT, line + b"\n")
 
 
 def _json(_logger: Any, level: str, fields: dict[str, Any]) -> bytes:

@@ -10,13 +10,24 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+    multiprocess,
+)
+from prometheus_client.core import GaugeMetricFamily
 
 FLUSH_SECONDS = 0.02
+MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
 STAGES = ("preprocess", "inference", "postprocess")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -66,6 +77,11 @@ class Metrics:
         self.model_load = gauge("model_load_seconds", "Verify, load and warm up.", mode="livemax")
         self.execution = gauge("inference_execution_info", "How it is run.", "execution", mode="livemax")
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
+        self.dropped_spans = counter("trace_spans_dropped_total", "Spans that the collector did not take.")
+        self.retried = counter("requests_retried_total", "Requests seen to be sent again.", "sign")
+        self.fallbacks = counter(
+            "rate_limit_fallbacks_total", "Hits that a worker counted alone, its Redis being away."
+        )
 
 
 class BatchLike(Protocol):
@@ -86,6 +102,8 @@ class Recorder:
         self._seconds: defaultdict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
         self._shed: Tally[str] = Tally()
         self._violations: Tally[tuple[str, str]] = Tally()
+        self._retried: Tally[str] = Tally()
+        self._keyed: OrderedDict[str, None] = OrderedDict()
         self._batches: list[tuple[BatchLike, Sequence[float]]] = []
         # Requests inside, requests queued, admission limit: read at each flush, set by whoever knows.
         self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
@@ -106,6 +124,18 @@ class Recorder:
     def shed(self, reason: str) -> None:
         """A request refused or given up."""
         self._shed[reason] += 1
+
+    def retried(self, sign: str) -> None:
+        """A request sent again: `proxy` says so, or the same Idempotency `key` and body came here before."""
+        self._retried[sign] += 1
+
+    def keyed(self, prediction_id: str) -> None:
+        """A prediction with an Idempotency-Key; one seen lately in this worker is a retry."""
+        if prediction_id in self._keyed:
+            self.retried("key")
+        self._keyed[prediction_id] = None
+        if len(self._keyed) > MAX_KEYED:
+            self._keyed.popitem(last=False)
 
     def violation(self, field: str, reason: str) -> None:
         """A broken rule of the contract; both labels come from closed sets."""
@@ -131,6 +161,9 @@ class Recorder:
             metrics.shed.labels(reason).inc(count)
         for (field, reason), count in self._violations.items():
             metrics.violations.labels(field, reason).inc(count)
+        for sign, count in self._retried.items():
+            metrics.retried.labels(sign).inc(count)
+        self._retried.clear()
         self._shed.clear()
         self._violations.clear()
         self._requests.clear()
@@ -180,6 +213,30 @@ def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> N
         histogram._sum.inc(total)
         for bucket, times in counts.items():
             histogram._buckets[bucket].inc(times)
+
+
+class _Workers(multiprocess.MultiProcessCollector):
+    """All workers' files; one that a killed worker left empty or cut short does not fail the others."""
+
+    def collect(self) -> Iterable[Metric]:
+        sound, broken = [], 0
+        for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db"):
+            try:
+                self.merge([path])  # type: ignore[no-untyped-call]
+                sound.append(path)
+            except FileNotFoundError:  # a worker has ended since, and its gauges with it
+                continue
+            except Exception:
+                broken += 1
+        text = "Files of workers that cannot be read; what they counted is missing."
+        yield GaugeMetricFamily("metrics_files_broken", text, value=broken)
+        yield from self.merge(sound)  # type: ignore[no-untyped-call]
+
+
+def scrape(own: CollectorRegistry) -> bytes:
+    """Prometheus text: of all workers, or of this process where it is the only one."""
+    several = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+    return generate_latest(_Workers(None) if several else own)  # type: ignore[no-untyped-call]
 
 
 def forget_worker(pid: int) -> None:
