@@ -172,12 +172,14 @@ class Service:
 
 
 @contextmanager
-def serving(folder: Path, ready: bool = True, **settings: object) -> Iterator[Service]:
+def serving(
+    folder: Path, ready: bool = True, app: str = GUNICORN[-1], **settings: object
+) -> Iterator[Service]:
     """The service with these settings on a port that the kernel chose, two workers unless said otherwise."""
     log = folder / "service.log"
     variables = environment(**{"host": "127.0.0.1", "port": 0, "workers": 2, **settings})
     with log.open("wb") as output:
-        process = begin(folder, *GUNICORN, env=variables, stdout=output, stderr=subprocess.STDOUT)
+        process = begin(folder, *GUNICORN[:-1], app, env=variables, stdout=output, stderr=subprocess.STDOUT)
 
     def address() -> str | None:
         assert process.poll() is None, log.read_text()

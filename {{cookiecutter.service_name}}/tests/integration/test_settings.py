@@ -1,13 +1,14 @@
 """Configuration: what is wrong stops the start with one line that names the variable and hides the value."""
 
 import json
+import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SETOSA, Service, refusal, run
+from tests.conftest import ARTIFACTS, SETOSA, Service, refusal, run, serving
 from tests.integration.test_http import assert_problem
 
 SECRET = "s3cr3t"  # noqa: S105  # stands for what somebody put into the wrong variable
@@ -31,6 +32,13 @@ Start = Callable[..., Service]
         ({"env": "production"}, "APP_API_KEYS"),
         ({"api_keys": SECRET}, "APP_API_KEYS"),
         ({"api_keys": sha256(b"").hexdigest() + "," + SECRET}, "APP_API_KEYS"),
+        ({"api_keys": sha256(b"\n").hexdigest()}, "APP_API_KEYS"),
+        ({"batch_max_wait_ms": 1000, "request_deadline_seconds": 1}, "APP_BATCH_MAX_WAIT_MS"),
+        ({"env": "production", "auth_disabled": "true", "drain_seconds": 9}, "APP_DRAIN_SECONDS"),
+        ({"trusted_proxies": f"10.0.0.0/8,{SECRET}"}, "APP_TRUSTED_PROXIES"),
+        ({"trusted_proxies": "*"}, "APP_TRUSTED_PROXIES"),
+        ({"trusted_proxies": "10.0.0.1/8"}, "APP_TRUSTED_PROXIES"),
+        ({"tracing_endpoint": f"http://user:{SECRET}@collector:4318"}, "APP_TRACING_ENDPOINT"),
         ({"rate_limit": SECRET}, "APP_RATE_LIMIT"),
         ({"rate_limit": "600/minute", "workers": 2}, "APP_RATE_LIMIT_STORAGE"),
         (
@@ -45,6 +53,32 @@ def test_a_wrong_setting_stops_the_start(tmp_path: Path, settings: dict[str, obj
     line = refusal(tmp_path, **settings)
     assert variable in line
     assert SECRET not in line
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training": None}, "training"),
+        ({"libraries": {}}, "libraries"),
+        ({"libraries": {"onnxruntime": ">=1.31"}}, "libraries"),
+        ({"libraries": {"onnxruntime": "latest"}}, "libraries"),
+    ],
+    ids=str,
+)
+def test_production_serves_only_what_is_pinned(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    """A model that does not say what it was made from, and with which releases, is refused in production."""
+    artifacts = tmp_path / "artifacts"
+    shutil.copytree(ARTIFACTS, artifacts)
+    manifest = artifacts / "v1" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    settings = {"artifacts_dir": artifacts, "auth_disabled": "true"}
+    line = refusal(tmp_path, env="production", **settings)
+    assert "v1" in line
+    assert named in line
+    (artifacts / "release.json").unlink()
+    assert "release.json" in refusal(tmp_path, env="production", **settings)
+    with serving(tmp_path, workers=1, env="production", model_version="v0", **settings) as service:
+        assert service.client.get("/ready").json()["model_version"] == "v0"
 
 
 def test_a_wrong_line_in_env_file_stops_the_start(tmp_path: Path) -> None:
