@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_production_serves_only_what_is_pinned(tmp_path: Path, change: dict[str,
     shutil.copytree(ARTIFACTS, artifacts)
     manifest = artifacts / "v1" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
-    settings = {"artifacts_dir": artifacts, "auth_disabled": "true"}
+    settings: dict[str, Any] = {"artifacts_dir": artifacts, "auth_disabled": "true"}
     line = refusal(tmp_path, env="production", **settings)
     assert "v1" in line
     assert named in line
