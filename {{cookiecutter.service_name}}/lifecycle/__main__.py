@@ -2,6 +2,7 @@
 
 import typer
 
+from lifecycle.runbooks import runbooks
 from lifecycle.sbom import sbom
 from lifecycle.size import size
 from lifecycle.train import train
@@ -10,11 +11,12 @@ commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_
 commands.command()(train)
 commands.command()(size)
 commands.command()(sbom)
+commands.command()(runbooks)
 
 
 @commands.callback()
 def main() -> None:
-    """Make and look after the versions in artifacts/."""
+    """What runs outside the service: versions in artifacts/, sizing, runbooks."""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,17 @@
-"""Documents, dashboard and deployment files name only what exists. Nothing is started here."""
+"""Documents, dashboard and deployment files name only what exists, and the runbooks' commands work."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -13,21 +22,42 @@ from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import PREFIX, Settings
+from lifecycle.runbooks import anchor, broken, headings, prose
+from tests.conftest import SETOSA, Service, run, serving, until
+from tests.integration.test_operations import workers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-RUNBOOKS = [path for path in DOCS if path.parent.name == "runbooks" and path.name != "README.md"]
+INDEX = ROOT / "docs" / "runbooks" / "README.md"
+PAGES = [path for path in DOCS if path.parent == INDEX.parent]
+RUNBOOKS = [path for path in PAGES if path != INDEX]
 PEOPLE_READ = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 DASHBOARD = ROOT / "ops" / "grafana" / "dashboards" / "overview.json"
 SETTINGS = {PREFIX + name.upper() for name in Settings.model_fields}
 SECTIONS = [
-    "TL;DR", "Is it real?", "Impact", "First three actions", "Causes, likeliest first",
-    "Roll back", "Escalate", "Afterwards",
+    "TL;DR", "Is it real", "Impact", "First three actions", "Ranked causes",
+    "Roll back the model / the image", "Escalate", "Silence", "After",
 ]  # fmt: skip
-SYMPTOMS = {
-    "elevated_5xx", "high_latency", "not_ready_after_deploy",
-    "high_422_rate", "saturation", "wrong_predictions",
+ALERTS = {
+    "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "WorkerRestarts",
+    "Saturation", "HighInvalidInputRate", "NonFiniteOutput", "ModelReloadFailed", "FeatureDrift",
+    "PredictionShift", "LowConfidence", "AccuracyDrop",
 }  # fmt: skip
+SYMPTOMS = {
+    "elevated 5xx": "AvailabilityBudgetBurn",
+    "high latency": "LatencyBudgetBurn",
+    "not ready after a deploy": "ServiceNotReady",
+    "high 422 rate": "HighInvalidInputRate",
+    "saturation": "Saturation",
+    "wrong predictions": "AccuracyDrop",
+}
+COMING = {
+    "feature_observations_total", "feature_baseline_ratio", "feedback_total", "model_reload_failures_total",
+    "worker_restarts_total", "inference_failures_total", "slo:availability:burnrate5m",
+    "slo:latency:burnrate5m", "service:ready:ratio", "service:saturation:ratio", "feature:psi:1h",
+    "prediction:psi:1h",
+}  # fmt: skip
+OF_PROMETHEUS = COMING | {"up"}  # what Prometheus itself knows of a scrape
 
 
 def name(path: Path) -> str:
@@ -37,8 +67,25 @@ def name(path: Path) -> str:
 
 def blocks(path: Path, language: str) -> list[str]:
     """The code blocks of one language in a document, also those inside a list."""
-    text = path.read_text("utf-8")
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return blocks_in(path.read_text("utf-8"), language)
+
+
+def blocks_in(text: str, language: str = "sh") -> list[str]:
+    """The code blocks of one language in a text, without the indentation of a list."""
+    found = re.findall(rf"^( *```{language}\n.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [dedent(block).partition("\n")[2] for block in found]
+
+
+def sections(path: Path) -> dict[str, str]:
+    """The parts of a runbook by their headings."""
+    parts = re.split(r"^## (.*)\n", path.read_text("utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the service's folder, as a checkout has it, in `folder`."""
+    left = shutil.ignore_patterns(".*_cache", "__pycache__", ".venv", ".git", ".env", "build", "_overlays")
+    return Path(shutil.copytree(ROOT, folder, ignore=left, dirs_exist_ok=True))
 
 
 def panels() -> list[dict[str, Any]]:
@@ -50,8 +97,8 @@ def metrics_in(expression: str) -> set[str]:
     """The metric names in a PromQL expression."""
     for noise in (r'"[^"]*"', r"\{[^}]*\}", r"\[[^\]]*\]", r"\b(by|without|on|ignoring)\s*\([^)]*\)"):
         expression = re.sub(noise, " ", expression)
-    words = set(re.findall(r"(?<![\w.])[a-z_]\w*\b(?!\s*\()", expression))
-    return words - {"or", "and", "unless", "offset", "group_left", "group_right"}
+    words = set(re.findall(r"(?<![\w.:])[a-z_][\w:]*+(?!\s*\()", expression))
+    return words - {"or", "and", "unless", "offset", "group_left", "group_right", "bool"}
 
 
 def declared() -> set[str]:
@@ -61,7 +108,13 @@ def declared() -> set[str]:
     return {family.name + suffix for family in families for suffix in suffixes[family.type]}
 
 
-@pytest.mark.parametrize("path", [DASHBOARD, *RUNBOOKS], ids=name)
+def rules() -> list[dict[str, Any]]:
+    """Every recording and alert rule."""
+    files = [yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / "ops/prometheus").glob("*rules.yml")]
+    return [rule for file in files for group in file["groups"] for rule in group["rules"]]
+
+
+@pytest.mark.parametrize("path", [DASHBOARD, *PAGES], ids=name)
 def test_queries_use_metrics_that_the_service_declares(path: Path) -> None:
     """No panel and no runbook asks for a metric that the service does not have."""
     queries = (
@@ -70,7 +123,9 @@ def test_queries_use_metrics_that_the_service_declares(path: Path) -> None:
         else blocks(path, "promql")
     )
     assert all(metrics_in(query) for query in queries)
-    assert set().union(*map(metrics_in, queries)) <= declared()
+    assert set().union(*map(metrics_in, queries)) <= declared() | OF_PROMETHEUS | {
+        rule["record"] for rule in rules() if "record" in rule
+    }
 
 
 def test_every_panel_finds_its_data_source() -> None:
@@ -88,31 +143,107 @@ def test_every_panel_finds_its_data_source() -> None:
     )
 
 
-def test_there_is_a_runbook_for_every_symptom() -> None:
-    """5xx, latency, readiness, 422, saturation, wrong predictions: each has a page, linked from the index."""
-    assert {path.stem for path in RUNBOOKS} == SYMPTOMS
-    index = (ROOT / "docs" / "runbooks" / "README.md").read_text("utf-8")
-    assert {symptom for symptom in SYMPTOMS if f"/{symptom}.md)" in index} == SYMPTOMS
+def test_every_alert_has_its_runbook() -> None:
+    """An alert and its runbook have the same name, and neither is without the other."""
+    assert {path.stem for path in RUNBOOKS} == ALERTS
+    assert {rule["alert"] for rule in rules() if "alert" in rule} in (ALERTS, set())
+
+
+def test_runbooks_are_found_by_symptom() -> None:
+    """The index leads from 5xx, latency, readiness, 422, saturation and wrong predictions to the page."""
+    rows = re.findall(r"^\| ([^|]*) \| \[(\w+)\]", sections(INDEX)["Find the runbook"], re.MULTILINE)
+    assert sorted(page for _, page in rows) == sorted(ALERTS)
+    for symptom, page in SYMPTOMS.items():
+        assert [found for words, found in rows if words.startswith(symptom)] == [page]
 
 
 @pytest.mark.parametrize("path", RUNBOOKS, ids=name)
 def test_runbooks_have_the_same_sections(path: Path) -> None:
-    """Whoever knows one runbook finds their way in all of them."""
+    """Whoever knows one runbook finds their way in all of them, and reads each in a minute."""
+    text, parts = path.read_text("utf-8"), sections(path)
+    assert text.startswith(f"# {path.stem}\n")
+    assert list(parts) == SECTIONS
+    assert [heading for heading, part in parts.items() if len(part.strip()) < 40] == []
+    assert re.findall(r"^(\d)\. ", parts["First three actions"], re.MULTILINE) == ["1", "2", "3"]
+    assert "```promql" in parts["Is it real"]
+    assert "Normal: " in parts["Is it real"]
+    assert 40 <= len(text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", RUNBOOKS, ids=name)
+def test_every_cause_has_a_command_and_a_mitigation(path: Path) -> None:
+    """No cause is only a thought: each says how to see it and what to do."""
+    part = sections(path)["Ranked causes"]
+    rows = re.findall(r"^\| (?!the line says|---)(.*) \|$", part, re.MULTILINE)
+    assert all(row.count(" | ") == 2 for row in rows)
+    causes = re.split(r"^\d\. ", part, flags=re.MULTILINE)[1:]
+    assert rows or len(causes) > 2
+    for cause in causes:
+        assert "Mitigation: " in cause, cause
+        assert re.search(r"```(sh|promql)\n|\(?(action|query|cause) \d|`docker |\]\(", cause), cause
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_runbooks_survive_a_paste(path: Path) -> None:
+    """A wiki takes a page as it is: no HTML, diagram or relative link, no code but shell and queries."""
     text = path.read_text("utf-8")
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
-    actions = text.partition("## First three actions")[2].partition("\n## ")[0]
-    assert re.findall(r"^(\d)\. ", actions, re.MULTILINE) == ["1", "2", "3"]
+    assert set(re.findall(r"^ *```(.+)$", text, re.MULTILINE)) <= {"sh", "promql"}
+    for _, line in prose(text):
+        plain = re.sub(r"`[^`]*`", "", line)
+        assert not re.search(r"</?[a-z][^>]*>|<!--|!\[|\]\[|\[\^", plain), line
+    assert [line for line in broken([path]) if "relative" in line] == []
+
+
+@pytest.mark.parametrize("path", RUNBOOKS, ids=name)
+def test_silences_name_their_alert(path: Path) -> None:
+    """The command that silences has the alert's own name, an end and a reason."""
+    (command,) = blocks(path, "sh")[-1:]
+    assert command in dedent(sections(path)["Silence"])
+    assert f"amtool --alertmanager.url=http://127.0.0.1:9093 silence add alertname={path.stem} " in command
+    assert re.search(r" --duration=\d+[mh] .*--comment=\"[^\"]+\"$", command)
 
 
 @pytest.mark.parametrize("path", PEOPLE_READ, ids=name)
 def test_links_lead_somewhere(path: Path) -> None:
-    """Every link to a document ends at one that exists, also after a paste into a wiki."""
-    names = {document.name for document in PEOPLE_READ}
-    for target in re.findall(r"\]\(([^)]+)\)", path.read_text("utf-8")):
-        if "://" in target or "{{" in target:  # absolute: the folder is only known once there is a repository
-            assert target.rpartition("/")[2] in names, target
-        else:
-            assert (path.parent / target).exists(), target
+    """Every link to a document ends at one that exists, heading included, also after a paste into a wiki."""
+    assert broken([path]) == []
+
+
+def test_the_wiki_file_has_a_table_of_contents(tmp_path: Path) -> None:
+    """`make runbooks` writes one file whose contents list every page, each at an anchor of its own."""
+    done = run(ROOT, "lifecycle", "runbooks", "--output", str(tmp_path / "wiki.md"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(tmp_path / "wiki.md") in done.stdout
+    document = (tmp_path / "wiki.md").read_text("utf-8")
+    contents = dict(re.findall(r"^- \[(.*)\]\(#(.*)\)$", document, re.MULTILINE))
+    anchors = list(map(anchor, headings(document)))
+    assert contents.keys() > ALERTS
+    assert all(anchors.count(one) == 1 for one in contents.values())
+    assert [heading for heading in headings(document, level=3) if heading in SECTIONS] == SECTIONS * len(
+        ALERTS
+    )
+    assert re.findall(r"^# (.*)$", document, re.MULTILINE) == headings(INDEX.read_text("utf-8"), level=1)
+    blocks_in = [len(re.findall(r"^ *```sh$", path.read_text("utf-8"), re.MULTILINE)) for path in PAGES]
+    assert len(re.findall(r"^ *```sh$", document, re.MULTILINE)) == sum(blocks_in)
+
+
+def test_a_broken_link_is_one_line(tmp_path: Path) -> None:
+    """Where a link leads nowhere, `make runbooks` says page, line and link, fails, and writes no file."""
+    copied(tmp_path)
+    page = tmp_path / "docs" / "runbooks" / "Saturation.md"
+    (_, own), *_ = re.findall(r"(\[NoTraffic\])\((.*)/NoTraffic.md\)", INDEX.read_text("utf-8"))
+    bad = [f"{own}/Nothing.md", f"{own}/README.md#nothing", "NoTraffic.md", "https://elsewhere.example/"]
+    text = page.read_text("utf-8")
+    page.write_text(text + "".join(f"[a link]({link})\n" for link in bad), "utf-8")
+    done = run(tmp_path, "lifecycle", "runbooks")
+    last = len(text.splitlines())
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"docs/runbooks/Saturation.md:{last + 1}: {bad[0]}: there is no such file",
+        f"docs/runbooks/Saturation.md:{last + 2}: {bad[1]}: there is no such heading",
+        f"docs/runbooks/Saturation.md:{last + 3}: {bad[2]}: is relative, so a paste into a wiki breaks it",
+    ]
+    assert not (tmp_path / "build").exists()
 
 
 @pytest.mark.parametrize("path", PEOPLE_READ, ids=name)
@@ -120,12 +251,12 @@ def test_commands_name_what_exists(path: Path) -> None:
     """A command or a path in a document is one that this project has."""
     text = path.read_text("utf-8")
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     code = "\n".join([*blocks(path, "sh"), *re.findall(r"`([^`\n]+)`", text)])
-    assert set(re.findall(r"\bmake ([a-z]+)\b", code)) <= targets
+    assert set(re.findall(r"\bmake ([a-z-]+)\b", code)) <= targets
     services = set(re.findall(r"^  ([a-z]+):$", (ROOT / "compose.yaml").read_text("utf-8"), re.MULTILINE))
-    asked = r"docker compose (?:up|logs|exec|run|ps)(?: --[a-z-]+(?: [0-9]+[mh]?)?)* ([a-z]+)\b"
-    assert set(re.findall(asked, code)) <= services
+    asked = r"docker compose (?:up|logs|exec|run|ps|top)(?: --[a-z-]+(?: [0-9]+[mh]?)?)* ([a-z]+)\b"
+    assert set(re.findall(asked, code)) <= services | {"alertmanager"}
     assert set(re.findall(r"python -m app ([a-z]+)", code)) <= {"config", "predict"}
     assert set(re.findall(r"127\.0\.0\.1:8000(/[a-z0-9/]+)", code)) <= {
         "/v1/predict", "/v1/predict/batch", "/health", "/ready", "/version", "/metrics", "/docs"
@@ -139,6 +270,152 @@ def test_commands_name_what_exists(path: Path) -> None:
 def test_settings_in_documents_exist(path: Path) -> None:
     """No document speaks of a variable that the service would refuse."""
     assert set(re.findall(r"\bAPP_[A-Z_]+[A-Z]\b", path.read_text("utf-8"))) <= SETTINGS
+
+
+@pytest.mark.prometheus
+def test_queries_are_promql(tmp_path: Path) -> None:
+    """Prometheus' own tool reads every query of the runbooks, so that none fails when it is pasted."""
+    queries = {f"runbook:{index}": query for index, query in enumerate(
+        query for path in PAGES for query in blocks(path, "promql")
+    )}  # fmt: skip
+    assert len(queries) > 2 * len(ALERTS)
+    rules = [{"record": record, "expr": query} for record, query in queries.items()]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "runbooks", "rules": rules}]}), "utf-8")
+    done = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What the runbooks ask of Docker, answered for a service that runs without an engine; nothing else is.
+DOCKER = r"""#!/bin/sh
+case "$*" in
+"compose logs --no-log-prefix"*" api") cat "$SERVICE_LOG" ;;
+"compose exec api "* | "compose run --rm api "*) while [ "$1" != api ]; do shift; done; shift; exec "$@" ;;
+"compose exec alertmanager "*) shift 3; exec "$@" ;;
+"compose ps" | "compose ps --all --quiet api" | "compose top api" | "stats --no-stream") echo "$2" ;;
+"compose up --detach api" | "compose up --detach --wait api" | "compose up --build --detach") echo up ;;
+"inspect "*) printf '"OOMKilled": false,\n"ExitCode": 0,\n' ;;
+*) echo "docker was asked: $*" >&2; exit 64 ;;
+esac
+"""
+DID_NOT_HAPPEN = ("cannot start", '"status":500', "SIGSEGV", '"level":"error"')
+SAY_NOTHING = ("echo ", "sed -i", "git checkout ", "git status ")
+KEY = "the key of whoever is on call"
+
+
+@dataclass
+class Desk:
+    """Where somebody on call sits: a copy of the service's folder, a shell, a running service."""
+
+    folder: Path
+    variables: dict[str, str]
+    addresses: dict[str, str]  # where the runbooks say, and where it is here
+
+    def paste(self, text: str) -> tuple[int, str, str]:
+        """What a shell answers to a block: status, output, complaints."""
+        for written, real in self.addresses.items():
+            text = text.replace(written, real)
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=self.folder, env=self.variables, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with keys to which something has happened: refusals, a late body, a killed worker."""
+    folder = tmp_path_factory.mktemp("eventful")
+    with serving(folder, api_keys=sha256(KEY.encode()).hexdigest(), request_deadline_seconds=2) as service:
+        for key, body in ((KEY, {}), ("another", SETOSA), (KEY, SETOSA)):
+            service.predict(body, headers={"x-api-key": key})
+        late = service.connection()
+        late.putrequest("POST", "/v1/predict")
+        late.putheader("X-API-Key", KEY)
+        late.putheader("Content-Length", "2")
+        late.endheaders()
+        assert late.getresponse().status == 503
+        os.kill(workers(service)[0], signal.SIGKILL)
+        until(lambda: "SIGKILL" in service.log.read_text(), "the master's word on the killed worker")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Alertmanager."""
+    folder = tmp_path_factory.mktemp("alertmanager")
+    (folder / "config.yml").write_text("route: {receiver: none}\nreceivers: [{name: none}]\n", "utf-8")
+    program = shutil.which("prometheus-alertmanager") or "alertmanager"  # Debian's name, and its maker's
+    options = ("--config.file=config.yml", "--web.listen-address=127.0.0.1:0", "--cluster.listen-address=")
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([program, *options], cwd=folder, stdout=output, stderr=output)
+    try:
+        found = until(
+            lambda: re.search(r"Listening on\" address=(127\.0\.0\.1:\d+)", log.read_text()), "Alertmanager"
+        )
+        yield found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
+    """A desk of one's own."""
+    folder, programs = copied(tmp_path / "service"), tmp_path / "programs"
+    tools, python = folder / ".venv" / "bin", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+    programs.mkdir()
+    tools.mkdir(parents=True)
+    for file, text in (
+        (programs / "docker", DOCKER),
+        (programs / "python", python),
+        (tools / "python", python),
+    ):
+        file.write_text(text, "utf-8")
+        file.chmod(0o755)
+    for made in ("pyvenv.cfg", "runtime.stamp", "dev.stamp"):
+        (folder / ".venv" / made).touch()
+    git = ("git", "-c", "user.name=on call", "-c", "user.email=on-call@example.com")
+    for arguments in (
+        ("init", "--quiet"),
+        ("add", "."),
+        ("commit", "--quiet", "--message=good"),
+        ("commit", "--quiet", "--allow-empty", "--message=bad"),
+    ):
+        subprocess.run([*git, *arguments], cwd=folder, check=True)
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("APP_", "MAKE", "MFLAGS"))}
+    path = f"{programs}{os.pathsep}{own['PATH']}"
+    variables = {**own, "PATH": path, "SERVICE_LOG": str(eventful.log), "API_KEY": KEY}
+    here = eventful.url.removeprefix("http://")
+    return Desk(folder, variables, {"127.0.0.1:8000": here, "127.0.0.1:9093": alertmanager})
+
+
+@pytest.mark.prometheus
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_commands_work_when_pasted(path: Path, desk: Desk) -> None:
+    """Each command of a runbook, pasted into a shell beside a running service, does what the page says."""
+    for line in "".join(blocks(path, "sh")).splitlines():
+        status, output, complaints = desk.paste(line)
+        nothing_found = "grep" in line and any(words in line for words in DID_NOT_HAPPEN)
+        assert (status, complaints) == (0, "") or (nothing_found and status == 1), (line, output, complaints)
+        assert output.strip() or nothing_found or line.startswith(SAY_NOTHING), line
+        if "/v1/predict " in line:
+            assert '"label":"setosa"' in output
+        if "/ready" in line:
+            assert re.search(r'"status":"ready"|^200$', output)
+        if "silence add" in line:
+            query = f"amtool --alertmanager.url=http://127.0.0.1:9093 silence query alertname={path.stem}"
+            assert path.stem in desk.paste(query)[1]
+
+
+@pytest.mark.prometheus
+def test_rolling_back_as_the_runbook_says(desk: Desk) -> None:
+    """The commands that roll back make the version before serve, and those that undo it the one after."""
+    there, back = (blocks_in(sections(INDEX)[title]) for title in ("Roll back the model", "Rules only"))
+    for pasted, version in ((there[0], "v0"), (back[1], "v1"), (back[0], "v0")):
+        assert desk.paste(pasted)[0] == 0
+        with serving(desk.folder, workers=1) as service:
+            assert service.predict().json()["model_version"] == version
 
 
 def test_every_setting_is_documented_once() -> None:
