@@ -2,12 +2,19 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
 from scripts.render import ROOT, SERVICE, tracked_files
+from tests.conftest import run
 
 TEXT_FILES = [file for file in tracked_files() if b"\0" not in (ROOT / file).read_bytes()]
+WORKFLOWS = {
+    "template": ROOT / ".github" / "workflows" / "ci.yml",
+    "service": SERVICE / "_overlays" / "ci_github" / ".github" / "workflows" / "ci.yml",
+}
 # Written so that the pattern does not find itself.
 REGISTRY_HOSTS = r"(pypi|pythonhosted|npmjs|debian)[.](org|com|net|io)"
 
@@ -72,3 +79,30 @@ def test_links_in_documents_resolve(name: str) -> None:
     """Every relative link in the template's documents leads to a file of this repository."""
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", read(name))
     assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_workflows_pass_their_linters(workflow: Path) -> None:
+    """Each workflow is one that GitHub takes, and hands out no more rights than it uses."""
+    programs = Path(sys.executable).parent
+    for command in (
+        [programs / "check-jsonschema", "--builtin-schema", "vendor.github-workflows"],
+        [programs / "zizmor", "--offline", "--no-config", "--no-progress", "--persona", "auditor"],
+    ):
+        lint = run(*command, workflow, cwd=ROOT)
+        assert lint.returncode == 0, lint.stdout
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_actions_are_named_by_commit(workflow: Path) -> None:
+    """Every action is pinned to a commit, with its version for people, so that no tag can move it."""
+    used = re.findall(r"uses: *(.*)", workflow.read_text(encoding="utf-8"))
+    assert used
+    assert [action for action in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action)] == []
+
+
+def test_the_service_s_workflow_calls_what_exists() -> None:
+    """The generated workflow checks, tests, audits and builds, all with targets of the generated Makefile."""
+    called = set(re.findall(r"run: make ([\w-]+)", WORKFLOWS["service"].read_text(encoding="utf-8")))
+    targets = re.findall(r"^([\w-]+):", (SERVICE / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"check", "test", "test-faults", "sbom", "audit", "image"} <= called <= set(targets)
