@@ -36,6 +36,7 @@ from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline, Policy
+from app.core.release import Follower
 from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
@@ -125,13 +126,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
         # In the background, so that /health and /ready tell the truth while a large model loads; but a worker
         # that replaces another takes no requests before it can answer them.
+        replaces = _inheritance is not None and _inheritance.all_loaded
         loading = asyncio.create_task(_load(service, metrics, writer))
-        if _inheritance is not None and _inheritance.all_loaded:
+        follower = _follower(service, metrics)
+        if replaces:
             await loading
+            await follower.look()  # what the master verified may have been replaced since
+        following = asyncio.create_task(follower.follow(loading))
         try:
             yield {"service": service}
         finally:
             loading.cancel()
+            following.cancel()
             if service.pipeline is not None:
                 service.pipeline.batcher.close()
             service.recorder.flush()
@@ -188,46 +194,82 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     """Verify, load and warm up; a model that cannot be served ends the process."""
-    started = perf_counter()
+    artifact = _inheritance.artifact if _inheritance else None
     try:
-        pipeline = await asyncio.to_thread(_build, service)
+        pipeline = await asyncio.to_thread(lambda: _build(service, artifact or read_served(service.settings)))
     except Exception as error:
         reason = str(error) if isinstance(error, ArtifactError) else type(error).__name__
         service.log.error("cannot start", reason=reason)
         writer.close()
         os._exit(BOOT_ERROR)
-    seconds = perf_counter() - started
-    admission = service.admission
-    admission.learn(pipeline.seconds_per_row, 1)
-    pipeline.batcher.on_call = admission.learn
-    manifest = pipeline.artifact.manifest
-    metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
-    metrics.execution.labels(pipeline.execution).set(1)
-    metrics.model_load.set(seconds)
     # Half of the tail latency is the collector walking what never changes: take it out of its sight.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
-    admission.lingering = lambda: pipeline.batcher.abandoned
-    service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
-    service.recorder.flush()
-    service.pipeline = pipeline
+    _serve(service, metrics, pipeline)
     if _inheritance is not None:
         with _inheritance.loaded:
             _inheritance.loaded.value += 1
-    service.log.info("ready", model_version=pipeline.version, execution=pipeline.execution, seconds=seconds)
 
 
-def _build(service: Service) -> Pipeline:
-    settings = service.settings
-    artifact = _inheritance.artifact if _inheritance else read_served(settings)
+def _build(service: Service, artifact: Artifact) -> Pipeline:
+    began, settings = perf_counter(), service.settings
     policy = Policy(
         review_threshold=settings.review_threshold,
         out_of_range=settings.out_of_range,
         batch_max_rows=min(settings.batch_max_rows, settings.max_concurrency),
         batch_max_wait_seconds=settings.batch_max_wait_ms / 1000,
     )
-    return Pipeline(artifact, load_runtime(artifact), service.recorder, policy)
+    pipeline = Pipeline(artifact, load_runtime(artifact), service.recorder, policy)
+    pipeline.replay()
+    pipeline.load_seconds = perf_counter() - began
+    return pipeline
+
+
+def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
+    """Let `pipeline` answer from now on; what the one before has begun it ends."""
+    admission, old, manifest = service.admission, service.pipeline, pipeline.artifact.manifest
+    if old is not None:
+        before = old.artifact.manifest
+        metrics.model_info.labels(before.version, old.artifact.sha256, before.runtime).set(0)
+        metrics.execution.labels(old.execution).set(0)
+        old.batcher.retire()
+    metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
+    metrics.execution.labels(pipeline.execution).set(1)
+    metrics.model_load.set(pipeline.load_seconds)
+    admission.expect(pipeline.seconds_per_row)
+    pipeline.batcher.on_call = admission.learn
+    admission.lingering = lambda: pipeline.batcher.abandoned
+    service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
+    service.recorder.flush()
+    service.pipeline = pipeline
+    service.log.info(
+        "ready",
+        model_version=pipeline.version,
+        replaces=old and old.version,
+        execution=pipeline.execution,
+        seconds=pipeline.load_seconds,
+    )
+
+
+def _refuse(service: Service, metrics: Metrics, reason: str) -> None:
+    """Say and count that the released version is not served."""
+    metrics.reload_failures.inc()
+    served = service.pipeline.version if service.pipeline else None
+    service.log.error("release refused", reason=reason, model_version=served)
+
+
+def _follower(service: Service, metrics: Metrics) -> Follower:
+    """Follows release.json in a local folder, unless APP_MODEL_VERSION pins a version."""
+    settings = service.settings
+    local = settings.artifacts_dir if isinstance(settings.artifacts_dir, Path) else None
+    return Follower(
+        None if settings.model_version else local,
+        served=lambda: service.pipeline.version if service.pipeline else "",
+        build=lambda: _build(service, read_served(settings)),
+        serve=partial(_serve, service, metrics),
+        refuse=partial(_refuse, service, metrics),
+    )
 
 
 def _expose_metrics(app: FastAPI, metrics: Metrics, recorder: Recorder) -> None:

@@ -16,6 +16,11 @@ class Admission:
         self._seconds = 0.0  # of the model, for a request
         self.lingering: Callable[[], int] = lambda: 0  # answered requests whose rows still run
 
+    def expect(self, seconds: float) -> None:
+        """Start anew with a model that needs so much for a request."""
+        self._seconds = 0.0
+        self.learn(seconds, 1)
+
     def learn(self, seconds: float, requests: int) -> None:
         """Let in what can be answered in time at the pace of late: neighbours and large requests slow it."""
         latest = seconds / requests

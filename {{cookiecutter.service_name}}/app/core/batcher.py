@@ -70,6 +70,7 @@ class Batcher:
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._rings = math.inf  # when the alarm does
+        self._retired = False
 
     @property
     def waiting(self) -> int:
@@ -97,6 +98,12 @@ class Batcher:
             self._set_alarm()
         return await job.future
 
+    def retire(self) -> None:
+        """Answer what is here, then end: another model takes what comes."""
+        self._retired = True
+        if self._draining is None:
+            self.close()
+
     def close(self) -> None:
         """Let the thread end once its current call has."""
         if self._executor is not None:
@@ -118,6 +125,8 @@ class Batcher:
             self.on_call(perf_counter() - started, len(jobs))
             self._finish(jobs, started, batches)
         self._draining = None
+        if self._retired:
+            self.close()
 
     def _take(self) -> list[_Job]:
         """Jobs for one call: at least one, and otherwise no more rows than fit."""

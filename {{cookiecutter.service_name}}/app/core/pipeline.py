@@ -5,6 +5,7 @@
 Which of the three is chosen once, at warm-up, from what the model costs on this machine.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from app.core.batcher import Batch, Batcher, Observer, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.runtimes import Matrix, Runtime
 from app.core.store import Artifact
-from app.schemas.predict import Prediction
+from app.schemas.predict import Features, Prediction
 
 Execution = Literal["inline", "batch", "thread"]
 
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
 MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
 MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
+GOLDEN = "golden.jsonl"
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
 
 
@@ -56,6 +58,7 @@ class Pipeline:
 
     def __init__(self, artifact: Artifact, runtime: Runtime, observer: Observer, policy: Policy) -> None:
         self.artifact, self.version = artifact, artifact.manifest.version
+        self.load_seconds = 0.0  # to verify, load and warm up; known to whoever does it
         inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
         self._runtime, self._observer, self._policy = runtime, observer, policy
         self._names: list[str] = [entry.name for entry in inputs]
@@ -97,6 +100,18 @@ class Pipeline:
                 raise answer
             answer.prediction_id = prediction_id
         return answers
+
+    def replay(self) -> None:
+        """Raise ArtifactError unless every golden row gets the answer recorded when the version was made."""
+        lines = [json.loads(line) for line in self.artifact.files.get(GOLDEN, b"").splitlines()]
+        rows = [tuple(Features.model_validate(line["features"]).__dict__.values()) for line in lines]
+        answers = self._run(rows).answers if rows else []
+        for index, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
+            if isinstance(answer, ServiceError) or any(
+                abs(answer.probabilities[label] - recorded) > line["tolerance"]
+                for label, recorded in line["probabilities"].items()
+            ):
+                raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
 
     def _run(self, rows: Sequence[Row]) -> Batch:
         start = perf_counter()

@@ -75,6 +75,9 @@ class Metrics:
         info = ("version", "sha256", "runtime")
         self.model_info = gauge("model_info", "The served model, always 1.", *info, mode="livemax")
         self.model_load = gauge("model_load_seconds", "Verify, load and warm up.", mode="livemax")
+        self.reload_failures = counter(
+            "model_reload_failures_total", "Released versions that were refused; the one before serves on."
+        )
         self.execution = gauge("inference_execution_info", "How it is run.", "execution", mode="livemax")
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
         self.dropped_spans = counter("trace_spans_dropped_total", "Spans that the collector did not take.")
