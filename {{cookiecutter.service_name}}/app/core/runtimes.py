@@ -60,6 +60,7 @@ def import_library(artifact: Artifact) -> Any:
         return onnxruntime
     if artifact.manifest.runtime == "skops":
         _check_libraries(artifact)
+        _check_types(artifact)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the service scales by workers
         import skops.io
 
@@ -87,6 +88,20 @@ def _check_libraries(artifact: Artifact) -> None:
                 f"was made with {name} {made_with[name]}, and {installed} is installed: "
                 f"add {name}=={made_with[name]} to requirements/runtime.in, run `make lock`, install again",
             )
+
+
+def _check_types(artifact: Artifact) -> None:
+    """Raise ArtifactError unless the manifest lists every type that the model is made of.
+
+    skops trusts some hundred types of its own accord; here the manifest alone has the say.
+    """
+    try:
+        held = skops_types(artifact.files[artifact.model_file])
+    except Exception as error:  # no archive, or one of something else
+        raise _refusal(artifact, f"cannot be loaded ({type(error).__name__})") from error
+    if unlisted := sorted(held - set(artifact.manifest.trusted_types)):
+        reason = f"holds a {unlisted[0]}, which manifest.json does not list among trusted_types"
+        raise _refusal(artifact, reason)
 
 
 class Unfit(Exception):
@@ -165,14 +180,11 @@ class OnnxRuntime:
 
 
 class SkopsRuntime:
-    """A scikit-learn model, made of the types that the manifest lists and of no other."""
+    """A scikit-learn model, made of `trusted` types."""
 
     def __init__(
         self, skops_io: Any, content: bytes, trusted: list[str], names: list[str], labels: list[Any]
     ) -> None:
-        # skops trusts some hundred types of its own accord; here the manifest alone has the say.
-        if unlisted := sorted(skops_types(content) - set(trusted)):
-            raise Unfit(f"holds a {unlisted[0]}, which manifest.json does not list among trusted_types")
         self._model = skops_io.loads(content, trusted=trusted)
         classes = self._model.classes_.tolist()
         if sorted(map(repr, classes)) != sorted(map(repr, labels)):
