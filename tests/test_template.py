@@ -61,9 +61,10 @@ def test_every_option_is_documented() -> None:
     assert [name for name in names + choices if f"`{name}`" not in text] == []
 
 
-def test_claims_name_their_tests() -> None:
-    """Every test that the README points to as proof exists, in the template or in the service."""
-    claimed = set(re.findall(r"`(test_\w+)`", read("README.md")))
+@pytest.mark.parametrize("name", ["README.md", f"{SERVICE.name}/docs/threat_model.md"])
+def test_claims_name_their_tests(name: str) -> None:
+    """Every test that README and threat model point to as proof exists, in the template or in the service."""
+    claimed = set(re.findall(r"`(test_\w+)`", read(name)))
     sources = [*(ROOT / "tests").glob("*.py"), *(SERVICE / "tests").rglob("*.py")]
     defined = {
         name for file in sources for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """Documents, dashboard and deployment files name only what exists, and the runbooks' commands work."""
 
+import ast
 import json
 import os
 import re
@@ -487,3 +488,46 @@ def test_the_engine_is_sent_what_the_image_copies() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
     sent = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
     assert sorted(sent) == sorted(one for names in copied for one in names.split())
+
+
+def test_containers_get_no_rights() -> None:
+    """Compose takes rights away and opens ports on this machine only; the image is nobody's, by hash."""
+    text = (ROOT / "compose.yaml").read_text("utf-8")
+    services = yaml.safe_load(re.sub(r"\{\{ *([\w.]+) *\}\}", r"\1", text))["services"]
+    for service in services.values():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["mem_limit"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert not {"privileged", "cap_add", "network_mode", "pid", "devices"} & service.keys()
+    api = services["api"]
+    assert (api["read_only"], api["tmpfs"]) == (True, ["/tmp"])  # noqa: S108  # in the container
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", api["user"])
+    assert api["pids_limit"]
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE)[-1] == api["user"]
+    (install,) = re.findall(r"pip .*install(?:.*\\\n)*.*", dockerfile)
+    assert "--require-hashes" in install
+    assert not re.search(r"APP_API_KEYS|SECRET|TOKEN|^ADD|https?:", dockerfile, re.MULTILINE)
+
+
+def tests_in(file: Path) -> set[str]:
+    """The names of the tests that a file defines."""
+    tree = ast.parse(file.read_text("utf-8")) if file.is_file() else ast.Module([], [])
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {function.name for function in functions if function.name.startswith("test_")}
+
+
+def test_every_threat_names_a_test_that_exists() -> None:
+    """Each row of the threat model has an asset, an attacker, a vector, a control, and its proof."""
+    text = (ROOT / "docs" / "threat_model.md").read_text("utf-8")
+    lines = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert rows[0] == ["asset", "attacker", "vector", "control", "test"]
+    assert len(rows) > 20
+    for row in rows[1:]:
+        assert len(row) == 5, row
+        assert all(row), row
+        proofs = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[-1])
+        assert ", ".join(f"`{file}::{name}`" for file, name in proofs) == row[-1]
+        assert [proof for proof in proofs if proof[1] not in tests_in(ROOT / proof[0])] == []
