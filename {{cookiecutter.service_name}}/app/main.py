@@ -109,7 +109,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
         endpoint, on_drop = settings.tracing_endpoint, metrics.dropped_spans.inc
         tracing = Tracing(project["name"], project["version"], endpoint, on_drop)
-        telemetry |= {"tracing": True, "tracer_provider": tracing.provider}
+        telemetry |= {"tracing": True, "tracer_provider": tracing.provider, "operation_spans": False}
     service = Service(
         name=project["name"],
         version=project["version"],
