@@ -130,6 +130,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         loading = asyncio.create_task(_load(service, metrics, writer))
         follower = _follower(service, metrics)
         if replaces:
+            metrics.restarts.inc()
             await loading
             await follower.look()  # what the master verified may have been replaced since
         following = asyncio.create_task(follower.follow(loading))

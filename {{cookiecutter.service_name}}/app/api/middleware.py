@@ -141,6 +141,8 @@ class ServiceMiddleware:
         failure = error if isinstance(error, ServiceError) else ServiceError("internal_error")
         if reason := _SHED.get(failure.code):
             self._service.recorder.shed(reason)
+        elif failure.status == 500:
+            self._service.recorder.failure(failure.code)
         for one in failure.errors:
             # Labels come from closed sets: a name the client made up is `other`.
             field = next((part for part in reversed(one["loc"]) if part in self._features), "other")

@@ -29,6 +29,8 @@ from prometheus_client.core import GaugeMetricFamily
 FLUSH_SECONDS = 0.02
 MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
 STAGES = ("preprocess", "inference", "postprocess")
+SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
+FAILURES = ("model_error", "non_finite_output", "internal_error")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STAGE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0)
@@ -63,6 +65,7 @@ class Metrics:
         self.queue_depth = gauge("inference_queue_depth", "Requests waiting for the model.")
         self.admission_limit = gauge("inference_admission_limit", "Requests that may be inside.")
         self.shed = counter("requests_shed_total", "Requests refused or given up.", "reason")
+        self.failures = counter("inference_failures_total", "Requests answered 500, by problem.", "code")
         self.disconnects = counter("client_disconnects_total", "Clients gone before their answer.")
         self.predictions = counter(
             "predictions_total", "Predictions made.", "model_version", "label", "action"
@@ -78,6 +81,7 @@ class Metrics:
         self.reload_failures = counter(
             "model_reload_failures_total", "Released versions that were refused; the one before serves on."
         )
+        self.restarts = counter("worker_restarts_total", "Workers started in place of one that ended.")
         self.execution = gauge("inference_execution_info", "How it is run.", "execution", mode="livemax")
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
         self.dropped_spans = counter("trace_spans_dropped_total", "Spans that the collector did not take.")
@@ -85,6 +89,10 @@ class Metrics:
         self.fallbacks = counter(
             "rate_limit_fallbacks_total", "Hits that a worker counted alone, its Redis being away."
         )
+        # Prometheus sees a first increment only where there was a 0 before it.
+        for children, values in ((self.shed, SHED), (self.failures, FAILURES)):
+            for value in values:
+                children.labels(value)
 
 
 class BatchLike(Protocol):
@@ -139,6 +147,10 @@ class Recorder:
         self._keyed[prediction_id] = None
         if len(self._keyed) > MAX_KEYED:
             self._keyed.popitem(last=False)
+
+    def failure(self, code: str) -> None:
+        """A request answered 500."""
+        self._metrics.failures.labels(code).inc()
 
     def violation(self, field: str, reason: str) -> None:
         """A broken rule of the contract; both labels come from closed sets."""
