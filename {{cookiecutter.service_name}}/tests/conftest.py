@@ -86,7 +86,9 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, output.decode(), errors.decode())
 
 
-def begin(folder: Path, *command: str, **options: Any) -> subprocess.Popen[bytes]:
+def begin(
+    folder: Path, *command: str, program: tuple[str, ...] = (sys.executable, "-m"), **options: Any
+) -> subprocess.Popen[bytes]:
     """`python -m command...` in a process group of its own that does not outlive this process."""
 
     def die_with_parent() -> None:
@@ -94,7 +96,7 @@ def begin(folder: Path, *command: str, **options: Any) -> subprocess.Popen[bytes
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     return subprocess.Popen(
-        [sys.executable, "-m", *command],
+        [*program, *command],
         cwd=folder,
         start_new_session=True,
         preexec_fn=die_with_parent,

@@ -1,0 +1,174 @@
+"""Rules, alerts and dashboards against the real programs that read them, and the real service they watch."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tomllib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.core.errors import _STATUS as STATUS_BY_CODE
+from app.observability.metrics import FAILURES, LATENCY
+from tests.conftest import ROOT, serving, until
+from tests.integration.test_operations import workers
+from tests.watching import prepare, program, watching
+
+PROMETHEUS = ROOT / "ops" / "prometheus"
+BOARDS = sorted((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))
+RUNBOOKS = ROOT / "docs" / "runbooks"
+ALERTS = {
+    "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "WorkerRestarts",
+    "Saturation", "HighInvalidInputRate", "NonFiniteOutput", "ModelReloadFailed", "FeatureDrift",
+    "PredictionShift", "LowConfidence", "AccuracyDrop",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`ops/` as the programs read it."""
+    return prepare(tmp_path_factory.mktemp("ops"))
+
+
+def rules(kind: str) -> list[dict[str, Any]]:
+    """Every rule of a kind, `record` or `alert`."""
+    files = [yaml.safe_load(path.read_text("utf-8")) for path in PROMETHEUS.glob("*rules.yml")]
+    return [rule for file in files for group in file["groups"] for rule in group["rules"] if kind in rule]
+
+
+def board(path: Path) -> dict[str, Any]:
+    """A dashboard."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def check(*command: str | Path) -> str:
+    """What a program says that finds nothing wrong."""
+    name, *arguments = command
+    done = subprocess.run([program(str(name)), *arguments], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prometheus_accepts_rules_and_configuration(ops: Path) -> None:
+    """`promtool` finds nothing wrong, and the configuration loads every rule file there is."""
+    files = sorted((ops / "prometheus").glob("*rules.yml"))
+    check("promtool", "check", "rules", "--lint=all", "--lint-fatal", *files)
+    said = check("promtool", "check", "config", ops / "prometheus" / "prometheus.yml")
+    assert f"{len(files)} rule files found" in said
+
+
+def test_alertmanager_accepts_its_configuration(ops: Path) -> None:
+    """`amtool` finds nothing wrong."""
+    check("amtool", "check-config", ops / "alertmanager" / "alertmanager.yml")
+
+
+@pytest.mark.parametrize(
+    ("severity", "own", "receiver"),
+    [
+        ("page", True, "pager"),
+        ("ticket", True, "tickets"),
+        ("page", False, "unrouted"),
+        ("", True, "unrouted"),
+    ],
+)
+def test_an_alert_goes_to_who_must_act(ops: Path, severity: str, own: bool, receiver: str) -> None:
+    """Pages go to the team's pager, tickets to its queue; what is nobody's is still told to somebody."""
+    config = ops / "alertmanager" / "alertmanager.yml"
+    text = config.read_text("utf-8")
+    (team,) = set(re.findall(r'team="([^"]*)"', text))
+    labels = [f"team={team if own else 'others'}", f"severity={severity}"]
+    said = check("amtool", "config", "routes", "test", f"--config.file={config}", *labels)
+    assert said.strip() == receiver
+
+
+def test_every_alert_fires_when_it_should(ops: Path) -> None:
+    """`promtool test rules`: faults, their absence and little traffic; each alert has a case of each kind."""
+    tests = ops / "prometheus" / "rules_test.yml"
+    check("promtool", "test", "rules", tests)
+    cases = [
+        case
+        for group in yaml.safe_load(tests.read_text("utf-8"))["tests"]
+        for case in group["alert_rule_test"]
+    ]
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == ALERTS
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == ALERTS
+
+
+def test_rules_and_load_gate_promise_the_same() -> None:
+    """`slo_rules.yml` and `slo.toml` hold the same numbers, and a histogram bucket ends at the latency."""
+    promises = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
+    (group,) = yaml.safe_load((PROMETHEUS / "slo_rules.yml").read_text("utf-8"))["groups"]
+    recorded = {rule["record"]: float(rule["expr"]) for rule in group["rules"]}
+    assert recorded == {
+        "slo:availability:objective": promises["availability"],
+        "slo:latency:objective": 0.95,  # p95
+        "slo:latency:seconds": promises["latency_p95_ms"] / 1000,
+    }
+    (bucket,) = [rule["labels"]["le"] for rule in group["rules"] if "labels" in rule]
+    assert float(bucket) == promises["latency_p95_ms"] / 1000
+    assert bucket in map(str, LATENCY)
+
+
+def test_every_alert_says_what_to_do() -> None:
+    """Severity, team, a sentence with the number, a runbook that is there, and a dashboard that is there."""
+    boards = {board(path)["uid"] for path in BOARDS}
+    for rule in rules("alert"):
+        labels, notes = rule["labels"], rule["annotations"]
+        assert labels["severity"] in {"page", "ticket"}
+        assert labels["team"]
+        assert labels["service"]
+        assert "$value" in notes["summary"]
+        assert notes["summary"][0].isupper()
+        assert notes["summary"].endswith((".", "requests."))
+        page = notes["runbook_url"].rpartition("/")[2]
+        assert page == f"{rule['alert']}.md"
+        assert (RUNBOOKS / page).is_file(), page
+        assert notes["dashboard_url"].rpartition("/d/")[2] in boards
+    assert {rule["alert"] for rule in rules("alert")} == ALERTS
+    assert {rule["alert"] for rule in rules("alert") if rule["labels"]["severity"] == "page"} == {
+        "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic",
+    }  # fmt: skip
+
+
+def test_failures_are_counted_by_problem() -> None:
+    """Every problem answered 500 has its series from the start, so that the first one is seen."""
+    assert set(FAILURES) == {code for code, status in STATUS_BY_CODE.items() if status == 500}
+
+
+def test_a_fault_reaches_who_must_act(tmp_path: Path) -> None:
+    """Real requests that fail page the team, its ticket for the same is held back, and all ends with them.
+
+    The deadline is so short that every request misses it; a worker is killed too, which is a ticket.
+    """
+    with ExitStack() as stack:
+        service = stack.enter_context(serving(tmp_path, request_deadline_seconds="0.000001"))
+        watch = stack.enter_context(watching(tmp_path, service.url))
+        until(lambda: watch.query("service:ready:ratio == 1"), "the first scrape")
+
+        def paged() -> bool:
+            assert service.predict().status_code == 503
+            return bool(watch.told("firing", alertname="AvailabilityBudgetBurn", severity="page"))
+
+        until(paged, "a page")
+        ((path, alert), *_) = watch.told("firing", alertname="AvailabilityBudgetBurn")
+        assert path == "/page"
+        assert alert["labels"].keys() == {"alertname", "severity", "team", "service"}
+        assert re.fullmatch(
+            r"Requests fail [\d.k]+ times as often as promised\.", alert["annotations"]["summary"]
+        )
+        assert alert["annotations"]["runbook_url"].endswith("/AvailabilityBudgetBurn.md")
+        ticket = {"alertname": "AvailabilityBudgetBurn", "severity": "ticket"}
+        until(lambda: watch.silenced(**ticket), "the ticket for the same to be held back")
+        assert not watch.told("firing", **ticket)
+
+        os.kill(workers(service)[0], signal.SIGKILL)
+        until(lambda: watch.told("firing", alertname="WorkerRestarts", severity="ticket"), "a ticket")
+        assert {path for path, _ in watch.told("firing", severity="ticket")} == {"/ticket"}
+        # Nobody asks any more: the errors leave the short window.
+        until(lambda: watch.told("resolved", alertname="AvailabilityBudgetBurn"), "the end of the page")
