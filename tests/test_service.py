@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.render import SERVICE
 from tests.conftest import Bake, Render, commit, contents, run
@@ -64,3 +65,38 @@ def test_service_level_reaches_the_settings(service: Path, bake: Bake, slo: str)
     deadline = re.search(r"APP_REQUEST_DEADLINE_SECONDS\W+([\d.]+)", config.stdout)
     assert deadline, config.stdout
     assert float(deadline[1]) == promises["request_deadline_seconds"]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"slo": "strict", "owner_team": "Équipe R&D/données"},
+        {
+            "slo": "relaxed",
+            "owner_team": "@org/ml-team",
+            "runbook_base_url": "https://wiki.example.com/~on-call",
+        },
+        {"owner_team": "yes", "service_name": "test", "repo_url": "https://example.com:8443/iris%20model"},
+    ],
+    ids=["strict", "relaxed", "odd names"],
+)
+def test_alerts_follow_the_answers(service: Path, render: Render, answers: dict[str, str]) -> None:
+    """Whatever was answered, Prometheus and Alertmanager accept it; alerts name team, runbook, promises."""
+    folder = render(**answers).folder
+    checks = "accepts or promise or says or goes"
+    ended = run(
+        *(service / BIN / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *("tests/integration/test_ops.py", "-k", checks),
+        cwd=folder,
+    )
+    assert ended.returncode == 0, ended.stdout
+    rules = yaml.safe_load((folder / "ops" / "prometheus" / "rules.yml").read_text(encoding="utf-8"))
+    alerts = [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    assert {alert["labels"]["team"] for alert in alerts} == {answers["owner_team"]}
+    assert {alert["labels"]["service"] for alert in alerts} == {folder.name}
+    base = answers.get("runbook_base_url") or (
+        f"{answers.get('repo_url', f'https://git.example.com/{folder.name}')}/blob/main/docs/runbooks"
+    )
+    assert {alert["annotations"]["runbook_url"] for alert in alerts} == {
+        f"{base}/{alert['alert']}.md" for alert in alerts
+    }
