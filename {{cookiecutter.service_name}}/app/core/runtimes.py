@@ -135,7 +135,7 @@ def _messages(message: memoryview, kind: str) -> Iterator[str]:
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
-        number, wire_type = key >> 3, key & 7
+        number, wire_type = (key & 0xFFFFFFFF) >> 3, key & 7  # parsers keep 32 bits
         if wire_type == 0:
             _, position = _varint(message, position)
         elif wire_type in (1, 5):

@@ -344,6 +344,20 @@ def test_data_outside_of_the_file_is_refused_wherever_it_is_referred_to(root: Pa
     assert refused(lambda: load(root)) == "v1/model.onnx: refers to data outside of the file"
 
 
+@pytest.mark.parametrize(
+    "tag", [b"\x3a", b"\xba\x00", b"\xba\x80\x80\x80\x10"], ids=["short", "long", "over"]
+)
+def test_no_spelling_of_a_field_hides_data_outside(root: Path, tag: bytes) -> None:
+    """A field's number may be written in several ways, and one that is too long is cut off by parsers."""
+    model = onnx.load_from_string(onnx_model(4, 3))
+    model.graph.initializer[0].external_data.add(key="location", value="weights.json")
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = bytes([len(graph) & 0x7F | 0x80, len(graph) >> 7])
+    put(root / "v1", MODEL, model.SerializeToString() + tag + size + graph)
+    assert refused(lambda: load(root)) == "v1/model.onnx: refers to data outside of the file"
+
+
 def attempt(root: Path) -> object:
     """What loading gives, or raises."""
     try:
