@@ -7,6 +7,7 @@ import asyncio
 import gc
 import multiprocessing
 import os
+import re
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,14 +36,17 @@ from app.api.routing import JSONRoute
 from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
 from app.core.errors import ArtifactError, ServiceError
+from app.core.feedback import Feedback, Given
+from app.core.manifest import VERSION_PATTERN
 from app.core.pipeline import Pipeline, Policy
 from app.core.release import Follower
 from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
+from app.observability.drift import Drift
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder, scrape
-from app.schemas.contract import contract_inputs
+from app.schemas.contract import contract_inputs, contract_outputs, served_contract_sha256
 from app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -60,6 +64,7 @@ class Inheritance:
     artifact: Artifact  # verified; a worker that starts later never depends on what the disk says then
     workers: int
     loaded: "Synchronized[int]"  # how many workers have loaded the model so far
+    given: Given  # labels that came back
 
     @property
     def all_loaded(self) -> bool:
@@ -86,10 +91,19 @@ def read_served(settings: Settings) -> Artifact:
     return artifact
 
 
+def _feedback(settings: Settings) -> Feedback:
+    place, versions = settings.artifacts_dir, None
+    if isinstance(place, Path):
+        versions = [path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
+    given = _inheritance.given if _inheritance else Given()
+    return Feedback(contract_outputs()["labels"], versions, served_contract_sha256(), given)
+
+
 def prepare_workers(settings: Settings, workers: int) -> None:
     """In the master, before it forks: verify the artifact, and share what can be shared."""
     global _inheritance
-    _inheritance = Inheritance(read_served(settings), workers, multiprocessing.Value("i"))
+    loaded = multiprocessing.Value("i")
+    _inheritance = Inheritance(read_served(settings), workers, loaded, Given())
     import_library(_inheritance.artifact)  # its memory is then shared by all workers
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
@@ -118,6 +132,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         admission=Admission(settings.max_concurrency + settings.max_queue, settings.request_deadline_seconds),
         guard=Guard(settings, log, metrics.fallbacks.inc),
         recorder=Recorder(metrics),
+        feedback=_feedback(settings),
         all_loaded=lambda: _inheritance is None or _inheritance.all_loaded,
         tracing=tracing,
     )
@@ -142,6 +157,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             if service.pipeline is not None:
                 service.pipeline.batcher.close()
             service.recorder.flush()
+            for drift in service.recorder.drifts.values():
+                drift.write_line()
             log.info("stopped")
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -197,7 +214,9 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     """Verify, load and warm up; a model that cannot be served ends the process."""
     artifact = _inheritance.artifact if _inheritance else None
     try:
-        pipeline = await asyncio.to_thread(lambda: _build(service, artifact or read_served(service.settings)))
+        pipeline = await asyncio.to_thread(
+            lambda: _build(service, metrics, artifact or read_served(service.settings))
+        )
     except Exception as error:
         reason = str(error) if isinstance(error, ArtifactError) else type(error).__name__
         service.log.error("cannot start", reason=reason)
@@ -213,7 +232,7 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
             _inheritance.loaded.value += 1
 
 
-def _build(service: Service, artifact: Artifact) -> Pipeline:
+def _build(service: Service, metrics: Metrics, artifact: Artifact) -> Pipeline:
     began, settings = perf_counter(), service.settings
     policy = Policy(
         review_threshold=settings.review_threshold,
@@ -223,6 +242,7 @@ def _build(service: Service, artifact: Artifact) -> Pipeline:
     )
     pipeline = Pipeline(artifact, load_runtime(artifact), service.recorder, policy)
     pipeline.replay()
+    _expect(service, metrics, artifact)
     pipeline.load_seconds = perf_counter() - began
     return pipeline
 
@@ -242,6 +262,9 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
     pipeline.batcher.on_call = admission.learn
     admission.lingering = lambda: pipeline.batcher.abandoned
     service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
+    for outcome in ("correct", "incorrect"):
+        metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
+    service.feedback.know(pipeline.version)
     service.recorder.flush()
     service.pipeline = pipeline
     service.log.info(
@@ -267,10 +290,22 @@ def _follower(service: Service, metrics: Metrics) -> Follower:
     return Follower(
         None if settings.model_version else local,
         served=lambda: service.pipeline.version if service.pipeline else "",
-        build=lambda: _build(service, read_served(settings)),
+        build=lambda: _build(service, metrics, read_served(settings)),
         serve=partial(_serve, service, metrics),
         refuse=partial(_refuse, service, metrics),
     )
+
+
+def _expect(service: Service, metrics: Metrics, artifact: Artifact) -> None:
+    """Count rows of this version beside its baseline, if it has one; raises ArtifactError."""
+    version, baseline = artifact.manifest.version, artifact.files.get("baseline.json")
+    if baseline is None or version in service.recorder.drifts or not service.settings.metrics_enabled:
+        return
+    names = [entry.name for entry in artifact.manifest.inputs]
+    try:
+        service.recorder.drifts[version] = Drift(version, baseline, names, metrics, service.log)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{version}/baseline.json: cannot be used ({type(error).__name__})") from error
 
 
 def _expose_metrics(app: FastAPI, metrics: Metrics, recorder: Recorder) -> None:

@@ -4,6 +4,7 @@ import typer
 
 from lifecycle.runbooks import runbooks
 from lifecycle.sbom import sbom
+from lifecycle.monitor import drift, quality
 from lifecycle.size import size
 from lifecycle.train import train
 
@@ -12,6 +13,8 @@ commands.command()(train)
 commands.command()(size)
 commands.command()(sbom)
 commands.command()(runbooks)
+commands.command()(drift)
+commands.command()(quality)
 
 
 @commands.callback()

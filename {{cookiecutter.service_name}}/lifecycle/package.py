@@ -8,6 +8,7 @@ there is never changed: other bytes need another version, or `force` before rele
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.schemas.contract import contract_inputs, contract_outputs, served_contr
 from app.schemas.predict import Features
 
 NAME = "iris"
+MAX_BINS, ROWS_A_BIN = 10, 20
 TOLERANCE = 1e-5  # how far a probability may be from the recorded one: float32 against float64
 
 Rows = NDArray[np.float64]  # [rows, features], in the order of `Features`
@@ -58,27 +60,44 @@ def baseline(rows: Rows, probabilities: Rows) -> bytes:
     """What training looked like, for drift: counts per bin of every feature, of the score, and per label.
 
     Bin `i` holds edges[i-1] < value <= edges[i], the first and last bin are open, so there is always
-    one count more than edges. Edges of a feature are its deciles, fewer where deciles coincide.
+    one count more than edges. Edges of a feature are its quantiles, fewer where they coincide; a feature
+    with categories has a bin for each of the commonest.
     """
     features = {}
-    for name, values in zip(feature_names(), rows.T, strict=True):
+    # Shares of bins that few rows fell in are noise, and noise on both sides looks like drift.
+    bins = min(MAX_BINS, max(2, len(rows) // ROWS_A_BIN))
+    for entry, values in zip(contract_inputs(), rows.T, strict=True):
         present = values[~np.isnan(values)]
-        edges = np.unique(np.quantile(present, np.linspace(0.1, 0.9, 9)).round(6))
-        features[name] = _histogram(present, edges) | {"missing": int(len(values) - len(present))}
+        if entry["categories"]:
+            counted = _commonest(present, entry["categories"])
+        else:
+            quantiles = np.quantile(present, np.linspace(0, 1, bins + 1)[1:-1])
+            counted = _histogram(present, np.unique([float(f"{edge:.7g}") for edge in quantiles]))
+        features[entry["name"]] = counted | {"missing": int(len(values) - len(present))}
     chosen = probabilities.argmax(axis=1)
     return canonical_json(
         {
             "rows": len(rows),
             "features": features,
-            "labels": {label: int((chosen == index).sum()) for index, label in enumerate(labels())},
+            "labels": {str(label): int((chosen == index).sum()) for index, label in enumerate(labels())},
             "scores": _histogram(probabilities.max(axis=1), np.linspace(0.1, 0.9, 9).round(1)),
         }
     )
 
 
 def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[str, Any]:
-    bins = np.searchsorted(edges, values, side="left")
-    return {"edges": edges.tolist(), "counts": np.bincount(bins, minlength=len(edges) + 1).tolist()}
+    bounds = ["-inf", *(f"{edge:.7g}" for edge in edges), "inf"]
+    names = [f"({low},{high}]" for low, high in itertools.pairwise(bounds)]
+    counts = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(names))
+    return {"edges": edges.tolist(), "bins": names, "counts": counts.tolist()}
+
+
+def _commonest(values: NDArray[np.float64], categories: list[Any]) -> dict[str, Any]:
+    counts = {category: int((values == category).sum()) for category in categories}
+    kept = sorted(categories, key=lambda category: -counts[category])[:MAX_BINS]
+    other = len(values) - sum(counts[category] for category in kept)
+    named = {"categories": kept, "bins": [str(category) for category in kept]}
+    return named | {"counts": [counts[category] for category in kept], "other": other}
 
 
 def pack(

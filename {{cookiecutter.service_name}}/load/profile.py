@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, cast
@@ -369,30 +370,36 @@ def chart(steps: Sequence[Step]) -> str:
     def y(milliseconds: float) -> float:
         return 240 - 190 * (math.log10(milliseconds) - low) / (high - low)
 
-    parts = [_text(200, 24, "requests a second"), _text(560, 24, "latency, ms")]
+    parts = [text(200, 24, "requests a second"), text(560, 24, "latency, ms")]
     for power in range(low, high + 1):
         level = y(10.0**power)
         parts.append(f'<path d="M410 {level:.0f}h300" stroke="#ddd"/>')
-        parts.append(_text(404, level + 4, f"{10.0**power:g}", "end"))
+        parts.append(text(404, level + 4, f"{10.0**power:g}", "end"))
     for index, one in enumerate(steps):
         bar, at = 190 * one.rate / top, x(50, index)
         parts.append(f'<path d="M{at - 20:.0f} 240v-{bar:.1f}h40v{bar:.1f}z" fill="#4878a8"/>')
-        parts.append(_text(at, 234 - bar, f"{one.rate:,.0f}"))
-        parts += [_text(place, 258, str(one.connections)) for place in (at, x(410, index))]
+        parts.append(text(at, 234 - bar, f"{one.rate:,.0f}"))
+        parts += [text(place, 258, str(one.connections)) for place in (at, x(410, index))]
     for name, colour in (("p50", "#4878a8"), ("p95", "#d08030"), ("p99", "#b03030")):
         values = [(x(410, index), getattr(one, name)) for index, one in enumerate(steps)]
         points = " ".join(f"{at:.0f},{y(value):.1f}" for at, value in values if value > 0)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_text(440 + 60 * int(name > "p50") + 60 * int(name > "p95"), 44, name, colour=colour))
-    parts += [_text(place, 278, "connections") for place in (200, 560)]
+        parts.append(text(440 + 60 * int(name > "p50") + 60 * int(name > "p95"), 44, name, colour=colour))
+    parts += [text(place, 278, "connections") for place in (200, 560)]
+    return picture(730, 290, parts)
+
+
+def picture(width: int, height: int, parts: Sequence[str]) -> str:
+    """An SVG on white."""
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 730 290" font-family="sans-serif" '
-        'font-size="12"><rect width="730" height="290" fill="#fff"/>' + "".join(parts) + "</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{width}" height="{height}" fill="#fff"/>' + "".join(parts) + "</svg>\n"
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#333") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
+def text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#333") -> str:
+    """Words in an SVG."""
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
 
 
 def write(address: str, pid: int, target: Path, seconds: float) -> None:

@@ -3,8 +3,8 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
@@ -12,14 +12,17 @@ from fastapi import Depends, Request
 from app.api.security import Guard
 from app.core.admission import Admission
 from app.core.errors import ServiceError
+from app.core.feedback import STEM_DIGITS, Feedback
 from app.core.pipeline import Pipeline
 from app.observability.logging import Logger
 from app.observability.metrics import Recorder
+from app.schemas.predict import Prediction
 from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.observability.tracing import Tracing
 
+AUDIT_ROWS = 100  # a line; many collectors of logs cut lines at 16 KiB
 _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 
 
@@ -34,6 +37,7 @@ class Service:
     admission: Admission
     guard: Guard
     recorder: Recorder
+    feedback: Feedback
     all_loaded: Callable[[], bool]  # this worker and all others
     tracing: "Tracing | None" = None
     pipeline: Pipeline | None = None
@@ -57,6 +61,7 @@ class Call:
     body: bytes = b""
     model_version: str | None = None
     prediction_id: str | None = None
+    audit: dict[str, Any] = field(default_factory=dict)  # what the log line has on top
     error: BaseException | None = None  # for the log, not for the client
 
     @property
@@ -68,21 +73,35 @@ class Call:
         self.model_version = pipeline.version
         return pipeline
 
-    def prediction_ids(self, count: int) -> list[str]:
-        """32 hex digits each: random, or with Idempotency-Key a function of key and body, for retries."""
+    def stems(self, count: int) -> list[str]:
+        """How ids begin: at random, or with Idempotency-Key as key and body say, for retries."""
         key = self.idempotency_key
         if key is None:
-            ids = [os.urandom(16).hex() for _ in range(count)]
-        elif not _IDEMPOTENCY_KEY.fullmatch(key):
+            return [os.urandom(STEM_DIGITS // 2).hex() for _ in range(count)]
+        if not _IDEMPOTENCY_KEY.fullmatch(key):
             where, rule = ["header", "Idempotency-Key"], "must be 1 to 255 printable ASCII characters"
             error = {"loc": where, "msg": rule, "type": "idempotency_key"}
             raise ServiceError("invalid_input", f"Idempotency-Key {rule}", [error])
-        else:
-            seed = key + b"\0" + self.body
-            ids = [hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:32] for index in range(count)]
-            self.service.recorder.keyed(ids[0])
-        self.prediction_id = ids[0]
-        return ids
+        seed = key + b"\0" + self.body
+        stems = [hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:STEM_DIGITS] for index in range(count)]
+        self.service.recorder.keyed(stems[0])
+        return stems
+
+    def record(self, predictions: Sequence[Prediction], thresholds: dict[str, Any]) -> None:
+        """Complete the ids, and put on record what was decided: never what it was decided from."""
+        service, entries = self.service, []
+        for one in predictions:
+            one.prediction_id = service.feedback.identify(one.prediction_id, one.model_version, one.label)
+            entry = {"prediction_id": one.prediction_id, "label": one.label, "score": one.score}
+            entries.append(entry | {"action": one.action})
+        self.prediction_id = predictions[0].prediction_id
+        common: dict[str, Any] = {"thresholds": thresholds, "predictions": entries}
+        if len(entries) == 1:
+            self.audit = common
+            return
+        common |= {"request_id": self.request_id, "model_version": self.model_version}
+        for start in range(0, len(entries), AUDIT_ROWS):
+            service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
 
     @property
     def marks(self) -> dict[str, Any]:

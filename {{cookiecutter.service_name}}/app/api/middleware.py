@@ -43,7 +43,7 @@ class ServiceMiddleware:
         service, method, path = self._service, scope["method"], scope["path"]
         call, key = self._open(scope)
         route = self._direct.get(path) if method == "POST" else None
-        status, headers, body = 200, _JSON, b""
+        status, headers, body = (route and route.status_code) or 200, _JSON, b""
         passed_on = started = False
 
         async def send_marked(message: Message) -> None:
@@ -100,6 +100,7 @@ class ServiceMiddleware:
             model_version=call.model_version,
             prediction_id=call.prediction_id,
             client=call.client,
+            **call.audit,
             **call.marks,
         )
 

@@ -8,7 +8,17 @@ from app.api.call import CurrentCall
 from app.api.routing import JSONRoute
 from app.core.errors import ServiceError
 from app.schemas.predict import Features, Prediction
-from app.schemas.service import Batch, Health, Instances, Problem, Ready, ServedModel, Version
+from app.schemas.service import (
+    Accepted,
+    Batch,
+    Feedback,
+    Health,
+    Instances,
+    Problem,
+    Ready,
+    ServedModel,
+    Version,
+)
 
 _MEANING = {
     400: "The body is not JSON.",
@@ -48,9 +58,10 @@ operations = APIRouter(tags=["operations"])
 @inference.post("/predict", summary="Predict one instance", responses={200: {"links": _AS_BATCH}})
 async def predict(features: Features, call: CurrentCall) -> Prediction:
     """One instance in, one prediction out. `score` is the model's probability of `label`."""
-    pipeline, ids = call.pipeline, call.prediction_ids(1)
-    (prediction,) = await pipeline.predict([features], ids, call.deadline, single=True)
-    return prediction
+    pipeline = call.pipeline
+    predictions = await pipeline.predict([features], call.stems(1), call.deadline, single=True)
+    call.record(predictions, pipeline.thresholds)
+    return predictions[0]
 
 
 @inference.post("/predict/batch", summary="Predict several instances", responses={200: {"links": _ALONE}})
@@ -61,8 +72,25 @@ async def predict_batch(batch: Instances, call: CurrentCall) -> Batch:
         error = {"loc": ["body", "instances"], "msg": f"at most {limit} instances", "type": "too_long"}
         raise ServiceError("invalid_input", "too many instances", [error])
     pipeline = call.pipeline
-    predictions = await pipeline.predict(batch.instances, call.prediction_ids(count), call.deadline)
+    predictions = await pipeline.predict(batch.instances, call.stems(count), call.deadline)
+    call.record(predictions, pipeline.thresholds)
     return Batch(pipeline.version, predictions)
+
+
+@inference.post(
+    "/feedback",
+    status_code=202,
+    summary="Say what was right",
+    responses={404: {"model": Problem, "description": "This service made no prediction with this id."}},
+)
+async def feedback(truth: Feedback, call: CurrentCall) -> Accepted:
+    """The true label of an earlier prediction; the same again changes nothing, another one is refused."""
+    version, correct, news = call.service.feedback.judge(truth.prediction_id, truth.label)
+    if news:
+        call.service.recorder.feedback(version, correct)
+    call.model_version, call.prediction_id = version, truth.prediction_id
+    call.audit = {"feedback": truth.label, "correct": correct, "news": news}
+    return Accepted()
 
 
 @operations.get("/health", summary="Is the process alive?")

@@ -68,7 +68,7 @@ class JSONRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             body = await self.answer(request.scope["state"]["call"], request.receive)
-            return Response(body, media_type="application/json")
+            return Response(body, self.status_code or 200, media_type="application/json")
 
         return handle
 

@@ -27,6 +27,8 @@ class Batch:
     answers: list[Any]  # per row an answer, or the exception that is this row's own
     stages: tuple[float, float, float]  # seconds of preprocess, inference, postprocess
     out_of_range: dict[str, int]  # values outside the training range, by feature
+    matrix: Any = None  # the rows as the model saw them, until they are counted
+    version: str = ""  # of the model; none if it saw nothing
 
 
 class Observer(Protocol):

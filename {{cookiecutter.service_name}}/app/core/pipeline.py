@@ -65,6 +65,8 @@ class Pipeline:
         self._labels: list[Any] = list(outputs.labels)
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
+        # For the record of what was decided by them.
+        self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
         ranges = [entry.training_range or (-math.inf, math.inf) for entry in inputs]
         self._low, self._high = np.array(ranges, np.float32).T
         self.seconds_per_call, self.seconds_per_row = self._warm_up([entry.example for entry in inputs])
@@ -122,7 +124,7 @@ class Pipeline:
         probabilities = self._infer(matrix)
         inferred = perf_counter()
         answers = [self._answer(one, index in outside) for index, one in enumerate(probabilities)]
-        return Batch(answers, (ready - start, inferred - ready, perf_counter() - inferred), counts)
+        return Batch(answers, (ready - start, inferred - ready, perf_counter() - inferred), counts, matrix, self.version)
 
     def _outside(self, beyond: Any) -> tuple[frozenset[int], dict[str, int]]:
         """Rows to review for a value outside the training range, and the number of such values by feature."""

@@ -71,6 +71,22 @@ class Metrics:
             "predictions_total", "Predictions made.", "model_version", "label", "action"
         )
         self.score = histogram("prediction_score", "Score of the predicted label.", SCORE, "model_version")
+        binned = ("model_version", "feature", "bin")
+        self.observations = counter("feature_observations_total", "Values by bin of the baseline.", *binned)
+        self.missing = counter("feature_missing_total", "Values that were null.", "feature")
+        self.feature_baseline = gauge(
+            "feature_baseline_ratio", "Share of training in a bin.", *binned, mode="livemax"
+        )
+        self.prediction_baseline = gauge(
+            "prediction_baseline_ratio",
+            "Share of training predicted so.",
+            "model_version",
+            "label",
+            mode="livemax",
+        )
+        self.feedback = counter(
+            "feedback_total", "Predictions that proved right or wrong.", "model_version", "outcome"
+        )
         self.out_of_range = counter("feature_out_of_range_total", "Values not seen in training.", "feature")
         self.violations = counter(
             "schema_violations_total", "Broken rules of the contract.", "field", "reason"
@@ -101,6 +117,18 @@ class BatchLike(Protocol):
     answers: list[Any]  # predictions, or exceptions
     stages: tuple[float, float, float]
     out_of_range: dict[str, int]
+    matrix: Any  # rows as the model saw them, [rows, features]
+    version: str  # of the model; none if it saw nothing
+
+
+class DriftLike(Protocol):
+    """Whoever counts rows by bin: `observability.drift`."""
+
+    def observe(self, matrices: Sequence[Any], labels: Tally[str]) -> None:
+        """Count rows, and the labels predicted."""
+
+    def write_line(self) -> None:
+        """Log what was counted since the last line."""
 
 
 class Recorder:
@@ -118,6 +146,7 @@ class Recorder:
         self._batches: list[tuple[BatchLike, Sequence[float]]] = []
         # Requests inside, requests queued, admission limit: read at each flush, set by whoever knows.
         self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+        self.drifts: dict[str, DriftLike] = {}  # by version, of those that have a baseline
 
     def request(self, method: str, handler: str, status: int, seconds: float) -> None:
         """One answered request."""
@@ -159,6 +188,10 @@ class Recorder:
     def disconnect(self) -> None:
         """A client that went away before its answer."""
         self._metrics.disconnects.inc()
+
+    def feedback(self, version: str, correct: bool) -> None:
+        """A label that came back."""
+        self._metrics.feedback.labels(version, "correct" if correct else "incorrect").inc()
 
     async def settle(self) -> None:
         """Wait until every worker has written what it answered before now."""
@@ -212,6 +245,13 @@ class Recorder:
             metrics.predictions.labels(*labels).inc(count)
         for version, values in scores.items():
             observe_many(metrics.score.labels(version), values)
+        for version, drift in self.drifts.items():
+            if rows := [one.matrix for one, _ in batches if one.version == version]:
+                chosen = Tally[str]()
+                for (own, label, _), count in predictions.items():
+                    if own == version:
+                        chosen[label] += count
+                drift.observe(rows, chosen)
 
 
 def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.schemas.predict import Features, Prediction
+from app.schemas.predict import Features, Label, Prediction
 
 MAX_ERRORS = 20
 
@@ -24,6 +24,24 @@ class Batch:
 
     model_version: str
     predictions: Annotated[list[Prediction], Field(description="In the order of the instances.")]
+
+
+class Feedback(BaseModel):
+    """What a prediction should have been."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prediction_id: Annotated[
+        str, Field(pattern=r"^[0-9a-f]{32}$", description="As the prediction's answer had it.")
+    ]
+    label: Annotated[Label, Field(description="The true class.")]
+
+
+@dataclass(slots=True)
+class Accepted:
+    """The label counts; given again it counts no more."""
+
+    status: Literal["accepted"] = "accepted"
 
 
 @dataclass(slots=True)

@@ -258,7 +258,8 @@ def test_commands_name_what_exists(path: Path) -> None:
     assert set(re.findall(asked, code)) <= services | {"alertmanager"}
     assert set(re.findall(r"python -m app ([a-z]+)", code)) <= {"config", "predict"}
     assert set(re.findall(r"127\.0\.0\.1:8000(/[a-z0-9/]+)", code)) <= {
-        "/v1/predict", "/v1/predict/batch", "/health", "/ready", "/version", "/metrics", "/docs"
+        "/v1/predict", "/v1/predict/batch", "/v1/feedback",
+        "/health", "/ready", "/version", "/metrics", "/docs"
     }  # fmt: skip
     folders = r"(?:^|(?<=[\s@=`]))((?:app|artifacts|docs|lifecycle|load|ops|requirements|tests)/[\w./-]*\w/?)"
     missing = [found for found in re.findall(folders, code, re.MULTILINE) if not (ROOT / found).exists()]

@@ -1,0 +1,112 @@
+"""How inputs and predictions are spread, beside how they were in training.
+
+baseline.json -> bins, and the share of training in each -> feature_baseline_ratio
+rows of a flush -> rows in each bin -> feature_observations_total, and a `drift` line a minute
+
+Rows are held until they are counted, 10 ms, and never leave. What moved how far (PSI) is computed from the
+counts: by Prometheus (ops/prometheus/drift_rules.yml), or from Prometheus, a scrape or a log by `make drift`.
+"""
+
+import json
+from collections import Counter as Tally
+from collections import defaultdict
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.observability.logging import Logger
+from app.observability.metrics import Metrics
+
+MISSING, OTHER = "missing", "other"
+LINE_SECONDS = 60.0
+LINE_ROWS = 20  # the bins of a few rows would tell what somebody sent
+
+
+class Drift:
+    """The bins of one version's baseline, and the rows counted in them."""
+
+    def __init__(
+        self, version: str, baseline: bytes, names: Sequence[str], metrics: Metrics, log: Logger
+    ) -> None:
+        document = json.loads(baseline)
+        self._version, self._names, self._log = version, names, log
+        features = [document["features"][name] for name in names]
+        self._bins: list[list[str]] = [feature["bins"] for feature in features]
+        self._numbers = [index for index, feature in enumerate(features) if "edges" in feature]
+        self._categories = {
+            index: dict(zip(feature["categories"], feature["bins"], strict=True))
+            for index, feature in enumerate(features)
+            if "categories" in feature
+        }
+        # One table for all features: nothing is beyond the infinite edges that fill its rows up.
+        edges = [features[index]["edges"] for index in self._numbers]
+        self._edges = np.full((len(edges), max(map(len, edges), default=0)), np.inf, np.float32)
+        for row, own in zip(self._edges, edges, strict=True):
+            row[: len(own)] = own
+        self._children: dict[tuple[str, str], Any] = {}
+        for name, feature in zip(names, features, strict=True):
+            counts = Tally(dict(zip(feature["bins"], feature["counts"], strict=True)))
+            counts.update({key: feature[key] for key in (MISSING, OTHER) if key in feature})
+            for bin_, count in counts.items():
+                metrics.feature_baseline.labels(version, name, bin_).set(count / document["rows"])
+                self._children[name, bin_] = metrics.observations.labels(version, name, bin_)
+        self._missing = {name: metrics.missing.labels(name) for name in names}
+        for label, count in document["labels"].items():
+            metrics.prediction_baseline.labels(version, label).set(count / document["rows"])
+            for action in ("accept", "review"):  # 0 of a label is data too
+                metrics.predictions.labels(version, label, action)
+        self._rows, self._counts, self._labels = 0, Tally[tuple[str, str]](), Tally[str]()
+        self._since = monotonic()
+
+    def observe(self, matrices: Sequence[NDArray[Any]], labels: Tally[str]) -> None:
+        """Count rows, each matrix being [rows, features] in the model's order, and the labels predicted."""
+        rows = np.concatenate(matrices)
+        counts = self._count(rows)
+        for key, count in counts.items():
+            self._children[key].inc(count)
+            if key[1] == MISSING:
+                self._missing[key[0]].inc(count)
+        self._rows += len(rows)
+        self._counts.update(counts)
+        self._labels.update(labels)
+        if monotonic() - self._since >= LINE_SECONDS:
+            self.write_line()
+
+    def write_line(self) -> None:
+        """Log what was counted since the last line, unless it is so little that it tells whose."""
+        if self._rows < LINE_ROWS:
+            return
+        features: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for (name, bin_), count in self._counts.items():
+            features[name][bin_] = count
+        labels = dict(self._labels)
+        self._log.info(
+            "drift", model_version=self._version, rows=self._rows, features=features, predictions=labels
+        )
+        self._rows, self._since = 0, monotonic()
+        self._counts.clear()
+        self._labels.clear()
+
+    def _count(self, rows: NDArray[Any]) -> Tally[tuple[str, str]]:
+        """Rows by feature and bin, where there are any."""
+        counts = Tally[tuple[str, str]]()
+        numbers = rows[:, self._numbers].astype(np.float32, copy=False)
+        missing = np.isnan(numbers).sum(axis=0)
+        beyond = (numbers[:, :, None] > self._edges).sum(axis=0)  # [features, edges]; NaN is beyond none
+        # What is beyond one edge and not beyond the next is in the bin between them.
+        steps = np.column_stack([len(rows) - missing, beyond, np.zeros_like(missing)])
+        inside = steps[:, :-1] - steps[:, 1:]
+        found, bins = np.nonzero(inside)
+        for at, bin_, count in zip(found.tolist(), bins.tolist(), inside[found, bins].tolist(), strict=True):
+            index = self._numbers[at]
+            counts[self._names[index], self._bins[index][bin_]] = count
+        for at in np.flatnonzero(missing).tolist():
+            counts[self._names[self._numbers[at]], MISSING] = int(missing[at])
+        for index, known in self._categories.items():
+            for value, count in Tally(rows[:, index].tolist()).items():
+                absent = value is None or value != value
+                counts[self._names[index], MISSING if absent else known.get(value, OTHER)] += count
+        return counts

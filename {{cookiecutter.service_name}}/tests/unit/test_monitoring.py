@@ -1,0 +1,430 @@
+"""Drift, feedback and quality without a server: what is counted, judged and computed from it."""
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+from collections import Counter as Tally
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from structlog.testing import CapturingLogger
+
+from app.core.errors import ServiceError
+from app.core.feedback import STEM_DIGITS, Feedback, Given
+from app.observability.drift import LINE_ROWS, MISSING, OTHER, Drift
+from app.observability.metrics import Metrics
+from lifecycle import monitor
+from lifecycle.package import Rows, baseline, feature_names, labels
+from lifecycle.train import ARTIFACTS
+from tests.conftest import run
+
+RULES = Path(__file__).resolve().parents[2] / "ops" / "prometheus" / "drift_rules.yml"
+BASELINE = (ARTIFACTS / "v1" / "baseline.json").read_bytes()
+BINS: dict[str, list[str]] = {
+    name: feature["bins"] for name, feature in json.loads(BASELINE)["features"].items()
+}
+
+
+def counted(registry: CollectorRegistry, name: str, *labels: str) -> dict[Any, float]:
+    """The samples of a metric that are not zero, by the values of these labels."""
+    return {
+        tuple(one.labels[label] for label in labels): one.value
+        for family in registry.collect()
+        for one in family.samples
+        if one.name == name and one.value
+    }
+
+
+def drift_of(document: bytes, names: list[str], log: Any = None) -> tuple[Drift, CollectorRegistry]:
+    """A drift of its own, and where it counts."""
+    metrics = Metrics()
+    return Drift("v1", document, names, metrics, log or CapturingLogger()), metrics.registry
+
+
+VALUES = st.floats(0, 10, width=32) | st.sampled_from([1.4, 0.2, 3.0, 5.0, float("nan")])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=1, max_size=40), cut=st.integers(0, 40)
+)
+def test_every_value_is_counted_in_its_bin(rows: list[list[float]], cut: int) -> None:
+    """Whatever comes, each value is counted once: in the bin that holds it, or as missing."""
+    drift, registry = drift_of(BASELINE, feature_names())
+    parts = [np.array(part, np.float32) for part in (rows[:cut], rows[cut:]) if part]
+    drift.observe(parts, Tally())
+    expected: Tally[tuple[str, str]] = Tally()
+    for name, values in zip(feature_names(), np.array(rows, np.float32).T.tolist(), strict=True):
+        for value in values:
+            bounds = {bin_: [np.float32(edge) for edge in bin_[1:-1].split(",")] for bin_ in BINS[name]}
+            inside = [bin_ for bin_, (low, high) in bounds.items() if low < value <= high]
+            expected[name, inside[0] if inside else MISSING] += 1
+    assert counted(registry, "feature_observations_total", "feature", "bin") == expected
+    missing = {(name,): count for (name, bin_), count in expected.items() if bin_ == MISSING}
+    assert counted(registry, "feature_missing_total", "feature") == missing
+
+
+def test_categories_are_bins_and_strangers_are_other() -> None:
+    """A known category has its bin, an unknown one is `other`, null is `missing`: labels stay few."""
+    colour = {
+        "bins": ["red", "blue"],
+        "categories": ["red", "blue"],
+        "counts": [6, 2],
+        "missing": 1,
+        "other": 1,
+    }
+    size = {"bins": ["(-inf,1]", "(1,inf]"], "edges": [1.0], "counts": [5, 5], "missing": 0}
+    document = {"rows": 10, "features": {"colour": colour, "size": size}, "labels": {"yes": 10}}
+    drift, registry = drift_of(json.dumps(document).encode(), ["colour", "size"])
+    rows = [["red", 1.0], ["red", 2.0], ["green", 3.0], ["mauve", None], [None, 0.0]]
+    drift.observe([np.array(rows, object)], Tally(yes=5))
+    assert counted(registry, "feature_observations_total", "feature", "bin") == {
+        ("colour", "red"): 2, ("colour", OTHER): 2, ("colour", MISSING): 1,
+        ("size", "(-inf,1]"): 2, ("size", "(1,inf]"): 2, ("size", MISSING): 1,
+    }  # fmt: skip
+    shares = counted(registry, "feature_baseline_ratio", "feature", "bin")
+    assert (shares["colour", "red"], shares["colour", MISSING], shares["colour", OTHER]) == (0.6, 0.1, 0.1)
+
+
+def test_the_baseline_is_exposed_as_shares() -> None:
+    """For each feature, and for the labels, the exposed shares of training add up to one."""
+    _, registry = drift_of(BASELINE, feature_names())
+    shares = counted(registry, "feature_baseline_ratio", "feature", "bin")
+    for name in feature_names():
+        assert sum(share for (feature, _), share in shares.items() if feature == name) == pytest.approx(1)
+    assert sum(counted(registry, "prediction_baseline_ratio", "label").values()) == pytest.approx(1)
+
+
+def test_few_rows_are_no_line_of_the_log() -> None:
+    """Bins are logged only when enough rows share them, and each row in one line only."""
+    log = CapturingLogger()
+    drift, _ = drift_of(BASELINE, feature_names(), log)
+    row = np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
+    drift.observe([row] * (LINE_ROWS - 1), Tally(setosa=LINE_ROWS - 1))
+    drift.write_line()
+    assert log.calls == []
+    drift.observe([row], Tally(setosa=1))
+    drift.write_line()
+    drift.write_line()
+    (line,) = log.calls
+    assert (line.args, line.kwargs["model_version"], line.kwargs["rows"]) == (("drift",), "v1", LINE_ROWS)
+    assert line.kwargs["features"]["petal_length"] == {"(-inf,1.4]": LINE_ROWS}
+    assert line.kwargs["predictions"] == {"setosa": LINE_ROWS}
+
+
+def test_bins_are_as_many_as_the_rows_support() -> None:
+    """Few training rows make few bins and many make ten, so that a share is never a guess from a few rows."""
+
+    def made(rows: Rows) -> list[dict[str, Any]]:
+        probabilities = np.full((len(rows), 3), 1 / 3)
+        return list(json.loads(baseline(rows, probabilities))["features"].values())
+
+    random = np.random.default_rng(0)
+    for count, bins in ((30, 2), (120, 6), (5000, 10)):
+        for feature in made(random.normal(5, 1, (count, 4))):
+            assert len(feature["bins"]) == bins
+            assert min(feature["counts"]) >= count / bins - 1
+    assert [len(feature["bins"]) for feature in made(np.ones((500, 4)))] == [
+        2
+    ] * 4  # one value: it, and above
+
+
+def false_alarms(then: Any, now: Any) -> float:
+    """The share of samples, a row each, whose PSI calls for an alarm."""
+    then, now = np.maximum(then, monitor.FLOOR), np.maximum(now, monitor.FLOOR)
+    return float(((((now - then) * np.log(now / then)).sum(axis=1)) > monitor.DRIFTED).mean())
+
+
+def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
+    """Of 20,000 samples of minimum size from training itself, fewer than 1 % cross 0.2: for every feature."""
+    random, document = np.random.default_rng(0), json.loads(BASELINE)
+    spreads = [feature["counts"] for feature in document["features"].values()]
+    for counts in [*spreads, list(document["labels"].values())]:
+        then = np.array(counts) / document["rows"]
+        now = random.multinomial(monitor.MINIMUM, then, 20_000) / monitor.MINIMUM
+        assert false_alarms(then, now) < 0.001
+    # Training is a sample as well: where both come from one population, it is still fewer than 1 %.
+    for rows, bins in ((120, 6), (200, 10), (1000, 10)):
+        even = np.full(bins, 1 / bins)
+        then, now = (random.multinomial(n, even, 20_000) / n for n in (rows, monitor.MINIMUM))
+        assert false_alarms(then, now) < (0.01 if rows != 200 else 0.03)
+    # The minimum is needed: a third of it would not do.
+    even = np.full(10, 0.1)
+    assert (
+        false_alarms(even, random.multinomial(monitor.MINIMUM // 3, even, 20_000) * 3 / monitor.MINIMUM)
+        > 0.01
+    )
+
+
+def test_a_shift_is_seen_at_the_minimum_sample() -> None:
+    """A feature that moves by one standard deviation is above 0.2 in 99 of 100 samples of minimum size."""
+    random = np.random.default_rng(0)
+    edges = np.quantile(random.normal(size=100_000), np.linspace(0, 1, 7)[1:-1])
+    then = np.full(6, 1 / 6)
+    moved = np.searchsorted(edges, random.normal(1, 1, (2000, monitor.MINIMUM)))
+    now = np.stack([(moved == bin_).mean(axis=1) for bin_ in range(6)], axis=1)
+    assert false_alarms(then, now) > 0.99
+
+
+def test_rules_and_command_compute_the_same() -> None:
+    """Prometheus' rules and `make drift` have the same minimum sample and the same floor for empty bins."""
+    groups = yaml.safe_load(RULES.read_text("utf-8"))["groups"]
+    rules = {rule["record"]: rule["expr"] for group in groups for rule in group["rules"]}
+    names = [f"{one}:{window}" for window in ("1h", "24h") for one in ("feature:psi", "prediction:psi")]
+    assert set(names) < rules.keys()
+    for name, expression in rules.items():
+        kind, pattern = (
+            ("least", r">= (\d+)") if ":ratio:" in name else ("floor", r"clamp_min\(.*, ([\d.]+)\)")
+        )
+        expected = {"least": monitor.MINIMUM, "floor": monitor.FLOOR}[kind]
+        assert {float(value) for value in re.findall(pattern, expression)} == {expected}
+
+
+def rule_test(observed: dict[str, int], minutes: int, *, window: str = "1h") -> dict[str, Any]:
+    """A test for promtool: two bins, half of training in each, `observed` rows a minute in each."""
+    bins = {"low": 0.5, "high": 0.5, "missing": 0}
+    inputs = [
+        {"series": f'feature_baseline_ratio{{model_version="v1",feature="x",bin="{bin_}"}}',
+         "values": f"{share}x{minutes}"}
+        for bin_, share in bins.items()
+    ] + [
+        {"series": "feature_observations_total"
+                   f'{{model_version="v1",feature="x",bin="{bin_}",instance="{n}"}}',
+         "values": f"0+{observed.get(bin_, 0)}x{minutes}"}
+        for bin_ in bins for n in (1, 2)
+    ]  # fmt: skip
+    then = {bin_: max(share, monitor.FLOOR) for bin_, share in bins.items()}
+    rows = sum(observed.values())
+    now = {bin_: max(observed.get(bin_, 0) / rows, monitor.FLOOR) for bin_ in bins}
+    psi = sum((now[bin_] - then[bin_]) * np.log(now[bin_] / then[bin_]) for bin_ in bins)
+    # Two instances; what an hour holds must reach the minimum.
+    enough = 2 * rows * minutes >= monitor.MINIMUM
+    name = f'feature:psi:{window}{{feature="x", model_version="v1"}}'
+    return {
+        "interval": "1m",
+        "input_series": inputs,
+        "promql_expr_test": [
+            {"expr": f"round(feature:psi:{window}, 0.0001)", "eval_time": f"{minutes}m",
+             "exp_samples": [{"labels": name.partition(":psi")[2].partition("{")[1] + name.partition("{")[2],
+                              "value": round(float(psi), 4)}] if enough else []}
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.prometheus
+def test_the_rules_compute_the_index(tmp_path: Path) -> None:
+    """promtool: PSI is right over two instances, finite with an empty bin, absent below the minimum."""
+    tests = [
+        rule_test({"low": 10, "high": 10}, 60),
+        rule_test({"low": 10, "high": 30}, 60),
+        rule_test({"low": 10, "high": 30}, 60, window="24h"),
+        rule_test({"low": 20}, 60),
+        rule_test({"low": 10, "high": 10, "missing": 20}, 60),
+        rule_test({"low": 1, "high": 1}, 60),  # 240 rows
+    ]
+    document = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(document), "utf-8")
+    for command in (["check", "rules", str(RULES)], ["test", "rules", "tests.yml"]):
+        done = subprocess.run(
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+CONTRACT = "c" * 64
+IDS = Feedback(labels(), ["v0", "v1", "v20261121"], CONTRACT)
+STEMS = st.text("0123456789abcdef", min_size=STEM_DIGITS, max_size=STEM_DIGITS)
+
+
+@given(stem=STEMS, version=st.sampled_from(["v0", "v1", "v20261121"]), chosen=st.sampled_from(labels()))
+def test_an_id_says_what_was_predicted(stem: str, version: str, chosen: str) -> None:
+    """Any process can read from an id which version gave which label: no database, no time limit."""
+    elsewhere = Feedback(labels(), ["v20261121", "v1", "v0"], CONTRACT)
+    prediction_id = IDS.identify(stem, version, chosen)
+    assert re.fullmatch("[0-9a-f]{32}", prediction_id)
+    assert elsewhere.judge(prediction_id, chosen) == (version, True, True)
+    assert elsewhere.judge(prediction_id, chosen) == (version, True, False)
+
+
+@given(noise=st.text("0123456789abcdef", min_size=32, max_size=32), stem=STEMS, at=st.integers(0, 31))
+def test_an_id_that_was_not_given_out_is_not_found(noise: str, stem: str, at: int) -> None:
+    """Invented ids, mistyped ones, those of another version or another contract are refused."""
+    good = IDS.identify(stem, "v1", "setosa")
+    mistyped = good[:at] + ("0" if good[at] != "0" else "1") + good[at + 1 :]
+    other = Feedback(labels(), ["v1"], "d" * 64).identify(stem, "v1", "setosa")
+    unknown = Feedback(labels(), ["v2"], CONTRACT).identify(stem, "v2", "setosa")
+    for wrong in (noise, mistyped, other, unknown):
+        with pytest.raises(ServiceError, match="not_found"):
+            IDS.judge(wrong, "setosa")
+
+
+def test_the_first_label_counts() -> None:
+    """The same label again is no news; another one for the same prediction is refused and changes nothing."""
+    ids = Feedback(labels(), ["v1"], CONTRACT)
+    one = ids.identify("ab" * 9, "v1", "setosa")
+    assert ids.judge(one, "virginica") == ("v1", False, True)
+    with pytest.raises(ServiceError, match="invalid_input"):
+        ids.judge(one, "setosa")
+    assert ids.judge(one, "virginica") == ("v1", False, False)
+
+
+def give(given: Given, ids: list[str], results: Any) -> None:
+    """What a worker does."""
+    results.put(sum(given.put(one, 1) is None for one in ids))
+
+
+def test_workers_share_what_was_given() -> None:
+    """Of four processes that take the same labels at once, exactly one counts each."""
+    context, given = multiprocessing.get_context("fork"), Given()
+    results = context.Queue()
+    ids = [IDS.identify(os.urandom(STEM_DIGITS // 2).hex(), "v1", "setosa") for _ in range(2000)]
+    workers = [context.Process(target=give, args=(given, ids, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    counts = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sum(counts) == 2000
+
+
+def test_the_oldest_label_is_forgotten_first() -> None:
+    """The memory is bounded: a full bucket lets go of its oldest label and keeps the others."""
+    given, ids = Given(buckets=1), [IDS.identify(f"{n:018x}", "v1", "setosa") for n in range(9)]
+    assert [given.put(one, 7) for one in ids] == [None] * 9
+    assert [given.put(one, 8) for one in ids[1:]] == [7] * 8
+    assert given.put(ids[0], 7) is None
+
+
+def scrape(**rows: dict[str, int]) -> str:
+    """What /metrics says after so many rows by bin of each feature."""
+    return "".join(
+        f'feature_observations_total{{bin="{bin_}",feature="{name}",model_version="v1"}} {count}.0\n'
+        for name, counts in rows.items()
+        for bin_, count in counts.items()
+    )
+
+
+def drift_line(rows: dict[str, dict[str, int]]) -> str:
+    """The log line that says the same, behind what a collector put in front of it."""
+    line = {"event": "drift", "model_version": "v1", "rows": 1, "features": rows, "predictions": {}}
+    return "api-1  | " + json.dumps(line) + "\n"
+
+
+ONE_BIN = {"petal_length": {"(5.516667,inf]": 600}}
+AS_TRAINED = {
+    name: dict(zip(feature["bins"], [5 * count for count in feature["counts"]], strict=True))
+    for name, feature in json.loads(BASELINE)["features"].items()
+}
+
+
+@pytest.mark.parametrize(
+    ("variable", "content"),
+    [("METRICS", scrape(**AS_TRAINED | ONE_BIN)), ("LOGS", drift_line(AS_TRAINED | ONE_BIN) + "no JSON\n")],
+)
+def test_drift_is_printed_and_drawn(
+    variable: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make drift` names what moved, from a scrape or a log, and draws the features that drifted only."""
+    (tmp_path / "input").write_text("some words\n" * (variable == "LOGS") + content)
+    monkeypatch.setenv(variable, "input")
+    done = run(tmp_path, "lifecycle", "drift", "--pictures", "pictures")
+    assert done.returncode == 0, done.stderr
+    lines = {words[1]: words for words in map(str.split, done.stdout.splitlines()[1:]) if words[0] == "v1"}
+    assert float(lines["petal_length"][2]) > 1
+    assert lines["petal_length"][3:6] == ["drifted", "600", "(5.516667,inf]:"]
+    assert {name for name, words in lines.items() if words[3] == "stable"} == set(BINS) - {"petal_length"}
+    (picture,) = (tmp_path / "pictures").iterdir()
+    assert picture.name == "drift-v1-petal_length.svg"
+    assert picture.read_text().startswith("<svg ")
+
+
+def test_too_few_rows_are_no_verdict(tmp_path: Path) -> None:
+    """Below the minimum sample there is no index and no picture, only the number of rows."""
+    (tmp_path / "scrape").write_text(scrape(petal_length={"(5.516667,inf]": monitor.MINIMUM - 1}))
+    done = run(tmp_path, "lifecycle", "drift", "--metrics", "scrape", "--pictures", "pictures")
+    assert "too few rows" in done.stdout
+    assert "drifted" not in done.stdout
+    assert not (tmp_path / "pictures").exists()
+
+
+LOG = "".join(
+    json.dumps(
+        {
+            "event": "request", "model_version": version, "prediction_id": f"{version}-{n}", "thresholds": {},
+            "predictions": [{"prediction_id": f"{version}-{n}", "label": "yes", "score": 0.85}],
+        }
+    ) + "\n"
+    for version, count in (("v1", 10), ("v2", 4)) for n in range(count)
+)  # fmt: skip
+TRUE_LABELS = {"v1-": ["yes"] * 8 + ["no"] * 2, "v2-": ["no"] * 4}
+PAIRS = [
+    (f"{version}{n}", truth) for version, truths in TRUE_LABELS.items() for n, truth in enumerate(truths)
+]
+AS_CSV = "prediction_id,label\n" + "".join(f"{one},{truth}\n" for one, truth in PAIRS)
+AS_JSON = "".join(json.dumps({"prediction_id": one, "label": truth}) + "\n" for one, truth in PAIRS)
+AS_FEEDBACK = "".join(
+    json.dumps({"event": "request", "prediction_id": one, "feedback": truth, "news": True}) + "\n"
+    for one, truth in PAIRS
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "truths"),
+    [(LOG, AS_CSV), (LOG, AS_JSON), (LOG + AS_FEEDBACK, None)],
+    ids=["CSV", "JSON", "feedback"],
+)
+def test_quality_is_printed_and_drawn(log: str, truths: str | None, tmp_path: Path) -> None:
+    """`make quality` joins log and labels: accuracy, calibration, confusion and a picture of each version."""
+    (tmp_path / "log").write_text("some words\n" + log)
+    options = ["--logs", "log", "--pictures", "pictures"]
+    if truths is not None:
+        (tmp_path / "labels").write_text(truths)
+        options += ["--labels", "labels"]
+    done = run(tmp_path, "lifecycle", "quality", *options)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("v2:")
+    assert first.startswith("v1: 10 predictions with a label, accuracy 0.800, calibration error 0.050")
+    assert second.startswith(" 4 predictions with a label, accuracy 0.000, calibration error 0.850")
+    assert ["0.8", "to", "0.9", "10", "0.850", "0.800"] in [line.split() for line in first.splitlines()]
+    assert ["no", "0", "2"] in [line.split() for line in first.splitlines()]
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"quality-v1.svg", "quality-v2.svg"}
+
+
+BAD = {
+    "no log": (["quality"], "say which log"),
+    "a log that is not there": (["quality", "--logs", "nowhere"], "nowhere: No such file"),
+    "a log without predictions": (["quality", "--logs", "empty"], "no predictions in this log"),
+    "labels without columns": (["quality", "--logs", "log", "--labels", "log"], "log:1: needs prediction_id"),
+    "labels half way": (["quality", "--logs", "log", "--labels", "half"], "half:3: needs prediction_id"),
+    "labels of others": (["quality", "--logs", "log", "--labels", "others"], "none of the 14 predictions"),
+    "no Prometheus": (["drift", "--prometheus", "http://127.0.0.1:1"], "no answer from Prometheus"),
+    "no address": (["drift", "--prometheus", "here"], "no answer from Prometheus"),
+    "no scrape": (["drift", "--metrics", "log"], "log: not a scrape of /metrics"),
+    "no drift lines": (["drift", "--logs", "log"], "log: nothing was observed"),
+    "two sources": (["drift", "--logs", "log", "--metrics", "log"], "not both"),
+    "an unknown version": (["drift", "--metrics", "v9"], "v9: there is no such version"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(what: str, tmp_path: Path) -> None:
+    """Whatever is wrong with what the commands are given, one line says it."""
+    files = {
+        "log": LOG, "empty": "", "half": "prediction_id,label\nv1-1,yes\nv1-2\n",
+        "others": "prediction_id,label\nstranger,yes\n", "v9": scrape(x={"y": 1}).replace("v1", "v9"),
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    command, message = BAD[what]
+    done = run(tmp_path, "lifecycle", *command)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in line
