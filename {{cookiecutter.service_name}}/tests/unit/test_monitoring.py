@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections import Counter as Tally
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from structlog.testing import CapturingLogger
+from typer.testing import CliRunner, Result
 
 from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.drift import LINE_ROWS, MISSING, OTHER, Drift
 from app.observability.metrics import Metrics
 from lifecycle import monitor
+from lifecycle.__main__ import commands
 from lifecycle.package import Rows, baseline, feature_names, labels
 from lifecycle.train import ARTIFACTS
-from tests.conftest import run
 
 RULES = Path(__file__).resolve().parents[2] / "ops" / "prometheus" / "drift_rules.yml"
 BASELINE = (ARTIFACTS / "v1" / "baseline.json").read_bytes()
@@ -303,6 +305,13 @@ def test_the_oldest_label_is_forgotten_first() -> None:
     assert given.put(ids[0], 7) is None
 
 
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`python -m lifecycle ...` in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(commands, words)
+
+
 def scrape(**rows: dict[str, int]) -> str:
     """What /metrics says after so many rows by bin of each feature."""
     return "".join(
@@ -330,13 +339,13 @@ AS_TRAINED = {
     [("METRICS", scrape(**AS_TRAINED | ONE_BIN)), ("LOGS", drift_line(AS_TRAINED | ONE_BIN) + "no JSON\n")],
 )
 def test_drift_is_printed_and_drawn(
-    variable: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variable: str, content: str, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`make drift` names what moved, from a scrape or a log, and draws the features that drifted only."""
     (tmp_path / "input").write_text("some words\n" * (variable == "LOGS") + content)
     monkeypatch.setenv(variable, "input")
-    done = run(tmp_path, "lifecycle", "drift", "--pictures", "pictures")
-    assert done.returncode == 0, done.stderr
+    done = run("drift", "--pictures", "pictures")
+    assert done.exit_code == 0, done.stderr
     lines = {words[1]: words for words in map(str.split, done.stdout.splitlines()[1:]) if words[0] == "v1"}
     assert float(lines["petal_length"][2]) > 1
     assert lines["petal_length"][3:6] == ["drifted", "600", "(5.516667,inf]:"]
@@ -346,10 +355,10 @@ def test_drift_is_printed_and_drawn(
     assert picture.read_text().startswith("<svg ")
 
 
-def test_too_few_rows_are_no_verdict(tmp_path: Path) -> None:
+def test_too_few_rows_are_no_verdict(run: Callable[..., Result], tmp_path: Path) -> None:
     """Below the minimum sample there is no index and no picture, only the number of rows."""
     (tmp_path / "scrape").write_text(scrape(petal_length={"(5.516667,inf]": monitor.MINIMUM - 1}))
-    done = run(tmp_path, "lifecycle", "drift", "--metrics", "scrape", "--pictures", "pictures")
+    done = run("drift", "--metrics", "scrape", "--pictures", "pictures")
     assert "too few rows" in done.stdout
     assert "drifted" not in done.stdout
     assert not (tmp_path / "pictures").exists()
@@ -381,15 +390,17 @@ AS_FEEDBACK = "".join(
     [(LOG, AS_CSV), (LOG, AS_JSON), (LOG + AS_FEEDBACK, None)],
     ids=["CSV", "JSON", "feedback"],
 )
-def test_quality_is_printed_and_drawn(log: str, truths: str | None, tmp_path: Path) -> None:
+def test_quality_is_printed_and_drawn(
+    log: str, truths: str | None, run: Callable[..., Result], tmp_path: Path
+) -> None:
     """`make quality` joins log and labels: accuracy, calibration, confusion and a picture of each version."""
     (tmp_path / "log").write_text("some words\n" + log)
     options = ["--logs", "log", "--pictures", "pictures"]
     if truths is not None:
         (tmp_path / "labels").write_text(truths)
         options += ["--labels", "labels"]
-    done = run(tmp_path, "lifecycle", "quality", *options)
-    assert done.returncode == 0, done.stderr
+    done = run("quality", *options)
+    assert done.exit_code == 0, done.stderr
     first, second = done.stdout.split("v2:")
     assert first.startswith("v1: 10 predictions with a label, accuracy 0.800, calibration error 0.050")
     assert second.startswith(" 4 predictions with a label, accuracy 0.000, calibration error 0.850")
@@ -415,7 +426,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(what: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(what: str, run: Callable[..., Result], tmp_path: Path) -> None:
     """Whatever is wrong with what the commands are given, one line says it."""
     files = {
         "log": LOG, "empty": "", "half": "prediction_id,label\nv1-1,yes\nv1-2\n",
@@ -424,7 +435,7 @@ def test_bad_input_is_one_line(what: str, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     command, message = BAD[what]
-    done = run(tmp_path, "lifecycle", *command)
+    done = run(*command)
     (line,) = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert message in line
