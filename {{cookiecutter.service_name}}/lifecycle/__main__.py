@@ -2,9 +2,9 @@
 
 import typer
 
+from lifecycle.monitor import drift, quality
 from lifecycle.runbooks import runbooks
 from lifecycle.sbom import sbom
-from lifecycle.monitor import drift, quality
 from lifecycle.size import size
 from lifecycle.train import train
 

@@ -83,7 +83,9 @@ class Call:
             error = {"loc": where, "msg": rule, "type": "idempotency_key"}
             raise ServiceError("invalid_input", f"Idempotency-Key {rule}", [error])
         seed = key + b"\0" + self.body
-        stems = [hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:STEM_DIGITS] for index in range(count)]
+        stems = [
+            hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:STEM_DIGITS] for index in range(count)
+        ]
         self.service.recorder.keyed(stems[0])
         return stems
 

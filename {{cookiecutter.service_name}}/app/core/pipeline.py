@@ -124,7 +124,13 @@ class Pipeline:
         probabilities = self._infer(matrix)
         inferred = perf_counter()
         answers = [self._answer(one, index in outside) for index, one in enumerate(probabilities)]
-        return Batch(answers, (ready - start, inferred - ready, perf_counter() - inferred), counts, matrix, self.version)
+        return Batch(
+            answers,
+            (ready - start, inferred - ready, perf_counter() - inferred),
+            counts,
+            matrix,
+            self.version,
+        )
 
     def _outside(self, beyond: Any) -> tuple[frozenset[int], dict[str, int]]:
         """Rows to review for a value outside the training range, and the number of such values by feature."""
