@@ -24,7 +24,7 @@ from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import PREFIX, Settings
 from lifecycle.runbooks import anchor, broken, headings, prose
-from tests.conftest import SETOSA, Service, run, serving, until
+from tests.conftest import ARTIFACTS, SETOSA, Service, run, serving, until
 from tests.integration.test_operations import workers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,7 +298,7 @@ case "$*" in
 *) echo "docker was asked: $*" >&2; exit 64 ;;
 esac
 """
-DID_NOT_HAPPEN = ("cannot start", '"status":500', "SIGSEGV", '"level":"error"')
+DID_NOT_HAPPEN = ("cannot start", '"status":500', "SIGSEGV")
 SAY_NOTHING = ("echo ", "sed -i", "git checkout ", "git status ")
 KEY = "the key of whoever is on call"
 
@@ -323,9 +323,11 @@ class Desk:
 
 @pytest.fixture(scope="module")
 def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with keys to which something has happened: refusals, a late body, a killed worker."""
-    folder = tmp_path_factory.mktemp("eventful")
-    with serving(folder, api_keys=sha256(KEY.encode()).hexdigest(), request_deadline_seconds=2) as service:
+    """A service with keys to which much happened: refusals, a late body, a bad release, a killed worker."""
+    folder, own = tmp_path_factory.mktemp("eventful"), sha256(KEY.encode()).hexdigest()
+    release = Path(shutil.copytree(ARTIFACTS, folder / "artifacts")) / "release.json"
+    good = release.read_text("utf-8")
+    with serving(folder, artifacts_dir=release.parent, api_keys=own, request_deadline_seconds=2) as service:
         for key, body in ((KEY, {}), ("another", SETOSA), (KEY, SETOSA)):
             service.predict(body, headers={"x-api-key": key})
         late = service.connection()
@@ -334,6 +336,9 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         late.putheader("Content-Length", "2")
         late.endheaders()
         assert late.getresponse().status == 503
+        release.write_text(good.replace('"serving": "v1"', '"serving": "v99"'), "utf-8")
+        until(lambda: "release refused" in service.log.read_text(), "a worker's word on the bad release")
+        release.write_text(good, "utf-8")
         os.kill(workers(service)[0], signal.SIGKILL)
         until(lambda: "SIGKILL" in service.log.read_text(), "the master's word on the killed worker")
         yield service
