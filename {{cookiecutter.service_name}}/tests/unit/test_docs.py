@@ -26,6 +26,7 @@ from app.settings import PREFIX, Settings
 from lifecycle.runbooks import anchor, broken, headings, prose
 from tests.conftest import ARTIFACTS, SETOSA, Service, run, serving, until
 from tests.integration.test_operations import workers
+from tests.watching import prepare, program, running
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -255,7 +256,7 @@ def test_commands_name_what_exists(path: Path) -> None:
     assert set(re.findall(r"\bmake ([a-z-]+)\b", code)) <= targets
     services = set(re.findall(r"^  ([a-z]+):$", (ROOT / "compose.yaml").read_text("utf-8"), re.MULTILINE))
     asked = r"docker compose (?:up|logs|exec|run|ps|top)(?: --[a-z-]+(?: [0-9]+[mh]?)?)* ([a-z]+)\b"
-    assert set(re.findall(asked, code)) <= services | {"alertmanager"}
+    assert set(re.findall(asked, code)) <= services
     assert set(re.findall(r"python -m app ([a-z]+)", code)) <= {"config", "predict"}
     assert set(re.findall(r"127\.0\.0\.1:8000(/[a-z0-9/]+)", code)) <= {
         "/v1/predict", "/v1/predict/batch", "/v1/feedback",
@@ -272,7 +273,6 @@ def test_settings_in_documents_exist(path: Path) -> None:
     assert set(re.findall(r"\bAPP_[A-Z_]+[A-Z]\b", path.read_text("utf-8"))) <= SETTINGS
 
 
-@pytest.mark.prometheus
 def test_queries_are_promql(tmp_path: Path) -> None:
     """Prometheus' own tool reads every query of the runbooks, so that none fails when it is pasted."""
     queries = {f"runbook:{index}": query for index, query in enumerate(
@@ -282,7 +282,7 @@ def test_queries_are_promql(tmp_path: Path) -> None:
     rules = [{"record": record, "expr": query} for record, query in queries.items()]
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "runbooks", "rules": rules}]}), "utf-8")
-    done = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, text=True)
+    done = subprocess.run([program("promtool"), "check", "rules", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -346,22 +346,12 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real Alertmanager."""
+    """The address of a real Alertmanager; `amtool` comes with it."""
     folder = tmp_path_factory.mktemp("alertmanager")
-    (folder / "config.yml").write_text("route: {receiver: none}\nreceivers: [{name: none}]\n", "utf-8")
-    program = shutil.which("prometheus-alertmanager") or "alertmanager"  # Debian's name, and its maker's
-    options = ("--config.file=config.yml", "--web.listen-address=127.0.0.1:0", "--cluster.listen-address=")
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen([program, *options], cwd=folder, stdout=output, stderr=output)
-    try:
-        found = until(
-            lambda: re.search(r"Listening on\" address=(127\.0\.0\.1:\d+)", log.read_text()), "Alertmanager"
-        )
-        yield found[1]
-    finally:
-        process.kill()
-        process.wait()
+    config = prepare(folder) / "alertmanager" / "alertmanager.yml"
+    flags = (f"--config.file={config}", f"--storage.path={folder}/data", "--cluster.listen-address=")
+    with running(folder, "alertmanager", *flags) as url:
+        yield url
 
 
 @pytest.fixture
@@ -391,11 +381,10 @@ def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
     own = {key: value for key, value in os.environ.items() if not key.startswith(("APP_", "MAKE", "MFLAGS"))}
     path = f"{programs}{os.pathsep}{own['PATH']}"
     variables = {**own, "PATH": path, "SERVICE_LOG": str(eventful.log), "API_KEY": KEY}
-    here = eventful.url.removeprefix("http://")
-    return Desk(folder, variables, {"127.0.0.1:8000": here, "127.0.0.1:9093": alertmanager})
+    addresses = {"http://127.0.0.1:8000": eventful.url, "http://127.0.0.1:9093": alertmanager}
+    return Desk(folder, variables, addresses)
 
 
-@pytest.mark.prometheus
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_commands_work_when_pasted(path: Path, desk: Desk) -> None:
     """Each command of a runbook, pasted into a shell beside a running service, does what the page says."""
@@ -413,7 +402,6 @@ def test_commands_work_when_pasted(path: Path, desk: Desk) -> None:
             assert path.stem in desk.paste(query)[1]
 
 
-@pytest.mark.prometheus
 def test_rolling_back_as_the_runbook_says(desk: Desk) -> None:
     """The commands that roll back make the version before serve, and those that undo it the one after."""
     there, back = (blocks_in(sections(INDEX)[title]) for title in ("Roll back the model", "Rules only"))
@@ -515,7 +503,7 @@ def test_containers_get_no_rights() -> None:
     assert not re.search(r"APP_API_KEYS|SECRET|TOKEN|^ADD|https?:", dockerfile, re.MULTILINE)
 
 
-def tests_in(file: Path) -> set[str]:
+def proofs_in(file: Path) -> set[str]:
     """The names of the tests that a file defines."""
     tree = ast.parse(file.read_text("utf-8")) if file.is_file() else ast.Module([], [])
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
@@ -534,4 +522,4 @@ def test_every_threat_names_a_test_that_exists() -> None:
         assert all(row), row
         proofs = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[-1])
         assert ", ".join(f"`{file}::{name}`" for file, name in proofs) == row[-1]
-        assert [proof for proof in proofs if proof[1] not in tests_in(ROOT / proof[0])] == []
+        assert [proof for proof in proofs if proof[1] not in proofs_in(ROOT / proof[0])] == []
