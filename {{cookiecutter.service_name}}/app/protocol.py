@@ -20,7 +20,7 @@ from app.core.errors import ServiceError
 
 MAX_HEAD_BYTES, MAX_URI_BYTES, MAX_HEADERS = 65_536, 8_192, 100
 MAX_PIPELINED = 100  # requests that wait on one connection for those before them
-WIRE_FACTOR = 8  # a body in chunks of one byte takes six bytes for each
+WIRE_FACTOR = 2  # what a body may take with its chunks: those of a byte each would cost a second of work
 
 _TRAILERS: Any = deque(maxlen=0)  # takes in the fields after a body and keeps none: they are no headers
 
@@ -241,7 +241,11 @@ class Protocol(HttpToolsProtocol):
         """Wait for the client from now on; or, with `still` false, not any more."""
         if self._patience is not None:
             self._patience.cancel()
-        self._patience = self.loop.call_later(self._seconds, self._give_up) if still else None
+        self._patience = self.loop.call_later(self._seconds, self._last_call) if still else None
+
+    def _last_call(self) -> None:
+        """What arrived while the loop was busy has arrived in time: let it be read first."""
+        self._patience = self.loop.call_later(0.01, self._give_up)
 
     def _give_up(self) -> None:
         self._patience = None

@@ -28,7 +28,7 @@ LENGTH, CHUNKED = b"Content-Length: %d" % len(BODY), b"Transfer-Encoding: chunke
 TELLTALE = re.compile(
     r"Traceback|\.py\b|-packages|/(?:home|usr|opt|root|tmp|srv|service|app)/|[a-z](?:Error|Exception)\b|0x[0-9a-f]{6}"
 )
-TOO_SOON = 0.3  # seconds a client has in these tests; nobody measures them
+TOO_SOON = 1  # seconds a client has in these tests; nobody measures them
 
 
 def assert_refused(answer: httpx2.Response, status: int, code: str) -> None:
@@ -69,6 +69,15 @@ def ask(service: Service, content: bytes, method: str = "POST") -> httpx2.Respon
     with connected(service) as connection:
         connection.sendall(content)
         return answer_on(connection, method)
+
+
+def all_said(connection: socket.socket) -> bytes:
+    """Everything up to the end of the connection."""
+    said = b""
+    with suppress(ConnectionError):
+        while more := connection.recv(65536):
+            said += more
+    return said
 
 
 def ended(connection: socket.socket) -> bool:
@@ -326,9 +335,9 @@ def test_requests_sent_ahead_are_answered_in_order(service: Service) -> None:
     with connected(service) as connection:
         health = request(line=b"GET /health HTTP/1.1")
         connection.sendall(request(LENGTH, body=BODY) + health * 10 + b"c4n4ry\r\n\r\n" + health)
-        assert answer_on(connection).json()["label"] == "setosa"
-        assert [answer_on(connection, "GET").status_code for _ in range(10)] == [200] * 10
-        assert ended(connection)
+        said = all_said(connection)
+    assert re.findall(rb"HTTP/1\.1 (\d{3})", said) == [b"200"] * 11
+    assert said.index(b"setosa") < said.index(b'"ok"')
 
 
 def test_endless_requests_sent_ahead_are_cut_off(service: Service) -> None:
@@ -336,11 +345,9 @@ def test_endless_requests_sent_ahead_are_cut_off(service: Service) -> None:
     with connected(service) as connection:
         with suppress(ConnectionError):
             connection.sendall(request(line=b"GET /health HTTP/1.1") * 20_000)
-        answered = 0
-        with suppress(ConnectionError):
-            while answer_on(connection, "GET").status_code == 200:
-                answered += 1
-    assert 1 <= answered <= 102
+        said = all_said(connection)
+    assert {*re.findall(rb"HTTP/1\.1 (\d{3})", said)} == {b"200"}
+    assert said.count(b"HTTP/1.1 200") <= 2000
 
 
 def test_head_is_refused_without_a_body(service: Service) -> None:
@@ -427,7 +434,8 @@ def test_nothing_sent_forges_a_log_line(service: Service, name: str) -> None:
     line = b"POST /v1/predict?a=%0a%22c4n4ry HTTP/1.1"
     answer = ask(service, request(LENGTH, b"%s: %s" % (name.encode(), INJECTED), body=BODY, line=line))
     unknown = ask(service, request(line=b"GET /%0a%0d%22c4n4ry%1b[2J%E2%80%A8 HTTP/1.1"), "GET")
-    assert [answer.status_code, unknown.status_code] == [200, 404]
+    assert answer.status_code == (422 if name == "Idempotency-Key" else 200)
+    assert unknown.status_code == 404
     for one in (answer, unknown):
         request_id = one.headers["x-request-id"]
         service.line(request_id)
