@@ -52,7 +52,7 @@ def steady(service: Service, clients: int = 2) -> Iterator[Counter[int]]:
     def predict() -> Counter[int]:
         own: Counter[int] = Counter()
         with httpx2.Client(base_url=service.url, timeout=60) as client:
-            while not over.is_set():
+            while not (over.is_set() and own):
                 own[client.post("/v1/predict", json=SETOSA).status_code] += 1
         return own
 
