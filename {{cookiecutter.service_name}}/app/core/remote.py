@@ -29,7 +29,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 from app.core.errors import ArtifactError
 from app.core.store import MANIFEST, MAX_JSON_BYTES, RELEASE, read_manifest, read_release
 
-SECONDS = 5  # for everything, and on top of that the time that the files take at the lowest speed:
+SECONDS = 4  # for everything, and on top of that the time that the files take at the lowest speed:
 BYTES_PER_SECOND = 2**20
 CONNECT_SECONDS = 3
 SIGNED_FOR = timedelta(minutes=5)

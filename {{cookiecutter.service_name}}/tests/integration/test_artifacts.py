@@ -213,6 +213,10 @@ def test_a_skops_model_is_served_like_any_other(artifacts: Path, tmp_path: Path,
     model = fitted()
     model[-1].coef_[2, 3] = 1e307  # times 0.2 it is a number, times 100 it is not
     put_skops(artifacts / "v1", model)
+    (recorded,) = model.predict_proba([list(SETOSA.values())]).tolist()
+    golden: dict[str, Any] = {"features": SETOSA, "tolerance": 1e-5, "label": "setosa"}
+    golden["probabilities"] = dict(zip(model.classes_.tolist(), recorded, strict=True))
+    rewrite(artifacts / "v1", "golden.jsonl", json.dumps(golden).encode())
     service = start(artifacts_dir=artifacts)
     for instance in (SETOSA, VIRGINICA):
         answer = service.predict(instance).json()
