@@ -53,11 +53,7 @@ SYMPTOMS = {
     "saturation": "Saturation",
     "wrong predictions": "AccuracyDrop",
 }
-COMING = {
-    "feature_observations_total", "feature_baseline_ratio", "feedback_total", "feature:psi:1h",
-    "prediction:psi:1h",
-}  # fmt: skip
-OF_PROMETHEUS = COMING | {"up", "ALERTS"}  # what Prometheus itself knows
+OF_PROMETHEUS = {"up", "ALERTS"}  # what Prometheus itself knows
 
 
 def name(path: Path) -> str:
