@@ -21,7 +21,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.conftest import PATIENCE_SECONDS, ROOT, begin, end, until
+from tests.conftest import PATIENCE_SECONDS, ROOT, SETOSA, VIRGINICA, Service, begin, end, until
 
 UNIT_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 SCRAPE_MS = 1000  # no faster: reading all workers' counts takes its time
@@ -50,7 +50,7 @@ def prepare(folder: Path, speed: float = 1, addresses: Mapping[str, str] | None 
     copy = shutil.copytree(ROOT / "ops", folder / "ops")
     for path in [*copy.rglob("*.yml")]:
         text = path.read_text("utf-8")
-        text = re.sub(r"\{% (end)?raw %\}", "", text)
+        text = re.sub(r"\{\% (end)?raw \%\}", "", text)
         text = re.sub(r"\{\{ cookiecutter\W(\w+_url) \}\}", r"https://git.example.com/\1", text)
         text = re.sub(r"\{\{ cookiecutter\W(\w+) \}\}", r"\1", text)
         if speed != 1:
@@ -106,6 +106,22 @@ class Watch:
             for alert in message["alerts"]
             if alert["status"] == status and labels.items() <= alert["labels"].items()
         ]
+
+
+def traffic(service: Service) -> None:
+    """Something of everything that clients do: rows alone and together, sure and unsure, wrong, labels."""
+    unsure = {**VIRGINICA, "petal_length": 4.9, "petal_width": 1.7}
+    strange = {**SETOSA, "sepal_length": 50}
+    rows = [SETOSA, VIRGINICA, {**VIRGINICA, "petal_length": 4.2, "petal_width": 1.3}] * 33
+    batch = service.client.post("/v1/predict/batch", json={"instances": [*rows, unsure, strange]})
+    assert batch.status_code == 200, batch.text
+    for features in (SETOSA, VIRGINICA, unsure):
+        answer = service.predict(features)
+        service.client.post(
+            "/v1/feedback", json={"prediction_id": answer.json()["prediction_id"], "label": "setosa"}
+        )
+    assert service.predict({**SETOSA, "sepal_length": "wide"}).status_code == 422
+    assert service.predict(content=b"{").status_code == 400
 
 
 @contextmanager

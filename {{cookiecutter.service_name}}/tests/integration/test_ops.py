@@ -17,7 +17,8 @@ from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
 from tests.conftest import ROOT, serving, until
 from tests.integration.test_operations import workers
-from tests.watching import prepare, program, watching
+from tests.unit.test_docs import blocks, metrics_in
+from tests.watching import Watch, prepare, program, traffic, watching
 
 PROMETHEUS = ROOT / "ops" / "prometheus"
 BOARDS = sorted((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))
@@ -134,6 +135,70 @@ def test_every_alert_says_what_to_do() -> None:
     assert {rule["alert"] for rule in rules("alert") if rule["labels"]["severity"] == "page"} == {
         "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic",
     }  # fmt: skip
+
+
+def queries(path: Path) -> set[str]:
+    """What a dashboard asks Prometheus, its releases and alerts included."""
+    content = board(path)
+    asked = [target["expr"] for panel in content["panels"] for target in panel["targets"]]
+    return {*asked, *(one["expr"] for one in content["annotations"]["list"])}
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_a_dashboard_works_where_it_is_put(path: Path) -> None:
+    """It has a fixed address, asks nothing when imported, fits a screen, and its links lead somewhere."""
+    content, text = board(path), path.read_text("utf-8")
+    assert content["uid"] == f"inference-{path.stem}"
+    assert "__inputs" not in content
+    assert "${DS_" not in text
+    assert max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in content["panels"]) <= 24
+    (runbooks,) = content["templating"]["list"]
+    assert runbooks["definition"] == "label_values(service:info, runbooks)"
+    pages = {page.name for page in RUNBOOKS.iterdir()}
+    linked = set(re.findall(r"\$\{runbooks:raw\}/([^\"]+)", text))
+    assert "README.md" in linked
+    assert linked <= pages
+    assert set(re.findall(r'"/d/([^"]+)"', text)) <= {board(other)["uid"] for other in BOARDS}
+
+
+def test_every_runbook_is_linked_from_a_panel() -> None:
+    """Whoever sees it on a dashboard is one click from what to do."""
+    texts = "".join(path.read_text("utf-8") for path in BOARDS)
+    assert set(re.findall(r"runbooks:raw\}/(\w+)\.md", texts)) - {"README"} == ALERTS
+
+
+def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
+    """After real traffic every panel has data, and each metric in a rule, panel or runbook is one there is.
+
+    Either the running service shows it in /metrics, or a rule records it; and Prometheus takes every query.
+    """
+    with ExitStack() as stack:
+        service = stack.enter_context(serving(tmp_path))
+        watch = stack.enter_context(watching(tmp_path, service.url))
+        start = watch.now()
+
+        def silent() -> set[str]:
+            traffic(service)
+            return {query for path in BOARDS for query in queries(path) if not has_data(watch, query, start)}
+
+        until(lambda: not silent(), "data in every panel")
+        runbooks = {query for path in RUNBOOKS.iterdir() for query in blocks(path, "promql")}
+        for query in runbooks:
+            watch.query(query)
+        asked = [*runbooks, *(rule["expr"] for kind in ("record", "alert") for rule in rules(kind))]
+        named = set().union(
+            *map(metrics_in, asked), *(metrics_in(one) for path in BOARDS for one in queries(path))
+        )
+        emitted = {re.split(r"[{ ]", name)[0] for name in service.metrics()}
+        recorded = {rule["record"] for rule in rules("record")}
+        assert named - emitted - recorded == {"up", "ALERTS"}
+        assert {one["metric"]["__name__"] for one in watch.query('{__name__=~".+:.+"}')} == recorded
+
+
+def has_data(watch: Watch, query: str, start: float) -> bool:
+    """Whether there was a number to show at some time since `start`."""
+    query = query.replace("$__rate_interval", "4s")
+    return any(value != "NaN" for series in watch.query(query, start) for _, value in series["values"])
 
 
 def test_failures_are_counted_by_problem() -> None:
