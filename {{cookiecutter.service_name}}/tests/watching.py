@@ -120,6 +120,8 @@ def traffic(service: Service) -> None:
         service.client.post(
             "/v1/feedback", json={"prediction_id": answer.json()["prediction_id"], "label": "setosa"}
         )
+    for _ in range(2):  # on one connection, so at one worker, which knows it again
+        service.predict(headers={"idempotency-key": "sent again"})
     assert service.predict({**SETOSA, "sepal_length": "wide"}).status_code == 422
     assert service.predict(content=b"{").status_code == 400
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tomllib
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
             return has_data(watch, query, start)
 
         for query in sorted(set().union(*map(queries, BOARDS))):
-            until(lambda query=query: shown(query), f"data for {query}")  # type: ignore[misc]
+            until(partial(shown, query), f"data for {query}")
         runbooks = {query for path in RUNBOOKS.iterdir() for query in blocks(path, "promql")}
         for query in runbooks:
             watch.query(query)
