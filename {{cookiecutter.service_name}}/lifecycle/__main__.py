@@ -2,6 +2,7 @@
 
 import typer
 
+from lifecycle.gameday import gameday
 from lifecycle.monitor import drift, quality
 from lifecycle.runbooks import runbooks
 from lifecycle.sbom import sbom
@@ -15,6 +16,7 @@ commands.command()(sbom)
 commands.command()(runbooks)
 commands.command()(drift)
 commands.command()(quality)
+commands.command()(gameday)
 
 
 @commands.callback()

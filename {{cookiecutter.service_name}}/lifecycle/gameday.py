@@ -1,0 +1,555 @@
+"""Breaks the service on purpose, and shows that every alert fires, finds its runbook and resolves.
+
+    service + Prometheus + Alertmanager + receiver, with time compressed -> faults, one after the other
+    -> alerts as they arrive at the receiver -> a line for each alert of ops/prometheus -> exit code
+
+All durations in the rules and in the routing are divided by the same factor; nothing else in them changes.
+The service, its metrics, the rules, Prometheus and Alertmanager are the real ones, on free ports of loopback.
+"""
+
+import http.client
+import http.server
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import typer
+
+from app.core.runtimes import load_runtime
+from app.core.store import MANIFEST, RELEASE, read_artifact, read_release
+from lifecycle.package import canonical_json, feature_names
+from lifecycle.train import load as training_data
+from load.profile import workers_of
+from load.run import service
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEED = 120  # an hour of the rules passes in 30 s
+PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
+CLIENTS, PAUSE_SECONDS = 4, 0.05
+FLOOD = 60
+FAILING, SLOW, ABSENT = "v101", "v102", "v999"  # versions that exist on this day only
+_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One alerting rule, by what Alertmanager is told of it."""
+
+    name: str
+    severity: str
+    sign: str = ""
+
+
+@dataclass
+class Seen:
+    """When an alert came and went, in seconds of `time.monotonic`, and what it said."""
+
+    fired: float
+    fault: str
+    began: float
+    labels: dict[str, str]
+    annotations: dict[str, str]
+    resolved: float | None = None
+
+
+@dataclass
+class Day:
+    """What is going on: the fault, and the alerts that arrived."""
+
+    fault: str = "none"
+    began: float = field(default_factory=time.monotonic)
+    seen: dict[Alert, Seen] = field(default_factory=dict)
+
+    def begin(self, fault: str) -> None:
+        """A new fault starts now."""
+        self.fault, self.began = fault, time.monotonic()
+        typer.echo(f"gameday: {fault}")
+
+    def notify(self, notification: dict[str, Any]) -> None:
+        """Alertmanager's message to a receiver."""
+        for one in notification["alerts"]:
+            labels = one["labels"]
+            alert = Alert(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
+            known = self.seen.get(alert)
+            if one["status"] == "firing":
+                if known is None:
+                    self.seen[alert] = Seen(
+                        time.monotonic(), self.fault, self.began, labels, one["annotations"]
+                    )
+                    typer.echo(f"gameday:   fires: {alert.name} ({alert.severity})")
+                else:
+                    known.resolved = None
+            elif known is not None and known.resolved is None:
+                known.resolved = time.monotonic()
+                typer.echo(f"gameday:   resolved: {alert.name} ({alert.severity})")
+
+
+class Traffic:
+    """Clients that ask all the time, as `payload` says, and never wait longer than a moment for the next."""
+
+    def __init__(self, address: str, payloads: Iterator[dict[str, Any]], clients: int) -> None:
+        self._host, self._payloads = address.removeprefix("http://"), payloads
+        self._lock, self._ending, self.paused = threading.Lock(), threading.Event(), False
+        self.answers: list[dict[str, Any]] = []  # the latest, for feedback
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
+
+    def __enter__(self) -> "Traffic":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+
+    def switch(self, payloads: Iterator[dict[str, Any]]) -> None:
+        """Send these from now on."""
+        self._payloads = payloads
+
+    def _ask(self) -> None:
+        while not self._ending.wait(PAUSE_SECONDS):
+            if self.paused:
+                continue
+            with self._lock:
+                body = next(self._payloads)
+            with suppress(OSError, http.client.HTTPException, ValueError):
+                answer = call(self._host, "/v1/predict", body)
+                if "prediction_id" in answer:
+                    self.answers = [*self.answers[-200:], answer]
+
+
+def call(host: str, path: str, body: dict[str, Any]) -> Any:
+    """The parsed answer to a POST, whatever its status."""
+    connection = http.client.HTTPConnection(host, timeout=60)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return json.loads(connection.getresponse().read() or b"{}")
+    finally:
+        connection.close()
+
+
+def compressed(text: str, speed: int = SPEED) -> str:
+    """Rules or routing with every duration divided by `speed`: ranges, `for`, `interval`, `group_wait`."""
+
+    def shorter(match: re.Match[str]) -> str:
+        return f"{match[1]}{max(1, round(int(match[2]) * _DURATIONS[match[3]] * 1000 / speed))}ms{match[4]}"
+
+    text = re.sub(r"(\[)(\d+)([smhd])(\])", shorter, text)
+    return re.sub(
+        r"((?:for|interval|group_wait|group_interval|repeat_interval): )(\d+)([smhd])()", shorter, text
+    )
+
+
+def version_of(root: Path, version: str, change: Callable[[onnx.ModelProto], None]) -> None:
+    """A copy of the served version with another model, properly packaged."""
+    serving = read_release(root).serving
+    folder = Path(shutil.copytree(root / serving, root / version))
+    model = onnx.load_from_string((folder / "model.onnx").read_bytes())
+    change(model)
+    content = model.SerializeToString()
+    (folder / "model.onnx").write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["version"] = version
+    manifest["files"]["model.onnx"] = {"sha256": sha256(content).hexdigest(), "size": len(content)}
+    (folder / MANIFEST).write_bytes(canonical_json(manifest))
+
+
+def failing(limit: float) -> Callable[[onnx.ModelProto], None]:
+    """Where the first feature is above `limit`, the probabilities are not numbers."""
+
+    def change(model: onnx.ModelProto) -> None:
+        graph, node = model.graph, onnx.helper.make_node
+        source, target = graph.input[0].name, graph.output[-1].name
+        for own in graph.node:
+            own.output[:] = ["sound" if name == target else name for name in own.output]
+        values: dict[str, Any] = {"first": np.array([0], np.int64), "limit": np.array([limit], np.float32)}
+        values["nothing"] = np.array([math.nan], np.float32)
+        graph.initializer.extend(onnx.numpy_helper.from_array(one, name) for name, one in values.items())
+        graph.node.extend(
+            [
+                node("Gather", [source, "first"], ["column"], axis=1),
+                node("Greater", ["column", "limit"], ["beyond"]),
+                node("Where", ["beyond", "nothing", "sound"], [target]),
+            ]
+        )
+
+    return change
+
+
+def slowed(steps: int, width: int = 4096) -> Callable[[onnx.ModelProto], None]:
+    """The same answers after so many times `width` sines for each row."""
+
+    def change(model: onnx.ModelProto) -> None:
+        graph, node, source = model.graph, onnx.helper.make_node, model.graph.input[0].name
+        for own in graph.node:
+            own.input[:] = ["worked" if name == source else name for name in own.input]
+        columns = len(feature_names())
+        names = [f"sine{step}" for step in range(steps + 1)]
+        work = [
+            node("MatMul", [source, "widen"], [names[0]]),
+            *(node("Sin", [one], [other]) for one, other in pairwise(names)),
+            node("MatMul", [names[-1], "narrow"], ["zero"]),
+            node("Add", [source, "zero"], ["worked"]),
+        ]
+        weights = {"widen": np.zeros((columns, width), np.float32)}
+        weights["narrow"] = np.zeros((width, columns), np.float32)
+        graph.initializer.extend(onnx.numpy_helper.from_array(one, name) for name, one in weights.items())
+        nodes = [*work, *graph.node]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    return change
+
+
+def steps_for(root: Path, seconds: float) -> int:
+    """How many steps of `slowed` take so long for a row on this machine."""
+    trial, steps = "v100", 100
+    version_of(root, trial, slowed(steps))
+    runtime, row = load_runtime(read_artifact(root, trial)), np.zeros((1, len(feature_names())), np.float32)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        runtime.infer(row)
+        times.append(time.perf_counter() - began)
+    shutil.rmtree(root / trial)
+    return math.ceil(steps * seconds / min(times))
+
+
+def release(root: Path, version: str) -> None:
+    """Let `version` serve: the running service follows the file."""
+    document = json.loads((root / RELEASE).read_bytes()) | {"serving": version}
+    (root / "release.new").write_bytes(canonical_json(document))
+    (root / "release.new").replace(root / RELEASE)
+
+
+def program(*names: str) -> str:
+    """The first of these programs that is installed."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise typer.BadParameter(
+        f"{names[0]} is not installed; on Debian: apt-get install prometheus prometheus-alertmanager",
+        param_hint="PATH",
+    )
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], log: Path, ready: str) -> Iterator[None]:
+    """A program until the end of the block, once `ready` answers."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603  # our own
+    try:
+        until(lambda: answers(ready), f"{command[0]}: see {log}")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(address: str) -> bool:
+    """Whether GET gives 200."""
+    with suppress(OSError), urllib.request.urlopen(address, timeout=5) as response:  # noqa: S310  # loopback
+        return bool(response.status == 200)
+    return False
+
+
+def get(address: str) -> Any:
+    """The parsed answer to a GET."""
+    with urllib.request.urlopen(address, timeout=30) as response:  # noqa: S310  # loopback
+        return json.load(response)
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 90) -> bool:
+    """Whether `condition` held in time; without it the day goes on, and the table says what is missing."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > give_up:
+            typer.echo(f"gameday:   waited in vain for {what}", err=True)
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@contextmanager
+def receiver(day: Day) -> Iterator[str]:
+    """The address of a web server that takes notifications."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            day.notify(json.loads(body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def configure(folder: Path, target: str, alertmanager: int, told: str) -> None:
+    """The configurations of ops/ with time compressed, and with the addresses of this day."""
+    for rules in (ROOT / "ops" / "prometheus").glob("*rules.yml"):
+        (folder / rules.name).write_text(compressed(rules.read_text("utf-8")), "utf-8")
+    prometheus = compressed((ROOT / "ops/prometheus/prometheus.yml").read_text("utf-8"))
+    prometheus = re.sub(r"(scrape_interval|evaluation_interval): \S+", r"\1: 500ms", prometheus)
+    prometheus = re.sub(r'"alertmanager:\d+"', f'"127.0.0.1:{alertmanager}"', prometheus)
+    prometheus = re.sub(r'"api:\d+"', f'"{target}"', prometheus)
+    (folder / "prometheus.yml").write_text(prometheus, "utf-8")
+    routing = compressed((ROOT / "ops/alertmanager/alertmanager.yml").read_text("utf-8"))
+    routing = re.sub(r"url: https?://[^/\s]+", f"url: {told}", routing)
+    (folder / "alertmanager.yml").write_text(routing, "utf-8")
+
+
+def alerts_of(prometheus: str) -> set[Alert]:
+    """Every alert that ships, as the running Prometheus knows it."""
+    groups = get(f"{prometheus}/api/v1/rules?type=alert")["data"]["groups"]
+    return {
+        Alert(rule["name"], rule["labels"].get("severity", ""), rule["labels"].get("sign", ""))
+        for group in groups
+        for rule in group["rules"]
+    }
+
+
+class GameDay:
+    """The faults, each with what it breaks and how it is mended."""
+
+    def __init__(self, day: Day, address: str, pid: int, artifacts: Path, slow_seconds: float) -> None:
+        self._day, self._address, self._pid, self._artifacts = day, address, pid, artifacts
+        self._host = address.removeprefix("http://")
+        rows = training_data().training.tolist()
+        self._usual = [dict(zip(feature_names(), row, strict=True)) for row in rows]
+        self._served = read_release(artifacts).serving
+        manifest = read_artifact(artifacts, self._served).manifest
+        first = manifest.inputs[0]
+        low, high = first.training_range or (0.0, 1.0)
+        self._beyond = {**self._usual[0], first.name: min(high + (high - low), first.maximum or math.inf)}
+        version_of(artifacts, FAILING, failing(high))
+        version_of(artifacts, SLOW, slowed(steps_for(artifacts, slow_seconds)))
+
+    def usual(self) -> Iterator[dict[str, Any]]:
+        """What training looked like."""
+        return cycle(self._usual)
+
+    def run(self) -> None:
+        """Fault after fault, under traffic."""
+        with Traffic(self._address, self.usual(), CLIENTS) as traffic:
+            self._day.begin("none, for two minutes of usual traffic")
+            time.sleep(60)
+            quiet = sorted(alert.name for alert in self._day.seen)
+            if quiet:
+                typer.echo(f"gameday:   fired without a fault: {', '.join(quiet)}", err=True)
+            self._labels(traffic)
+            self._invalid(traffic)
+            self._killed()
+            self._bad_artifact()
+            self._drift(traffic)
+            self._errors(traffic)
+            self._latency_and_saturation()
+            self._silence(traffic)
+            self._frozen()
+
+    def _fires(self, *names: str) -> None:
+        fired = {alert.name for alert in self._day.seen}
+        until(lambda: set(names) <= (fired | {alert.name for alert in self._day.seen}), ", ".join(names))
+
+    def _released(self, version: str) -> None:
+        release(self._artifacts, version)
+        until(
+            lambda: {get(f"{self._address}/ready").get("model_version") for _ in range(10)} == {version},
+            f"{version} to serve",
+        )
+
+    def _labels(self, traffic: Traffic) -> None:
+        self._feedback(traffic, 60, wrong=False)
+        self._day.begin("labels that contradict the predictions")
+        self._feedback(traffic, 60, wrong=True)
+        self._fires("AccuracyDrop")
+        self._day.begin("none: labels that agree again")
+        self._feedback(traffic, 700, wrong=False)
+
+    def _feedback(self, traffic: Traffic, count: int, *, wrong: bool) -> None:
+        told: set[str] = set()
+        while len(told) < count:
+            for answer in traffic.answers:
+                if answer["prediction_id"] not in told and len(told) < count:
+                    labels = sorted(answer["probabilities"])
+                    label = next(one for one in labels if (one != answer["label"]) == wrong)
+                    call(
+                        self._host, "/v1/feedback", {"prediction_id": answer["prediction_id"], "label": label}
+                    )
+                    told.add(answer["prediction_id"])
+            traffic.answers = []
+            time.sleep(PAUSE_SECONDS)
+
+    def _invalid(self, traffic: Traffic) -> None:
+        self._day.begin("a client that breaks the contract")
+        first = feature_names()[0]
+        traffic.switch(cycle([*self._usual, *([{**self._usual[0], first: "long"}] * len(self._usual))]))
+        self._fires("HighInvalidInputRate")
+        traffic.switch(self.usual())
+
+    def _killed(self) -> None:
+        self._day.begin("a worker is killed")
+        os.kill(workers_of(self._pid)[0], signal.SIGKILL)
+        self._fires("WorkerRestarts")
+
+    def _bad_artifact(self) -> None:
+        self._day.begin("a release that names no version")
+        release(self._artifacts, ABSENT)
+        self._fires("ModelReloadFailed")
+        release(self._artifacts, self._served)
+
+    def _drift(self, traffic: Traffic) -> None:
+        self._day.begin("inputs beyond those of training")
+        traffic.switch(cycle([self._beyond]))
+        self._fires("FeatureDrift", "PredictionShift", "LowConfidence")
+        traffic.switch(self.usual())
+
+    def _errors(self, traffic: Traffic) -> None:
+        self._day.begin("a model that answers NaN to one in three")
+        self._released(FAILING)
+        traffic.switch(cycle([*self._usual[:2], self._beyond]))
+        self._fires("NonFiniteOutput", "AvailabilityBudgetBurn")
+        traffic.switch(self.usual())
+        self._released(self._served)
+
+    def _latency_and_saturation(self) -> None:
+        self._day.begin("a model that is too slow")
+        self._released(SLOW)
+        self._fires("LatencyBudgetBurn")
+        self._day.begin("more requests than the slow model can do")
+        with Traffic(self._address, self.usual(), FLOOD):
+            until(
+                lambda: {one.sign for one in self._day.seen if one.name == "Saturation"} >= {"shed", "full"},
+                "Saturation",
+            )
+        self._released(self._served)
+
+    def _silence(self, traffic: Traffic) -> None:
+        self._day.begin("no client any more")
+        traffic.paused = True
+        self._fires("NoTraffic")
+        traffic.paused = False
+
+    def _frozen(self) -> None:
+        self._day.begin("all workers frozen")
+        frozen = workers_of(self._pid)
+        for worker in frozen:
+            os.kill(worker, signal.SIGSTOP)
+        self._fires("ServiceNotReady")
+        for worker in frozen:
+            os.kill(worker, signal.SIGCONT)
+
+
+def table(day: Day, shipped: set[Alert]) -> tuple[list[str], bool]:
+    """A line for each alert that ships, and whether all is as it should be."""
+    lines = [
+        "| alert | severity | team | fault | fired after | runbook | resolved after |",
+        "|---|---|---|---|--:|---|--:|",
+    ]
+    good = True
+    for alert in sorted(shipped, key=lambda one: (one.name, one.severity, one.sign)):
+        name = alert.name + (f" ({alert.sign})" if alert.sign else "")
+        if (seen := day.seen.get(alert)) is None:
+            good = False
+            lines.append(f"| {name} | {alert.severity} | | | never | | |")
+            continue
+        page = seen.annotations.get("runbook_url", "").rpartition("/")[2]
+        found = bool(page) and (ROOT / "docs" / "runbooks" / page).is_file()
+        resolved = "never" if seen.resolved is None else f"{seen.resolved - seen.began:.0f} s"
+        good = good and found and seen.resolved is not None and bool(seen.labels.get("team"))
+        lines.append(
+            f"| {name} | {alert.severity} | {seen.labels.get('team')} | {seen.fault} "
+            f"| {seen.fired - seen.began:.0f} s | {'found' if found else 'missing'} | {resolved} |"
+        )
+    return lines, good
+
+
+def gameday(
+    keep: Annotated[Path | None, typer.Option(help="Keep logs and configurations in this folder.")] = None,
+) -> None:
+    """Inject every fault; show that each alert fires, has its runbook, and resolves. Ten minutes."""
+    prometheus, alertmanager = program("prometheus"), program("alertmanager", "prometheus-alertmanager")
+    slo = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
+    day, began = Day(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gameday-") as temporary:
+        folder = keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts = Path(shutil.copytree(ROOT / "artifacts", folder / "artifacts"))
+        settings = {
+            "APP_ENV": "local",
+            "APP_ARTIFACTS_DIR": str(artifacts),
+            "APP_WORKERS": "2",
+            "APP_BATCH_MAX_ROWS": "8",
+            "APP_METRICS_ENABLED": "true",
+        }
+        ports = free_port(), free_port()
+        with service(**settings) as own, receiver(day) as told:
+            configure(folder, own.address.removeprefix("http://"), ports[1], told)
+            typer.echo(f"gameday: an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
+            prometheus_address = f"http://127.0.0.1:{ports[0]}"
+            with (
+                running(
+                    [alertmanager, f"--config.file={folder}/alertmanager.yml",
+                     f"--storage.path={folder}/alertmanager", "--cluster.listen-address=",
+                     f"--web.listen-address=127.0.0.1:{ports[1]}"],
+                    folder / "alertmanager.log", f"http://127.0.0.1:{ports[1]}/-/ready",
+                ),
+                running(
+                    [prometheus, f"--config.file={folder}/prometheus.yml",
+                     f"--storage.tsdb.path={folder}/prometheus", "--rules.alert.resend-delay=1s",
+                     f"--query.lookback-delta={300_000 // SPEED}ms",
+                     f"--web.listen-address=127.0.0.1:{ports[0]}"],
+                    folder / "prometheus.log", f"{prometheus_address}/-/ready",
+                ),
+            ):  # fmt: skip
+                shipped = alerts_of(prometheus_address)
+                game = GameDay(day, own.address, own.pid, artifacts, 2 * slo["latency_p95_ms"] / 1000)
+                game.run()
+                day.begin("none: waiting until all is resolved")
+                with Traffic(own.address, game.usual(), CLIENTS):
+                    until(
+                        lambda: all(one in day.seen and day.seen[one].resolved for one in shipped),
+                        "every alert to resolve",
+                        PATIENCE_SECONDS,
+                    )
+    lines, good = table(day, shipped)
+    typer.echo("\n".join(["", *lines, ""]))
+    typer.echo(f"gameday: {'passed' if good else 'FAILED'} in {time.monotonic() - began:.0f} s")
+    raise typer.Exit(0 if good else 1)
