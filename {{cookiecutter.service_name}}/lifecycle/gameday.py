@@ -39,13 +39,14 @@ from app.core.store import MANIFEST, RELEASE, read_artifact, read_release
 from lifecycle.package import canonical_json, feature_names
 from lifecycle.train import load as training_data
 from load.profile import workers_of
-from load.run import service
+from load.run import Running, service
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = 120  # an hour of the rules passes in 30 s
 PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
 CLIENTS, PAUSE_SECONDS = 4, 0.05
 FLOOD = 60
+SINES = 400
 FAILING, SLOW, ABSENT = "v101", "v102", "v999"  # versions that exist on this day only
 _DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -196,15 +197,15 @@ def failing(limit: float) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-def slowed(steps: int, width: int = 4096) -> Callable[[onnx.ModelProto], None]:
-    """The same answers after so many times `width` sines for each row."""
+def slowed(width: int) -> Callable[[onnx.ModelProto], None]:
+    """The same answers after `SINES` times `width` sines for each row."""
 
     def change(model: onnx.ModelProto) -> None:
         graph, node, source = model.graph, onnx.helper.make_node, model.graph.input[0].name
         for own in graph.node:
             own.input[:] = ["worked" if name == source else name for name in own.input]
         columns = len(feature_names())
-        names = [f"sine{step}" for step in range(steps + 1)]
+        names = [f"sine{step}" for step in range(SINES + 1)]
         work = [
             node("MatMul", [source, "widen"], [names[0]]),
             *(node("Sin", [one], [other]) for one, other in pairwise(names)),
@@ -221,10 +222,10 @@ def slowed(steps: int, width: int = 4096) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-def steps_for(root: Path, seconds: float) -> int:
-    """How many steps of `slowed` take so long for a row on this machine."""
-    trial, steps = "v100", 100
-    version_of(root, trial, slowed(steps))
+def width_for(root: Path, seconds: float) -> int:
+    """With which width `slowed` takes so long for a row on this machine."""
+    trial, width = "v100", 4096
+    version_of(root, trial, slowed(width))
     runtime, row = load_runtime(read_artifact(root, trial)), np.zeros((1, len(feature_names())), np.float32)
     times = []
     for _ in range(5):
@@ -232,7 +233,7 @@ def steps_for(root: Path, seconds: float) -> int:
         runtime.infer(row)
         times.append(time.perf_counter() - began)
     shutil.rmtree(root / trial)
-    return math.ceil(steps * seconds / min(times))
+    return math.ceil(width * seconds / min(times))
 
 
 def release(root: Path, version: str) -> None:
@@ -349,9 +350,12 @@ def alerts_of(prometheus: str) -> set[Alert]:
 class GameDay:
     """The faults, each with what it breaks and how it is mended."""
 
-    def __init__(self, day: Day, address: str, pid: int, artifacts: Path, slow_seconds: float) -> None:
-        self._day, self._address, self._pid, self._artifacts = day, address, pid, artifacts
-        self._host = address.removeprefix("http://")
+    def __init__(
+        self, day: Day, shipped: set[Alert], own: Running, artifacts: Path, slow_seconds: float
+    ) -> None:
+        self._day, self._shipped, self._artifacts = day, shipped, artifacts
+        self._address, self._pid = own.address, own.pid
+        self._host = own.address.removeprefix("http://")
         rows = training_data().training.tolist()
         self._usual = [dict(zip(feature_names(), row, strict=True)) for row in rows]
         self._served = read_release(artifacts).serving
@@ -360,7 +364,7 @@ class GameDay:
         low, high = first.training_range or (0.0, 1.0)
         self._beyond = {**self._usual[0], first.name: min(high + (high - low), first.maximum or math.inf)}
         version_of(artifacts, FAILING, failing(high))
-        version_of(artifacts, SLOW, slowed(steps_for(artifacts, slow_seconds)))
+        version_of(artifacts, SLOW, slowed(width_for(artifacts, slow_seconds)))
 
     def usual(self) -> Iterator[dict[str, Any]]:
         """What training looked like."""
@@ -385,8 +389,11 @@ class GameDay:
             self._frozen()
 
     def _fires(self, *names: str) -> None:
-        fired = {alert.name for alert in self._day.seen}
-        until(lambda: set(names) <= (fired | {alert.name for alert in self._day.seen}), ", ".join(names))
+        """Wait for these alerts; of a page and a ticket of one name the page, which inhibits the ticket."""
+        due = {one for one in self._shipped if one.name in names}
+        pages = {one.name for one in due if one.severity == "page"}
+        due = {one for one in due if one.severity == "page" or one.name not in pages}
+        until(lambda: due <= self._day.seen.keys(), ", ".join(names))
 
     def _released(self, version: str) -> None:
         release(self._artifacts, version)
@@ -455,10 +462,7 @@ class GameDay:
         self._fires("LatencyBudgetBurn")
         self._day.begin("more requests than the slow model can do")
         with Traffic(self._address, self.usual(), FLOOD):
-            until(
-                lambda: {one.sign for one in self._day.seen if one.name == "Saturation"} >= {"shed", "full"},
-                "Saturation",
-            )
+            self._fires("Saturation")
         self._released(self._served)
 
     def _silence(self, traffic: Traffic) -> None:
@@ -540,7 +544,7 @@ def gameday(
                 ),
             ):  # fmt: skip
                 shipped = alerts_of(prometheus_address)
-                game = GameDay(day, own.address, own.pid, artifacts, 2 * slo["latency_p95_ms"] / 1000)
+                game = GameDay(day, shipped, own, artifacts, 2 * slo["latency_p95_ms"] / 1000)
                 game.run()
                 day.begin("none: waiting until all is resolved")
                 with Traffic(own.address, game.usual(), CLIENTS):
