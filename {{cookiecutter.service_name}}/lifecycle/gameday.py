@@ -44,7 +44,7 @@ from load.run import Running, service
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = 120  # an hour of the rules passes in 30 s
 PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
-CLIENTS, PAUSE_SECONDS = 4, 0.05
+CLIENTS, PAUSE_SECONDS = 2, 0.08
 FLOOD = 60
 SINES = 400
 FAILING, SLOW, ABSENT = "v101", "v102", "v999"  # versions that exist on this day only
@@ -89,7 +89,7 @@ class Day:
         """Alertmanager's message to a receiver."""
         for one in notification["alerts"]:
             labels = one["labels"]
-            alert = Alert(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
+            alert = alert_of(labels)
             known = self.seen.get(alert)
             if one["status"] == "firing":
                 if known is None:
@@ -337,23 +337,31 @@ def configure(folder: Path, target: str, alertmanager: int, told: str) -> None:
     (folder / "alertmanager.yml").write_text(routing, "utf-8")
 
 
+def firing(prometheus: str) -> set[Alert]:
+    """The alerts that fire now, told or not."""
+    alerts = get(f"{prometheus}/api/v1/alerts")["data"]["alerts"]
+    return {alert_of(one["labels"]) for one in alerts if one["state"] == "firing"}
+
+
+def alert_of(labels: dict[str, str]) -> Alert:
+    """The rule that an alert with these labels comes from."""
+    return Alert(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
+
+
 def alerts_of(prometheus: str) -> set[Alert]:
     """Every alert that ships, as the running Prometheus knows it."""
     groups = get(f"{prometheus}/api/v1/rules?type=alert")["data"]["groups"]
     return {
-        Alert(rule["name"], rule["labels"].get("severity", ""), rule["labels"].get("sign", ""))
-        for group in groups
-        for rule in group["rules"]
+        alert_of({"alertname": rule["name"], **rule["labels"]}) for group in groups for rule in group["rules"]
     }
 
 
 class GameDay:
     """The faults, each with what it breaks and how it is mended."""
 
-    def __init__(
-        self, day: Day, shipped: set[Alert], own: Running, artifacts: Path, slow_seconds: float
-    ) -> None:
-        self._day, self._shipped, self._artifacts = day, shipped, artifacts
+    def __init__(self, day: Day, prometheus: str, own: Running, artifacts: Path, slow_seconds: float) -> None:
+        self._day, self._prometheus, self._artifacts = day, prometheus, artifacts
+        self._shipped = alerts_of(prometheus)
         self._address, self._pid = own.address, own.pid
         self._host = own.address.removeprefix("http://")
         rows = training_data().training.tolist()
@@ -389,11 +397,17 @@ class GameDay:
             self._frozen()
 
     def _fires(self, *names: str) -> None:
-        """Wait for these alerts; of a page and a ticket of one name the page, which inhibits the ticket."""
+        """Wait for these alerts. A page inhibits the ticket of its name: Prometheus alone knows of that for now."""
         due = {one for one in self._shipped if one.name in names}
-        pages = {one.name for one in due if one.severity == "page"}
-        due = {one for one in due if one.severity == "page" or one.name not in pages}
-        until(lambda: due <= self._day.seen.keys(), ", ".join(names))
+        paged = {one.name for one in due if one.severity == "page"}
+        told = {one for one in due if one.severity == "page" or one.name not in paged}
+        known: set[Alert] = set()
+
+        def all_known() -> bool:
+            known.update(firing(self._prometheus))
+            return due <= known and told <= self._day.seen.keys()
+
+        until(all_known, ", ".join(names))
 
     def _released(self, version: str) -> None:
         release(self._artifacts, version)
@@ -403,12 +417,12 @@ class GameDay:
         )
 
     def _labels(self, traffic: Traffic) -> None:
-        self._feedback(traffic, 60, wrong=False)
+        self._feedback(traffic, 30, wrong=False)
         self._day.begin("labels that contradict the predictions")
-        self._feedback(traffic, 60, wrong=True)
+        self._feedback(traffic, 30, wrong=True)
         self._fires("AccuracyDrop")
         self._day.begin("none: labels that agree again")
-        self._feedback(traffic, 700, wrong=False)
+        self._feedback(traffic, 400, wrong=False)
 
     def _feedback(self, traffic: Traffic, count: int, *, wrong: bool) -> None:
         told: set[str] = set()
@@ -544,7 +558,7 @@ def gameday(
                 ),
             ):  # fmt: skip
                 shipped = alerts_of(prometheus_address)
-                game = GameDay(day, shipped, own, artifacts, 2 * slo["latency_p95_ms"] / 1000)
+                game = GameDay(day, prometheus_address, own, artifacts, 2 * slo["latency_p95_ms"] / 1000)
                 game.run()
                 day.begin("none: waiting until all is resolved")
                 with Traffic(own.address, game.usual(), CLIENTS):
