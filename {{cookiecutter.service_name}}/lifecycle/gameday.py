@@ -397,7 +397,7 @@ class GameDay:
             self._frozen()
 
     def _fires(self, *names: str) -> None:
-        """Wait for these alerts. A page inhibits the ticket of its name: Prometheus alone knows of that for now."""
+        """Wait for these alerts. A page inhibits the ticket of its name: only Prometheus knows of it yet."""
         due = {one for one in self._shipped if one.name in names}
         paged = {one.name for one in due if one.severity == "page"}
         told = {one for one in due if one.severity == "page" or one.name not in paged}
