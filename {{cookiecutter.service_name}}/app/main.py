@@ -11,11 +11,12 @@ import re
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
+from ctypes import c_int
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fastapi import FastAPI, Response, Security
 from fastapi.exceptions import RequestValidationError
@@ -43,6 +44,7 @@ from app.core.release import Follower
 from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
 from app.core.store import Artifact, read_artifact, read_release
+from app.observability import flight
 from app.observability.drift import Drift
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder, scrape
@@ -59,11 +61,19 @@ BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of start
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """What the master gives its workers by forking them."""
+    """What the master gives its workers by forking them.
 
-    artifact: Artifact  # verified; a worker that starts later never depends on what the disk says then
+    A worker that starts later depends on no file that may have changed since: it could not start, and then
+    gunicorn would stop the healthy ones, too.
+    """
+
+    settings: Settings
+    artifact: Artifact  # verified
     workers: int
     loaded: "Synchronized[int]"  # how many workers have loaded the model so far
+    serving: "Synchronized[int]"  # how many have begun to take connections
+    wanted: c_int  # how many must have before a worker that is being replaced may go
+    stopping: c_int  # 1 when nobody is being replaced any more
     given: Given  # labels that came back
 
     @property
@@ -71,8 +81,13 @@ class Inheritance:
         """Whether a request may land on any worker and find the model there."""
         return self.loaded.value >= self.workers
 
+    @property
+    def relieved(self) -> bool:
+        """Whether a worker that is told to go may."""
+        return bool(self.stopping.value) or self.serving.value >= self.wanted.value
 
-_inheritance: Inheritance | None = None
+
+inheritance: Inheritance | None = None
 
 
 class State(TypedDict):
@@ -95,28 +110,46 @@ def _feedback(settings: Settings) -> Feedback:
     place, versions = settings.artifacts_dir, None
     if isinstance(place, Path):
         versions = [path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
-    given = _inheritance.given if _inheritance else Given()
+    given = inheritance.given if inheritance else Given()
     return Feedback(contract_outputs()["labels"], versions, served_contract_sha256(), given)
 
 
 def prepare_workers(settings: Settings, workers: int) -> None:
     """In the master, before it forks: verify the artifact, and share what can be shared."""
-    global _inheritance
-    loaded = multiprocessing.Value("i")
-    _inheritance = Inheritance(read_served(settings), workers, loaded, Given())
-    import_library(_inheritance.artifact)  # its memory is then shared by all workers
+    global inheritance
+    loaded, serving = multiprocessing.Value("i"), multiprocessing.Value("i")
+    wanted, stopping = multiprocessing.RawValue("i"), multiprocessing.RawValue("i")
+    inheritance = Inheritance(
+        settings, read_served(settings), workers, loaded, serving, wanted, stopping, Given()
+    )
+    _project()
+    import_library(inheritance.artifact)  # its memory is then shared by all workers
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
 
 
+def replace_workers(settings: Settings, workers: int) -> None:
+    """In the master, before it forks others in the place of those it has: what they are to know and to do."""
+    global inheritance
+    if inheritance is not None:
+        inheritance = replace(inheritance, settings=settings)
+        inheritance.wanted.value = inheritance.serving.value + workers
+
+
+@cache
+def _project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
+    return project
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The ASGI application; settings come from the environment unless given."""
-    settings = settings or load_settings()
+    """The ASGI application; settings come from the master, or else the environment, unless given."""
+    settings = settings or (inheritance.settings if inheritance else load_settings())
     log, writer = configure_logging(settings.log_level, settings.log_format)
     metrics = Metrics()
     writer.on_drop = metrics.dropped_lines.inc
     tracing = None
-    project = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
+    project = _project()
     telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
     if settings.tracing_endpoint:
         from app.observability.tracing import Tracing  # here, because nobody else needs its libraries
@@ -133,7 +166,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         guard=Guard(settings, log, metrics.fallbacks.inc),
         recorder=Recorder(metrics),
         feedback=_feedback(settings),
-        all_loaded=lambda: _inheritance is None or _inheritance.all_loaded,
+        flight=flight.inherited or flight.FlightRecorder(),
+        all_loaded=lambda: inheritance is None or inheritance.all_loaded,
         tracing=tracing,
     )
 
@@ -141,7 +175,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
         # In the background, so that /health and /ready tell the truth while a large model loads; but a worker
         # that replaces another takes no requests before it can answer them.
-        replaces = _inheritance is not None and _inheritance.all_loaded
+        replaces = inheritance is not None and inheritance.all_loaded
         loading = asyncio.create_task(_load(service, metrics, writer))
         follower = _follower(service, metrics)
         if replaces:
@@ -212,7 +246,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     """Verify, load and warm up; a model that cannot be served ends the process."""
-    artifact = _inheritance.artifact if _inheritance else None
+    artifact = inheritance.artifact if inheritance else None
     try:
         pipeline = await asyncio.to_thread(
             lambda: _build(service, metrics, artifact or read_served(service.settings))
@@ -221,15 +255,16 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
         reason = str(error) if isinstance(error, ArtifactError) else type(error).__name__
         service.log.error("cannot start", reason=reason)
         writer.close()
-        os._exit(BOOT_ERROR)
+        # A worker that replaces another is tried again, and the others go on meanwhile.
+        os._exit(1 if inheritance is not None and inheritance.all_loaded else BOOT_ERROR)
     # Half of the tail latency is the collector walking what never changes: take it out of its sight.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
     _serve(service, metrics, pipeline)
-    if _inheritance is not None:
-        with _inheritance.loaded:
-            _inheritance.loaded.value += 1
+    if inheritance is not None:
+        with inheritance.loaded:
+            inheritance.loaded.value += 1
 
 
 def _build(service: Service, metrics: Metrics, artifact: Artifact) -> Pipeline:
@@ -267,6 +302,7 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
     service.feedback.know(pipeline.version)
     service.recorder.flush()
     service.pipeline = pipeline
+    service.flight.version(pipeline.version)
     service.log.info(
         "ready",
         model_version=pipeline.version,

@@ -20,6 +20,7 @@ from app.core.errors import ServiceError
 
 MAX_HEAD_BYTES, MAX_URI_BYTES, MAX_HEADERS = 65_536, 8_192, 100
 MAX_PIPELINED = 100  # requests that wait on one connection for those before them
+LINGER_SECONDS = 1.0  # for what an idle connection may still bring while the server stops
 WIRE_FACTOR = 2  # what a body may take with its chunks: those of a byte each would cost a second of work
 
 _TRAILERS: Any = deque(maxlen=0)  # takes in the fields after a body and keeps none: they are no headers
@@ -138,6 +139,17 @@ class Protocol(HttpToolsProtocol):
             )
         if self._patience is not None:
             self._be_patient(False)
+
+    def shutdown(self) -> None:
+        """See uvicorn; closing at once would reset a request that is on its way, so that one is answered."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(LINGER_SECONDS, self.leave)
+        else:
+            self.leave()
+
+    def leave(self) -> None:
+        """Close, or have the answer that is under way be the last."""
+        super().shutdown()
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`; who takes no answer for too long gets none."""

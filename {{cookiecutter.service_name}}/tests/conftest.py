@@ -149,6 +149,16 @@ class Service:
         address = httpx2.URL(self.url)
         return http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE_SECONDS)
 
+    def listening(self) -> bool:
+        """Whether a new connection is accepted."""
+        connection = self.connection()
+        try:
+            connection.connect()
+        except OSError:
+            return False
+        connection.close()
+        return True
+
     def half_sent(self, body: bytes) -> http.client.HTTPConnection:
         """A request that is inside, its body still to be sent: the service has said `100 Continue`."""
         connection = self.connection()

@@ -14,6 +14,7 @@ from app.core.admission import Admission
 from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback
 from app.core.pipeline import Pipeline
+from app.observability.flight import FlightRecorder
 from app.observability.logging import Logger
 from app.observability.metrics import Recorder
 from app.schemas.predict import Prediction
@@ -38,6 +39,7 @@ class Service:
     guard: Guard
     recorder: Recorder
     feedback: Feedback
+    flight: FlightRecorder
     all_loaded: Callable[[], bool]  # this worker and all others
     tracing: "Tracing | None" = None
     pipeline: Pipeline | None = None

@@ -6,6 +6,7 @@ Requests for the model (`JSONRoute`) are dispatched here, by path: they skip Fas
 router, which know nothing about them that this module does not. All others go on to FastAPI.
 """
 
+import asyncio
 import os
 import re
 from time import perf_counter
@@ -18,6 +19,7 @@ from app.api.call import Call, Service
 from app.api.errors import MEDIA_TYPE, problem
 from app.api.routing import JSONRoute
 from app.core.errors import ServiceError
+from app.observability.flight import OTHER
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -65,6 +67,7 @@ class ServiceMiddleware:
                     await guard.refuse(call.client, key, query)
                 if guard.limited:
                     await guard.spend(call.client)
+            service.flight.route(OTHER if route is None else route.label)
             if route is not None:
                 body = await route.answer(call, receive)
             else:
@@ -76,6 +79,12 @@ class ServiceMiddleware:
         except ClientDisconnect:
             service.recorder.disconnect()
             status = _CLOSED_REQUEST
+        except asyncio.CancelledError:  # by the server, when the time to finish what is inside is over
+            if started:
+                raise
+            service.recorder.shed("draining")
+            failure = ServiceError("model_timeout", "the service stops before this can be finished")
+            status, headers, body = self._failed(call, failure)
         except Exception as error:
             status, headers, body = self._failed(call, error)
         if service.tracing is not None and route is not None:

@@ -22,6 +22,7 @@ from starlette.types import Message, Receive
 from app.api.call import Call
 from app.api.errors import from_validation
 from app.core.errors import ServiceError
+from app.observability.flight import label
 
 _SCALARS = (float, int, str, bool)
 
@@ -33,6 +34,7 @@ class JSONRoute(APIRoute):
         super().__init__(path, endpoint, **options)
         (body,) = self.dependant.body_params
         kind: Any = body.field_info.annotation
+        self.label = label(path)
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
         fields = list(kind.model_fields.values())
         flat = all(field.is_required() and field.annotation in _SCALARS for field in fields)

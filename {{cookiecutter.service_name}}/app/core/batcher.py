@@ -66,6 +66,7 @@ class Batcher:
         self._executor = ThreadPoolExecutor(1, "inference") if threaded else None
         self._queue: deque[_Job] = deque()
         self._running: list[_Job] = []  # in the thread now
+        self._began = 0.0  # when they got there
         self.on_call: Callable[[float, int], None] = lambda _seconds, _requests: (
             None
         )  # after each in the thread
@@ -83,6 +84,11 @@ class Batcher:
     def abandoned(self) -> int:
         """Requests that nobody waits for any more while their rows still run."""
         return sum(job.future.done() for job in self._running)
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the call that is in the thread now has been there."""
+        return perf_counter() - self._began if self._running else 0.0
 
     async def submit(self, rows: Sequence[Row], deadline: float) -> list[Any]:
         """An answer or exception per row; raises ServiceError at `deadline` (a time of perf_counter)."""
@@ -121,7 +127,8 @@ class Batcher:
     async def _drain_in_thread(self, loop: asyncio.AbstractEventLoop, executor: ThreadPoolExecutor) -> None:
         await asyncio.sleep(self._max_wait)  # 0 lets what is ready join
         while jobs := self._take():
-            started, self._running = perf_counter(), jobs
+            started = self._began = perf_counter()
+            self._running = jobs
             batches = await loop.run_in_executor(executor, self._call, jobs)
             self._running = []
             self.on_call(perf_counter() - started, len(jobs))

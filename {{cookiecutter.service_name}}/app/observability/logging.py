@@ -102,7 +102,7 @@ class ForeignHandler(logging.Handler):
             message = "an error on the event loop" if record.name == "asyncio" else record.getMessage()
         except (TypeError, ValueError):  # arguments that do not fit must not fail the caller
             message = str(record.msg)
-        fields: dict[str, Any] = {"event": message, "logger": record.name}
+        fields: dict[str, Any] = {"event": message, "logger": record.name, **getattr(record, "fields", {})}
         if record.exc_info and record.exc_info[1] is not None:
             fields["exc_info"] = record.exc_info[1]
         self._write(self._render(None, record.levelname.lower(), fields))
