@@ -5,13 +5,17 @@ request deadline < uvicorn's graceful shutdown < gunicorn's graceful shutdown < 
 """
 
 import asyncio
+import ctypes
 import logging
 import os
 import shutil
 import signal
+import struct
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from socket import SOL_SOCKET
 from typing import Any
 
 from gunicorn.arbiter import Arbiter
@@ -29,6 +33,10 @@ from app.settings import GRACE_SECONDS, SettingsError, load_settings
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process must have no threads when it forks
 
+HANDSHAKE_SECONDS = 0.05  # in a data centre: nobody waits longer before the door is closed
+# A packet filter for a listening socket: where SYN, but not ACK, is among the flags, drop the packet.
+SO_ATTACH_FILTER = 26
+NO_SYN = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFF))
 CUT_SECONDS = 0.5  # between the attempts to get rid of a connection
 
 running = sys.modules.get("app.main")  # there when SIGHUP has this file read again
@@ -48,6 +56,19 @@ def inheritance() -> Any:
     from app import main
 
     return main.inheritance
+
+
+async def let_in(sockets: Any) -> None:
+    """Let in who has connected, and nobody after them: to close a socket resets whom it has not let in."""
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in NO_SYN)
+    memory = ctypes.create_string_buffer(program)
+    for socket in sockets:
+        with suppress(OSError):  # where the kernel cannot do it, somebody may be reset
+            here = struct.pack("HP", len(NO_SYN), ctypes.addressof(memory))
+            socket.setsockopt(SOL_SOCKET, SO_ATTACH_FILTER, here)
+    await asyncio.sleep(HANDSHAKE_SECONDS)
+    while any(socket.get_backlog() > 0 for socket in sockets):  # noqa: ASYNC110  # the kernel rings no bell
+        await asyncio.sleep(HANDSHAKE_SECONDS)
 
 
 class DrainingServer(Server):
@@ -80,7 +101,8 @@ class DrainingServer(Server):
         loop = asyncio.get_running_loop()
         heart = loop.create_task(self._beat())
         self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
-        await asyncio.sleep(0)  # who has connected is let in; closing the socket would reset them
+        if inheritance().stopping.value:  # else the other workers take whoever waits at the door
+            await let_in(sockets)
         for server in self.servers:
             server.close()
         await asyncio.sleep(0)
