@@ -29,7 +29,6 @@ from tests.integration.test_hostile_input import (
     ended,
     request,
 )
-from tests.integration.test_operations import workers
 
 Start = Callable[..., Service]
 MIB = 2**20
@@ -69,7 +68,7 @@ def steady(service: Service, clients: int = 2) -> Iterator[Counter[int]]:
 def memory(service: Service, kind: str = "VmRSS") -> dict[int, int]:
     """Bytes of each worker, now or (`VmHWM`) at their highest."""
     found = {}
-    for pid in workers(service):
+    for pid in service.workers():
         status = Path(f"/proc/{pid}/status").read_text()
         found[pid] = int(re.findall(rf"{kind}:\s+(\d+) kB", status)[0]) * 1024
     return found
@@ -77,7 +76,7 @@ def memory(service: Service, kind: str = "VmRSS") -> dict[int, int]:
 
 def assert_unharmed(service: Service, pids: list[int]) -> None:
     """The same workers as before, no answer was a 5xx, no line of the log is an error, predictions go on."""
-    assert workers(service) == pids
+    assert service.workers() == pids
     failed = [name for name in service.metrics() if name.startswith("http_requests") and 'status="5' in name]
     assert not [name for name in failed if "/ready" not in name]  # which is 503 until it is 200
     assert not [line for line in service.lines() if line["level"] in ("error", "critical")]
@@ -87,7 +86,7 @@ def assert_unharmed(service: Service, pids: list[int]) -> None:
 def test_slow_clients_are_left_and_others_are_served(start: Start, fault: Fault) -> None:
     """Two hundred connections that are silent or stop within a request end; predictions go on meanwhile."""
     service = start(header_timeout_seconds=3)
-    pids = workers(service)
+    pids = service.workers()
     beginnings = (b"", b"P", request(LENGTH, body=BODY)[:40], request(b"X: y")[:-2], b"\r\n")
     with ExitStack() as stack, steady(service) as counts:
         slow = [stack.enter_context(connected(service)) for _ in range(SLOW_CLIENTS)]
@@ -125,7 +124,7 @@ def test_a_flood_is_not_kept(start: Start, fault: Fault, of: str) -> None:
     beginning, more, status = FLOODS[of]
     # Patient, for this is about memory: a busy machine must not make it one about time.
     service = start(header_timeout_seconds=60, request_deadline_seconds=60, drain_seconds=70)
-    pids = workers(service)
+    pids = service.workers()
     for _ in range(50):
         assert service.predict().status_code == 200
     before = memory(service, "VmHWM")
@@ -183,7 +182,7 @@ def requests_gone_wrong(seed: int) -> Iterator[bytes]:
 def test_ten_thousand_malformed_requests_break_nothing(start: Start, fault: Fault) -> None:
     """None of them gets a 5xx or ends a worker, the memory stays level, and others are served meanwhile."""
     service = start(header_timeout_seconds=3)
-    pids, address = workers(service), httpx2.URL(service.url)
+    pids, address = service.workers(), httpx2.URL(service.url)
 
     def send(content: bytes) -> list[int]:
         """The statuses of what came back until the end, or until nothing more did for a while."""
@@ -216,7 +215,7 @@ def test_ten_thousand_malformed_requests_break_nothing(start: Start, fault: Faul
 def test_ten_thousand_paths_and_methods_make_no_series(start: Start, fault: Fault) -> None:
     """However many paths and methods strangers invent, a scrape has as many names as before."""
     service = start()
-    pids = workers(service)
+    pids = service.workers()
 
     def send(calls: list[tuple[str, str]]) -> list[int]:
         connection = service.connection()
@@ -253,7 +252,7 @@ def test_ten_thousand_paths_and_methods_make_no_series(start: Start, fault: Faul
 def test_generated_sequences_find_no_fault(start: Start, fault: Fault, tmp_path: Path) -> None:
     """Predictions and batches made of each other, along the API's links: each answer is as documented."""
     service = start()
-    pids, before, url = workers(service), service.metrics(), f"{service.url}/openapi.json"
+    pids, before, url = service.workers(), service.metrics(), f"{service.url}/openapi.json"
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", url, "--phases", "stateful",
          "--checks", "all", "--max-examples", "50", "--seed", "1", "--continue-on-failure", "--no-color"],
@@ -263,7 +262,7 @@ def test_generated_sequences_find_no_fault(start: Start, fault: Fault, tmp_path:
     links = re.search(r"API Links: +(\d+) covered / (\d+) selected", done.stdout)
     assert links, done.stdout
     assert int(links[1]) == int(links[2]) >= 2
-    assert workers(service) == pids
+    assert service.workers() == pids
     counts: Counter[str] = Counter()
     for name, count in service.metrics().items():
         if name.startswith("http_requests_total") and 'handler="/v1' in name:
