@@ -86,10 +86,11 @@ def test_links_in_documents_resolve(name: str) -> None:
 def test_workflows_pass_their_linters(workflow: Path) -> None:
     """Each workflow is one that GitHub takes, and hands out no more rights than it uses."""
     programs = Path(sys.executable).parent
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         [programs / "check-jsonschema", "--builtin-schema", "vendor.github-workflows"],
         [programs / "zizmor", "--offline", "--no-config", "--no-progress", "--persona", "auditor"],
-    ):
+    )
+    for command in commands:
         lint = run(*command, workflow, cwd=ROOT)
         assert lint.returncode == 0, lint.stdout
 

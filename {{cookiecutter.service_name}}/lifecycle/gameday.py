@@ -46,6 +46,7 @@ SPEED = 120  # an hour of the rules passes in 30 s
 PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
 CLIENTS, PAUSE_SECONDS = 2, 0.08
 FLOOD = 60
+HOURS_OF_TICKET = 1
 SINES = 400
 FAILING, SLOW, ABSENT = "v101", "v102", "v999"  # versions that exist on this day only
 _DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -107,9 +108,12 @@ class Day:
 class Traffic:
     """Clients that ask all the time, as `payload` says, and never wait longer than a moment for the next."""
 
-    def __init__(self, address: str, payloads: Iterator[dict[str, Any]], clients: int) -> None:
+    def __init__(
+        self, address: str, payloads: Iterator[dict[str, Any]], clients: int, pause: float = PAUSE_SECONDS
+    ) -> None:
         self._host, self._payloads = address.removeprefix("http://"), payloads
-        self._lock, self._ending, self.paused = threading.Lock(), threading.Event(), False
+        self._lock, self._ending, self._pause = threading.Lock(), threading.Event(), pause
+        self.paused = False
         self.answers: list[dict[str, Any]] = []  # the latest, for feedback
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
 
@@ -128,7 +132,7 @@ class Traffic:
         self._payloads = payloads
 
     def _ask(self) -> None:
-        while not self._ending.wait(PAUSE_SECONDS):
+        while not self._ending.wait(self._pause):
             if self.paused:
                 continue
             with self._lock:
@@ -474,8 +478,9 @@ class GameDay:
         self._day.begin("a model that is too slow")
         self._released(SLOW)
         self._fires("LatencyBudgetBurn")
+        time.sleep(HOURS_OF_TICKET * 3600 / SPEED)  # so that the ticket is still due when the page has gone
         self._day.begin("more requests than the slow model can do")
-        with Traffic(self._address, self.usual(), FLOOD):
+        with Traffic(self._address, self.usual(), FLOOD, 8 * PAUSE_SECONDS):
             self._fires("Saturation")
         self._released(self._served)
 
