@@ -191,6 +191,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             if service.pipeline is not None:
                 service.pipeline.batcher.close()
             service.recorder.flush()
+            service.recorder.count()
             for drift in service.recorder.drifts.values():
                 drift.write_line()
             log.info("stopped")

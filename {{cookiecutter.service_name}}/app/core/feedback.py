@@ -39,6 +39,7 @@ class Feedback:
         self._open = versions is None
         self._salt = crc32(contract_sha256.encode())  # under another contract labels mean something else
         self._given = given or Given()
+        self._marks: dict[tuple[str, Any], str] = {}
 
     def know(self, version: str) -> None:
         """Labels for this version are taken from now on."""
@@ -46,7 +47,10 @@ class Feedback:
 
     def identify(self, stem: str, version: str, label: Any) -> str:
         """The id, 32 hex digits, of the prediction that `version` made; `stem` has STEM_DIGITS of them."""
-        marked = f"{stem}{int(version[1:]) << _LABEL_BITS | self._indices[label]:010x}"
+        if (mark := self._marks.get((version, label))) is None:
+            mark = f"{int(version[1:]) << _LABEL_BITS | self._indices[label]:010x}"
+            self._marks[version, label] = mark
+        marked = stem + mark
         return marked + self._check(marked)
 
     def judge(self, prediction_id: str, label: Any) -> tuple[str, bool, bool]:

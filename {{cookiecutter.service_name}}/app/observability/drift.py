@@ -1,10 +1,10 @@
 """How inputs and predictions are spread, beside how they were in training.
 
 baseline.json -> bins, and the share of training in each -> feature_baseline_ratio
-rows of a flush -> rows in each bin -> feature_observations_total, and a `drift` line a minute
+rows of a second -> rows in each bin -> feature_observations_total, and a `drift` line a minute
 
-Rows are held until they are counted, 10 ms, and never leave. What moved how far (PSI) is computed from the
-counts: by Prometheus (ops/prometheus/drift_rules.yml), or from Prometheus, a scrape or a log by `make drift`.
+Rows are held until they are counted, at most a second, and never leave. What moved how far (PSI) is computed
+from the counts: by Prometheus (ops/prometheus/drift_rules.yml), or by `make drift`, which reads a log too.
 """
 
 import json

@@ -27,6 +27,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 
 FLUSH_SECONDS = 0.02
+# Rows are counted by bin more rarely: it costs as much for hundreds as for one, and drift takes its time.
+COUNT_SECONDS, COUNT_ROWS = 1.0, 512
 MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
 STAGES = ("preprocess", "inference", "postprocess")
 SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
@@ -147,6 +149,10 @@ class Recorder:
         # Requests inside, requests queued, admission limit: read at each flush, set by whoever knows.
         self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         self.drifts: dict[str, DriftLike] = {}  # by version, of those that have a baseline
+        self._held: defaultdict[str, list[Any]] = defaultdict(list)  # rows for them, and how many
+        self._held_rows = 0
+        self._chosen: defaultdict[str, Tally[str]] = defaultdict(Tally)
+        self._counting: asyncio.TimerHandle | None = None
 
     def request(self, method: str, handler: str, status: int, seconds: float) -> None:
         """One answered request."""
@@ -197,6 +203,7 @@ class Recorder:
         """Wait until every worker has written what it answered before now."""
         await asyncio.sleep(2 * FLUSH_SECONDS)
         self.flush()
+        self.count()
 
     def flush(self) -> None:
         """Write what was collected."""
@@ -245,13 +252,33 @@ class Recorder:
             metrics.predictions.labels(*labels).inc(count)
         for version, values in scores.items():
             observe_many(metrics.score.labels(version), values)
-        for version, drift in self.drifts.items():
-            if rows := [one.matrix for one, _ in batches if one.version == version]:
-                chosen = Tally[str]()
-                for (own, label, _), count in predictions.items():
-                    if own == version:
-                        chosen[label] += count
-                drift.observe(rows, chosen)
+        self._hold(
+            [(one.version, one.matrix) for one, _ in batches if one.version in self.drifts], predictions
+        )
+
+    def _hold(self, matrices: list[tuple[str, Any]], predictions: Tally[tuple[str, str, str]]) -> None:
+        """Keep rows and what was predicted for them until they are counted by bin."""
+        for version, matrix in matrices:
+            self._held[version].append(matrix)
+            self._held_rows += len(matrix)
+        for (version, label, _), count in predictions.items():
+            if version in self._held:
+                self._chosen[version][label] += count
+        if self._held_rows >= COUNT_ROWS:
+            self.count()
+        elif self._held_rows and self._counting is None:
+            self._counting = asyncio.get_running_loop().call_later(COUNT_SECONDS, self.count)
+
+    def count(self) -> None:
+        """Count the rows that are held by bin, and let go of them."""
+        for version, rows in self._held.items():
+            self.drifts[version].observe(rows, self._chosen[version])
+        self._held.clear()
+        self._chosen.clear()
+        self._held_rows = 0
+        if self._counting is not None:
+            self._counting.cancel()
+            self._counting = None
 
 
 def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> None:

@@ -1,5 +1,6 @@
 """Drift, feedback and quality without a server: what is counted, judged and computed from it."""
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -19,10 +20,12 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import CapturingLogger
 from typer.testing import CliRunner, Result
 
+from app.core.batcher import Batch
 from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.drift import LINE_ROWS, MISSING, OTHER, Drift
-from app.observability.metrics import Metrics
+from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
+from app.schemas.predict import Prediction
 from lifecycle import monitor
 from lifecycle.__main__ import commands
 from lifecycle.package import Rows, baseline, feature_names, labels
@@ -120,6 +123,31 @@ def test_few_rows_are_no_line_of_the_log() -> None:
     assert (line.args, line.kwargs["model_version"], line.kwargs["rows"]) == (("drift",), "v1", LINE_ROWS)
     assert line.kwargs["features"]["petal_length"] == {"(-inf,1.4]": LINE_ROWS}
     assert line.kwargs["predictions"] == {"setosa": LINE_ROWS}
+
+
+def test_rows_are_held_a_second_at_most() -> None:
+    """Rows wait to be counted together, until there are enough of them or a second has passed."""
+    metrics = Metrics()
+    recorder, row = Recorder(metrics), np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
+    recorder.drifts["v1"] = Drift("v1", BASELINE, feature_names(), metrics, CapturingLogger())
+
+    def seen() -> float:
+        return counted(metrics.registry, "feature_observations_total", "feature").get(("petal_length",), 0)
+
+    async def happen() -> None:
+        answer = Prediction("", "v1", "setosa", 0.9, {}, "accept")
+        for rows in (COUNT_ROWS - 1, 1, 3):
+            recorder.batch(Batch([answer] * rows, (0, 0, 0), {}, row.repeat(rows, axis=0), "v1"), [0.0])
+            recorder.flush()
+            waiting.append(seen())
+        counted_all = asyncio.Event()
+        asyncio.get_running_loop().call_later(COUNT_SECONDS, counted_all.set)  # after the recorder's own
+        await counted_all.wait()
+        assert seen() == COUNT_ROWS + 3
+
+    waiting: list[float] = []
+    asyncio.run(asyncio.wait_for(happen(), 60))
+    assert waiting == [0, COUNT_ROWS, COUNT_ROWS]
 
 
 def test_bins_are_as_many_as_the_rows_support() -> None:
@@ -278,23 +306,24 @@ def test_the_first_label_counts() -> None:
     assert ids.judge(one, "virginica") == ("v1", False, False)
 
 
-def give(given: Given, ids: list[str], results: Any) -> None:
+def give(given: Given, ids: list[str], together: Any, results: Any) -> None:
     """What a worker does."""
+    together.wait()
     results.put(sum(given.put(one, 1) is None for one in ids))
 
 
 def test_workers_share_what_was_given() -> None:
     """Of four processes that take the same labels at once, exactly one counts each."""
-    context, given = multiprocessing.get_context("fork"), Given()
-    results = context.Queue()
-    ids = [IDS.identify(os.urandom(STEM_DIGITS // 2).hex(), "v1", "setosa") for _ in range(2000)]
-    workers = [context.Process(target=give, args=(given, ids, results)) for _ in range(4)]
+    context, given = multiprocessing.get_context("fork"), Given(buckets=2**17)  # none overflows
+    results, together = context.Queue(), context.Barrier(4)
+    ids = [IDS.identify(os.urandom(STEM_DIGITS // 2).hex(), "v1", "setosa") for _ in range(20_000)]
+    workers = [context.Process(target=give, args=(given, ids, together, results)) for _ in range(4)]
     for worker in workers:
         worker.start()
     counts = [results.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join()
-    assert sum(counts) == 2000
+    assert sum(counts) == 20_000
 
 
 def test_the_oldest_label_is_forgotten_first() -> None:
