@@ -18,7 +18,6 @@ from lifecycle.monitor import DRIFTED, STABLE
 from lifecycle.train import load
 from tests.conftest import SETOSA, VIRGINICA, Service, run, serving, until
 from tests.integration.test_observability import total
-from tests.integration.test_operations import workers
 from tests.watching import Watch, watching
 
 Start = Callable[..., Service]
@@ -107,8 +106,8 @@ def test_counters_survive_a_killed_worker(start: Start) -> None:
 
     ask(100)
     until(lambda: observed(100), "what the workers held back")
-    os.kill(workers(service)[0], signal.SIGKILL)
-    until(lambda: len(workers(service)) == 3, "another worker")
+    os.kill(service.workers()[0], signal.SIGKILL)
+    until(lambda: len(service.workers()) == 3, "another worker")
     scrapes.append(counters(service))
     ask(100)
     until(lambda: observed(200), "what the workers held back")
