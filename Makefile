@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/pyth
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-image check fix files bake benchmark lock setup
+.PHONY: help demo test test-faults test-image check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -19,7 +19,10 @@ demo: .venv/render.stamp ## render with defaults into build/, run the service, s
 	$(BIN)/python -m scripts.demo
 
 test: .venv/dev.stamp ## render every option, then check, test and run what was rendered
-	$(PYTEST) -m "not image" $(ARGS)
+	$(PYTEST) -m "not image and not faults" $(ARGS)
+
+test-faults: .venv/dev.stamp ## kill, block and restart the rendered service under load: minutes
+	$(PYTEST) -m faults $(ARGS)
 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)

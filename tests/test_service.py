@@ -48,6 +48,18 @@ def test_unrendered_service_passes_its_own(unrendered: Path, target: str) -> Non
     assert ended.returncode == 0, ended.stdout[-20_000:]
 
 
+@pytest.mark.faults
+def test_rendered_service_survives_its_faults(service: Path, template: Path) -> None:
+    """The rendered service passes `make test-faults`, skips nothing, and its table lists the same faults."""
+    ended = run("make", "test-faults", cwd=service)
+    assert ended.returncode == 0, ended.stdout[-20_000:]
+    assert " skipped" not in ended.stdout
+    tables = (service, template / SERVICE.name)
+    written, committed = ((folder / "docs" / "reliability.md").read_text("utf-8") for folder in tables)
+    named = re.compile(r"^\| (.+?) \|", re.MULTILINE)
+    assert named.findall(written) == named.findall(committed)
+
+
 def test_checking_and_testing_leave_no_trace(service: Path, bake: Bake) -> None:
     """What `make check` and `make test` leave behind is ignored by git."""
     commit(service, "As rendered")
