@@ -60,6 +60,13 @@ def test_rendered_service_survives_its_faults(service: Path, template: Path) -> 
     assert named.findall(written) == named.findall(committed)
 
 
+@pytest.mark.faults
+def test_rendered_service_raises_every_alert(service: Path) -> None:
+    """In the rendered service's game day every alert fires, names its runbook, and resolves."""
+    ended = run("make", "gameday", cwd=service)
+    assert ended.returncode == 0, ended.stdout[-20_000:]
+
+
 def test_checking_and_testing_leave_no_trace(service: Path, bake: Bake) -> None:
     """What `make check` and `make test` leave behind is ignored by git."""
     commit(service, "As rendered")
