@@ -41,7 +41,6 @@ def send(service: Service, rows: list[list[float]]) -> None:
     assert service.client.post("/v1/predict/batch", json={"instances": instances}).status_code == 200
 
 
-@pytest.mark.prometheus
 def test_drift_is_seen_by_prometheus(start: Start, tmp_path: Path) -> None:
     """Traffic as in training stays below 0.1; petals that grow show above 0.2, and sepals stay stable."""
     service, rows, chance = start(), load().training.tolist(), random.Random(0)

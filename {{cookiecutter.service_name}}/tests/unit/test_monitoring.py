@@ -249,7 +249,6 @@ def rule_test(observed: dict[str, int], minutes: int, *, window: str = "1h") -> 
     }  # fmt: skip
 
 
-@pytest.mark.prometheus
 def test_the_rules_compute_the_index(tmp_path: Path) -> None:
     """promtool: PSI is right over two instances, finite with an empty bin, absent below the minimum."""
     tests = [
