@@ -81,7 +81,10 @@ async def predict_batch(batch: Instances, call: CurrentCall) -> Batch:
     "/feedback",
     status_code=202,
     summary="Say what was right",
-    responses={404: {"model": Problem, "description": "This service made no prediction with this id."}},
+    responses={
+        404: {"model": Problem, "description": "This service made no prediction with this id."},
+        409: {"model": Problem, "description": "Another label was given for it before."},
+    },
 )
 async def feedback(truth: Feedback, call: CurrentCall) -> Accepted:
     """The true label of an earlier prediction; the same again changes nothing, another one is refused."""

@@ -63,8 +63,7 @@ class Feedback:
         index = self._indices[label] + 1  # 0 is an empty entry's
         before = self._given.put(prediction_id, index)
         if before not in (None, index):
-            error = {"loc": ["body", "label"], "msg": "another label was given before", "type": "conflict"}
-            raise ServiceError("invalid_input", "the first label counts", [error])
+            raise ServiceError("conflict", "another label was given before, and the first one counts")
         return version, index == predicted + 1, before is None
 
     def _version(self, number: int) -> str | None:
