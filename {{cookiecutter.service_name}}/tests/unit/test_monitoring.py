@@ -300,7 +300,7 @@ def test_the_first_label_counts() -> None:
     ids = Feedback(labels(), ["v1"], CONTRACT)
     one = ids.identify("ab" * 9, "v1", "setosa")
     assert ids.judge(one, "virginica") == ("v1", False, True)
-    with pytest.raises(ServiceError, match="invalid_input"):
+    with pytest.raises(ServiceError, match="conflict"):
         ids.judge(one, "setosa")
     assert ids.judge(one, "virginica") == ("v1", False, False)
 
