@@ -7,9 +7,11 @@
 
 import os
 import re
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator, model_validator
@@ -29,6 +31,8 @@ _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
 
 # No user, password or query: those would be credentials, in a value that is shown and logged.
 RemotePlace = Annotated[str, Field(pattern=r"^((s3|gs|az)://[\w.-]+|https://[\w.-]+(:[0-9]+)?)(/[\w./-]*)?$")]
+# As browsers write it; with a path, a capital or no scheme it would never match.
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+)$")]
 
 
 class SettingsError(Exception):
@@ -61,13 +65,13 @@ class Settings(BaseSettings):
     batch_max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     auth_disabled: bool = False
-    rate_limit: Annotated[str | None, Field(pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$")] = None
+    rate_limit: Annotated[str | None, Field(pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")] = None
     rate_limit_storage: SecretStr = SecretStr("memory://")
     review_threshold: Annotated[float | None, Field(ge=0, le=1)] = None
     out_of_range: Literal["accept", "review", "reject"] = "review"
     docs_enabled: bool | None = None
     metrics_enabled: bool = True
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     tracing_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^/@\s]+(/\S*)?$")] = None
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
@@ -89,9 +93,12 @@ class Settings(BaseSettings):
     @field_validator("rate_limit_storage")
     @classmethod
     def _known_storage(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("memory://", "redis://", "rediss://")):
-            raise ValueError("must be memory:// or redis://...")
-        return value
+        place = value.get_secret_value()
+        with suppress(ValueError):  # it would quote the value
+            parts = urlsplit(place)
+            if place == "memory://" or (parts.scheme in ("redis", "rediss") and parts.hostname and parts.port):
+                return value
+        raise ValueError("must be memory:// or redis://host:port")
 
     @field_validator("api_keys")
     @classmethod

@@ -43,6 +43,11 @@ Start = Callable[..., Service]
         ({"rate_limit": SECRET}, "APP_RATE_LIMIT"),
         ({"rate_limit": "600/minute", "workers": 2}, "APP_RATE_LIMIT_STORAGE"),
         (
+            {"rate_limit": "600/minute", "workers": 2, "rate_limit_storage": "memory://x"},
+            "APP_RATE_LIMIT_STORAGE",
+        ),
+        ({"rate_limit_storage": f"redis://localhost:{SECRET}"}, "APP_RATE_LIMIT_STORAGE"),
+        (
             {"rate_limit": "600/minute", "rate_limit_storage": f"carrier-pigeon://{SECRET}"},
             "APP_RATE_LIMIT_STORAGE",
         ),

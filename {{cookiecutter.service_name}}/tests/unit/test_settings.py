@@ -81,7 +81,15 @@ def test_who_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RATE_LIMIT": f"lots/{SECRET}"}, "APP_RATE_LIMIT"),
         ({"RATE_LIMIT": "9/second", "WORKERS": "2"}, "APP_RATE_LIMIT_STORAGE"),
         ({"RATE_LIMIT": "9/second"}, "APP_RATE_LIMIT_STORAGE"),  # as many workers as there are processors
+        ({"RATE_LIMIT": "9/second", "RATE_LIMIT_STORAGE": "memory://x"}, "APP_RATE_LIMIT_STORAGE"),
+        ({"RATE_LIMIT": "1000000/day", "WORKERS": "1"}, "APP_RATE_LIMIT"),  # more than memory would hold
         ({"RATE_LIMIT_STORAGE": f"smtp://{SECRET}"}, "APP_RATE_LIMIT_STORAGE"),
+        ({"RATE_LIMIT_STORAGE": f"redis://:{SECRET}@cache"}, "APP_RATE_LIMIT_STORAGE"),
+        ({"RATE_LIMIT_STORAGE": f"redis://cache:{SECRET}"}, "APP_RATE_LIMIT_STORAGE"),
+        ({"RATE_LIMIT_STORAGE": "rediss://:6379"}, "APP_RATE_LIMIT_STORAGE"),
+        ({"CORS_ORIGINS": f"https://shop.example,{SECRET}"}, "APP_CORS_ORIGINS"),
+        ({"CORS_ORIGINS": "https://shop.example/"}, "APP_CORS_ORIGINS"),
+        ({"CORS_ORIGINS": "null"}, "APP_CORS_ORIGINS"),
         ({"REQUEST_DEADLINE_SECONDS": "20", "DRAIN_SECONDS": "25"}, "APP_DRAIN_SECONDS"),
     ],
     ids=str,
