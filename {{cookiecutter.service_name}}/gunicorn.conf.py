@@ -175,7 +175,7 @@ class Worker(UvicornWorker):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-bind = f"{settings.host}:{settings.port}"
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.workers or default_workers(Path(settings.artifacts_dir))
 worker_class = Worker
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # heartbeats must not wait for a disk
@@ -192,10 +192,12 @@ if settings.metrics_enabled and running is None:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
 
 
-def on_starting(_server: Any) -> None:
+def on_starting(server: Any) -> None:
     """Verify the artifact once, before any worker is forked; the workers inherit the verified bytes."""
     from app.main import prepare_workers
 
+    if server.cfg.workers != workers:  # quotas and readiness count on it
+        sys.exit("cannot start: APP_WORKERS says how many workers there are, not gunicorn's --workers")
     # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
     sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
 

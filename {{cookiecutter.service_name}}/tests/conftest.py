@@ -200,7 +200,7 @@ def serving(
 
     def address() -> str | None:
         assert process.poll() is None, log.read_text()
-        found = re.search(r"Listening at: (http://[0-9.:]+)", log.read_text())
+        found = re.search(r"Listening at: (http://[][0-9a-f.:]+)", log.read_text())
         return found and found[1]
 
     try:

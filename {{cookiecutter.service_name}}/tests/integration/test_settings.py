@@ -61,6 +61,20 @@ def test_a_wrong_setting_stops_the_start(tmp_path: Path, settings: dict[str, obj
     assert SECRET not in line
 
 
+def test_only_one_setting_says_how_many_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More workers than APP_WORKERS says, each with a quota of its own, are refused."""
+    monkeypatch.setenv("GUNICORN_CMD_ARGS", "--workers 3")
+    assert "APP_WORKERS" in refusal(tmp_path, workers=1, rate_limit="600/minute")
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_an_address_may_be_one_of_ipv6(start: Start, host: str) -> None:
+    """APP_HOST takes both kinds of addresses, as they are written everywhere else."""
+    service = start(workers=1, host=host)
+    assert service.predict().status_code == 200
+    assert "[" in service.url
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
