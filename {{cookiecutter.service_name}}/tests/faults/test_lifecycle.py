@@ -62,15 +62,30 @@ def test_stopping_under_load_answers_everyone(start: Start, fault: Fault) -> Non
         assert ask(idle).getheader("connection") is None
         half = stack.enter_context(closing(service.half_sent(PREDICTION)))
         with load(service.url) as traffic:
+            told = time.monotonic()
             service.process.terminate()
             until(lambda: not service.listening(), "the closed door")
             half.send(PREDICTION)
             assert half.getresponse().status == 200
             assert service.process.wait(60) == 0
+            assert time.monotonic() - told < 25, "that is APP_DRAIN_SECONDS"
         assert [one.sock.recv(1) for one in (silent, stalled, idle)] == [b"", b"", b""]
     assert (traffic.ends["refused"], traffic.ends["lost"]) == (0, 0)
     assert ended_well(service) == 2
     fault("SIGTERM under load", **traffic.counts())
+
+
+def test_a_body_that_never_ends_does_not_hold_up_the_end(start: Start, fault: Fault) -> None:
+    """Who has sent half a body when the service stops gets 503 at the deadline, and the workers shut down."""
+    service = start(request_deadline_seconds=2)
+    with closing(service.half_sent(PREDICTION)) as connection:
+        connection.send(PREDICTION[:10])
+        service.process.terminate()
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["code"]) == (503, "model_timeout")
+        assert service.process.wait(60) == 0
+    assert ended_well(service) == 2
+    fault("SIGTERM with half a body that never ends", sent=1, answered=0, refused=1)
 
 
 def test_a_connection_that_stays_open_gets_a_last_answer(start: Start, fault: Fault) -> None:
@@ -272,6 +287,29 @@ def test_a_rolling_restart_behind_a_gateway(fault: Fault, tmp_path: Path) -> Non
     fault("two replicas behind Envoy restarted one after the other", **traffic.counts())
 
 
+def test_a_retry_by_a_gateway_is_recognised(fault: Fault, tmp_path: Path) -> None:
+    """What Envoy sends again to another replica has one id in answer and logs; log and metrics say so."""
+    key, requests = {"idempotency-key": "order 4711"}, 20
+    with ExitStack() as stack:
+        for name in ("late", "good"):
+            (tmp_path / name).mkdir()
+        late = stack.enter_context(serving(tmp_path / "late", workers=1, request_deadline_seconds=1e-6))
+        good = stack.enter_context(serving(tmp_path / "good", workers=1))
+        url, healthy = stack.enter_context(gateway(tmp_path, [late.url, good.url], RETRY_503))
+        until(lambda: healthy() == 2, "both replicas")
+        answers = [httpx2.post(f"{url}/v1/predict", json=SETOSA, headers=key) for _ in range(requests)]
+        assert {answer.status_code for answer in answers} == {200}
+        (identity,) = {answer.json()["prediction_id"] for answer in answers}
+        lines = [good.line(answer.headers["x-request-id"]) for answer in answers]
+        again = {line["request_id"] for line in lines if line.get("attempt") == 2}
+        first = {line["request_id"] for line in late.lines() if line.get("route") == "/v1/predict"}
+        assert again == first != set()
+        assert {line["prediction_id"] for line in lines} == {identity}
+        assert good.metrics()['requests_retried_total{sign="proxy"}'] == len(again)
+        assert late.metrics()['requests_retried_total{sign="proxy"}'] == 0
+    fault("a replica answers 503, Envoy tries the other", sent=requests, answered=requests)
+
+
 # ---- what became of requests, and of workers
 
 
@@ -373,18 +411,23 @@ class Replica:
             return self.service.stop()
 
 
+CONNECT = {"retry_on": "connect-failure"}  # repeats no request that may have arrived
+RETRY_503 = {"retry_on": "retriable-status-codes", "retriable_status_codes": [503]}
+
+
 @contextmanager
-def gateway(folder: Path, upstreams: list[str]) -> Iterator[tuple[str, Callable[[], int]]]:
+def gateway(
+    folder: Path, upstreams: list[str], retries: dict[str, Any] = CONNECT
+) -> Iterator[tuple[str, Callable[[], int]]]:
     """A real Envoy in front of `upstreams`: its address, and how many of them it takes to be healthy.
 
-    It asks /ready, and tries the other replica where no connection could be made. It repeats no request that
-    may have arrived.
+    It asks /ready, and tries the other replica as `retries` says.
     """
     addresses = [
         {"endpoint": {"address": {"socket_address": {"address": one.host, "port_value": one.port}}}}
         for one in map(httpx2.URL, upstreams)
     ]
-    retry = {"retry_on": "connect-failure", "num_retries": 3,
+    retry = {**retries, "num_retries": 3,
              "host_selection_retry_max_attempts": 5,
              "retry_host_predicate": [{"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": {
                  "@type": f"{TYPES}.retry.host.previous_hosts.v3.PreviousHostsPredicate"}}]}  # fmt: skip
@@ -392,7 +435,8 @@ def gateway(folder: Path, upstreams: list[str]) -> Iterator[tuple[str, Callable[
     manager = {
         "@type": f"{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        "route_config": {"virtual_hosts": [
+            {"name": "all", "domains": ["*"], "routes": [route], "include_request_attempt_count": True}]},
         "http_filters": [{"name": "router", "typed_config": {
             "@type": f"{TYPES}.filters.http.router.v3.Router"}}],
     }  # fmt: skip

@@ -139,6 +139,11 @@ INVALID = {
     ).encode(),
     "names of emoji": json.dumps({"\U0001f600" * 60 + str(index): CANARY for index in range(200)}).encode(),
     "a feature twice": b'{"petal_width": 1, ' + json.dumps(SETOSA).encode()[1:],
+    "a feature twice, once escaped": rb'{"petal\u005fwidth": 1, ' + json.dumps(SETOSA).encode()[1:],
+    "a feature twice in a batch": b'{"instances": [{"petal_width": 1, '
+    + json.dumps(SETOSA).encode()[1:]
+    + b"]}",
+    "instances twice": b'{"instances": [%s], "instances": [%s]}' % ((json.dumps(SETOSA).encode(),) * 2),
     "an array": b"[]",
     "null": b"null",
     "a number": b"1",
