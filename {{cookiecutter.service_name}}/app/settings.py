@@ -96,7 +96,8 @@ class Settings(BaseSettings):
         place = value.get_secret_value()
         with suppress(ValueError):  # it would quote the value
             parts = urlsplit(place)
-            if place == "memory://" or (parts.scheme in ("redis", "rediss") and parts.hostname and parts.port):
+            redis = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port
+            if redis or place == "memory://":
                 return value
         raise ValueError("must be memory:// or redis://host:port")
 
