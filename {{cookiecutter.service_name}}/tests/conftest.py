@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "artifacts"
@@ -31,6 +32,10 @@ SETOSA = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_w
 VIRGINICA = {"sepal_length": 6.3, "sepal_width": 3.3, "petal_length": 6.0, "petal_width": 2.5}
 
 VERSIONS = sorted(path.parent.name for path in ARTIFACTS.glob("v*/golden.jsonl"))
+
+# No test asserts how long a thing takes: the machine may be busy.
+settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("service")
 
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
