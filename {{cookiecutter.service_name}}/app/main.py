@@ -48,7 +48,7 @@ from app.observability import flight
 from app.observability.drift import Drift
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder, scrape
-from app.schemas.contract import contract_inputs, contract_outputs, served_contract_sha256
+from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -104,6 +104,14 @@ def read_served(settings: Settings) -> Artifact:
     if settings.env == "production" and (missing := artifact.manifest.unpinned):
         raise ArtifactError(f"{artifact.manifest.version}/manifest.json: production needs {missing}")
     return artifact
+
+
+def _label(drifts: dict[str, Any], answer: Any) -> str:
+    """What metrics call an answer: its label, or the bin that its value had in training."""
+    if hasattr(answer, "label"):
+        return label_key(answer.label)
+    drift = drifts.get(answer.model_version)
+    return drift.bin_of(answer.value) if drift else "value"
 
 
 def _feedback(settings: Settings) -> Feedback:
@@ -170,6 +178,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         all_loaded=lambda: inheritance is None or inheritance.all_loaded,
         tracing=tracing,
     )
+
+    service.recorder.label = partial(_label, service.recorder.drifts)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
@@ -300,7 +310,7 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
     service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
     for outcome in ("correct", "incorrect"):
         metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
-    service.feedback.know(pipeline.version)
+    service.feedback.know(pipeline.version, manifest.outputs.feedback_tolerance)
     service.recorder.flush()
     service.pipeline = pipeline
     service.flight.version(pipeline.version)

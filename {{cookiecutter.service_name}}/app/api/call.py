@@ -27,6 +27,14 @@ AUDIT_ROWS = 100  # a line; many collectors of logs cut lines at 16 KiB
 _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 
 
+def decision(prediction: Any) -> dict[str, Any]:
+    """What was predicted: a classifier's label and score, or a regressor's value."""
+    try:
+        return {"label": prediction.label, "score": prediction.score}
+    except AttributeError:
+        return {"value": prediction.value}
+
+
 @dataclass(slots=True, eq=False)
 class Service:
     """What a process holds; `pipeline` is None until the lifespan has loaded and warmed the model."""
@@ -95,9 +103,10 @@ class Call:
         """Complete the ids, and put on record what was decided: never what it was decided from."""
         service, entries = self.service, []
         for one in predictions:
-            one.prediction_id = service.feedback.identify(one.prediction_id, one.model_version, one.label)
-            entry = {"prediction_id": one.prediction_id, "label": one.label, "score": one.score}
-            entries.append(entry | {"action": one.action})
+            decided = decision(one)
+            answer = next(iter(decided.values()))
+            one.prediction_id = service.feedback.identify(one.prediction_id, one.model_version, answer)
+            entries.append({"prediction_id": one.prediction_id, **decided, "action": one.action})
         self.prediction_id = predictions[0].prediction_id
         common: dict[str, Any] = {"thresholds": thresholds, "predictions": entries}
         if len(entries) == 1:

@@ -3,6 +3,7 @@
 artifacts/<version>/manifest.json -> Manifest
 """
 
+import operator
 import re
 from typing import Annotated, Any, Literal
 
@@ -35,16 +36,21 @@ class Input(_Strict):
     minimum: float | None = None
     maximum: float | None = None
     training_range: tuple[float, float] | None = None
-    categories: list[str | int | bool] | None = None
+    categories: list[bool | int | str] | None = None
     example: Any = None
 
 
 class Outputs(_Strict):
     """What the model answers."""
 
-    labels: list[str | int | bool] = []
+    labels: list[bool | int | str] = []
     score: str = ""  # what the score means, in a sentence
+    value: Annotated[str, Field(exclude_if=operator.not_)] = (
+        ""  # what a regressor's value means, and its unit
+    )
     review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # How far a regressor's value may be from the truth that feedback gives, to count as correct.
+    feedback_tolerance: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
 
 
 class Training(_Strict):

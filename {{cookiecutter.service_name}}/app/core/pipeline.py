@@ -19,7 +19,11 @@ from app.core.batcher import Batch, Batcher, Observer, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.runtimes import Matrix, Runtime
 from app.core.store import Artifact
+from app.schemas.contract import label_key
 from app.schemas.predict import Features, Prediction
+
+# A classifier's and a regressor's take different fields, and any one service has only one of the two.
+_prediction: Any = Prediction
 
 Execution = Literal["inline", "batch", "thread"]
 
@@ -61,14 +65,20 @@ class Pipeline:
         self.load_seconds = 0.0  # to verify, load and warm up; known to whoever does it
         inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
         self._runtime, self._observer, self._policy = runtime, observer, policy
-        self._names: list[str] = [entry.name for entry in inputs]
         self._labels: list[Any] = list(outputs.labels)
+        self._keys = [label_key(label) for label in outputs.labels]
+        self._answer = self._classify if outputs.labels else self._measure
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
         # For the record of what was decided by them.
         self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
-        ranges = [entry.training_range or (-math.inf, math.inf) for entry in inputs]
-        self._low, self._high = np.array(ranges, np.float32).T
+        # Columns that have a training range, and the ranges as precise as the rows are.
+        self._ranged = [index for index, entry in enumerate(inputs) if entry.training_range]
+        self._names: list[str] = [inputs[index].name for index in self._ranged]
+        precision = np.float64 if runtime.dtype is np.object_ else runtime.dtype
+        ranges = np.array([inputs[index].training_range for index in self._ranged], precision)
+        self._low, self._high = ranges.reshape(-1, 2).T
+        self._every = len(self._ranged) == len(inputs) and runtime.dtype is not np.object_
         self.seconds_per_call, self.seconds_per_row = self._warm_up([entry.example for entry in inputs])
         self.execution = policy.execution or choose_execution(
             self.seconds_per_call, self.seconds_per_row, policy.batch_max_rows
@@ -109,21 +119,18 @@ class Pipeline:
         rows = [tuple(Features.model_validate(line["features"]).__dict__.values()) for line in lines]
         answers = self._run(rows).answers if rows else []
         for index, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
-            if isinstance(answer, ServiceError) or any(
-                abs(answer.probabilities[label] - recorded) > line["tolerance"]
-                for label, recorded in line["probabilities"].items()
-            ):
+            if isinstance(answer, ServiceError) or not _as_recorded(answer, line):
                 raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
 
     def _run(self, rows: Sequence[Row]) -> Batch:
         start = perf_counter()
-        matrix = np.asarray(rows, np.float32)
-        beyond = (matrix < self._low) | (matrix > self._high)  # NaN, a missing value, is neither
+        matrix = np.asarray(rows, self._runtime.dtype)
+        beyond = self._beyond(matrix)
         outside, counts = self._outside(beyond) if beyond.any() else (frozenset(), {})
         ready = perf_counter()
-        probabilities = self._infer(matrix)
+        outputs = self._infer(matrix)
         inferred = perf_counter()
-        answers = [self._answer(one, index in outside) for index, one in enumerate(probabilities)]
+        answers = [self._answer(one, index in outside) for index, one in enumerate(outputs)]
         return Batch(
             answers,
             (ready - start, inferred - ready, perf_counter() - inferred),
@@ -132,6 +139,11 @@ class Pipeline:
             self.version,
         )
 
+    def _beyond(self, matrix: Matrix) -> Any:
+        """Which values lie outside of the training range, [rows, columns that have one]."""
+        numbers = matrix if self._every else matrix[:, self._ranged].astype(self._low.dtype)
+        return (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
+
     def _outside(self, beyond: Any) -> tuple[frozenset[int], dict[str, int]]:
         """Rows to review for a value outside the training range, and the number of such values by feature."""
         counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
@@ -139,10 +151,10 @@ class Pipeline:
         return frozenset(rows if self._policy.out_of_range == "review" else ()), counts
 
     def _infer(self, matrix: Matrix) -> list[Any]:
-        """Probabilities per row; where the model raises, halves find the row whose fault it is."""
+        """The model's output per row; where the model raises, halves find the row whose fault it is."""
         try:
             rows = self._runtime.infer(matrix)
-            if len(rows) != len(matrix) or len(rows[0]) != len(self._labels):
+            if len(rows) != len(matrix) or len(rows[0]) != max(len(self._labels), 1):
                 raise ValueError("the model answered in another shape than it was asked")
             return rows
         except Exception as error:  # whatever a model raises is this row's answer, not the service's end
@@ -153,7 +165,17 @@ class Pipeline:
             half = len(matrix) // 2
             return self._infer(matrix[:half]) + self._infer(matrix[half:])
 
-    def _answer(self, probabilities: Any, outside: bool) -> Prediction | ServiceError:
+    def _measure(self, output: Any, outside: bool) -> Any:
+        """A regressor's answer."""
+        if isinstance(output, ServiceError):
+            return output
+        (value,) = output
+        if not math.isfinite(value):
+            return ServiceError("non_finite_output")
+        return _prediction("", self.version, value, "review" if outside else "accept")
+
+    def _classify(self, probabilities: Any, outside: bool) -> Any:
+        """A classifier's answer."""
         if isinstance(probabilities, ServiceError):
             return probabilities
         if not math.isfinite(sum(probabilities)):  # one NaN or infinity among them is enough
@@ -161,12 +183,11 @@ class Pipeline:
         score = max(probabilities)
         label = self._labels[probabilities.index(score)]
         action: Literal["accept", "review"] = "review" if outside or score < self._threshold else "accept"
-        by_label = dict(zip(self._labels, probabilities, strict=True))
-        return Prediction("", self.version, label, score, by_label, action)
+        by_label = dict(zip(self._keys, probabilities, strict=True))
+        return _prediction("", self.version, label, score, by_label, action)
 
     def _reject(self, rows: Sequence[Row], single: bool) -> None:
-        matrix = np.asarray(rows, np.float32)
-        where = np.argwhere((matrix < self._low) | (matrix > self._high)).tolist()
+        where = np.argwhere(self._beyond(np.asarray(rows, self._runtime.dtype))).tolist()
         message = {"msg": "outside the range seen in training", "type": "out_of_range"}
         locations = [([] if single else ["instances", row], self._names[column]) for row, column in where]
         errors = [{"loc": ["body", *row, name], **message} for row, name in locations]
@@ -177,7 +198,11 @@ class Pipeline:
         """Seconds of a call with one row, and per row of a full call; the best of several sheds the noise."""
         best = {}
         for rows in (1, self._policy.batch_max_rows):
-            matrix, began, times = np.asarray([example] * rows, np.float32), perf_counter(), [math.inf]
+            matrix, began, times = (
+                np.asarray([example] * rows, self._runtime.dtype),
+                perf_counter(),
+                [math.inf],
+            )
             while len(times) <= WARM_UP_CALLS and perf_counter() - began < WARM_UP_SECONDS:
                 start = perf_counter()
                 self._infer(matrix)
@@ -186,3 +211,13 @@ class Pipeline:
                 raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
             best[rows] = min(times) / rows
         return best[1], best[self._policy.batch_max_rows]
+
+
+def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
+    """Whether an answer is the one of a golden line, each number within the line's tolerance."""
+    if "value" in line:
+        return abs(answer.value - line["value"]) <= line["tolerance"]  # type: ignore[no-any-return]
+    return all(
+        abs(answer.probabilities[key] - recorded) <= line["tolerance"]
+        for key, recorded in line["probabilities"].items()
+    )

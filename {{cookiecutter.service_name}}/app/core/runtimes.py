@@ -1,4 +1,4 @@
-"""What runs a model: verified bytes in, a function from rows to probabilities out."""
+"""What runs a model: verified bytes in, a function from rows to probabilities, or to values, out."""
 
 import io
 import json
@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.errors import ArtifactError
+from app.core.manifest import Input
 from app.core.store import Artifact
 
-Matrix = NDArray[np.float32]
+Matrix = NDArray[Any]  # [rows, features], of the dtype that the runtime names
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
@@ -26,22 +27,26 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 class Runtime(Protocol):
     """A loaded model. Pure: the same rows give the same answer, and no call disturbs another."""
 
+    dtype: (
+        Any  # of the rows it takes: float32 or float64, null being NaN; or object, values as they were sent
+    )
+
     def infer(self, matrix: Matrix) -> list[list[float]]:
-        """Rows (n, features) in the contract's order -> probabilities (n, labels) in the labels' order."""
+        """Rows (n, features) in the contract's order -> (n, labels), in the labels' order, or (n, 1)."""
         ...
 
 
 def load_runtime(artifact: Artifact) -> Runtime:
     """Load the runtime that the manifest names; raises ArtifactError."""
     content, manifest = artifact.files[artifact.model_file], artifact.manifest
-    names = [entry.name for entry in manifest.inputs]
+    inputs, labels = manifest.inputs, manifest.outputs.labels
     try:
         library = import_library(artifact)
         if manifest.runtime == "rules":
-            return RulesRuntime(json.loads(content), names, manifest.outputs.labels)
+            return RulesRuntime(json.loads(content), inputs, labels)
         if manifest.runtime == "skops":
-            return SkopsRuntime(library, content, manifest.trusted_types, names, manifest.outputs.labels)
-        return OnnxRuntime(library, content, len(names))
+            return SkopsRuntime(library, content, manifest.trusted_types, inputs, labels)
+        return OnnxRuntime(library, content, len(inputs))
     except ArtifactError:
         raise
     except Unfit as error:
@@ -158,8 +163,17 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
     return value | byte << shift, position + 1
 
 
+_TENSORS: dict[str, Any] = {
+    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_, "tensor(string)": np.object_,
+}  # fmt: skip
+
+
 class OnnxRuntime:
-    """onnxruntime on one thread: the service scales by workers, and threads of threads only fight."""
+    """onnxruntime on one thread: the service scales by workers, and threads of threads only fight.
+
+    The model takes all columns as one tensor of floats, or each as a tensor [rows, 1] of its own type.
+    """
 
     def __init__(self, onnxruntime: Any, content: bytes, features: int) -> None:
         if refers_outside(content):
@@ -168,31 +182,59 @@ class OnnxRuntime:
         options.add_session_config_entry("session.load_model_format", "ONNX")  # the one that was looked at
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        (model_input,) = self._session.get_inputs()
-        if model_input.shape[-1] != features:
+        taken = self._session.get_inputs()
+        self._inputs = [(one.name, _TENSORS[one.type]) for one in taken]
+        if sum(one.shape[-1] for one in taken) != features:
             raise ValueError("the model takes another number of columns")
-        self._input, self._outputs = model_input.name, [self._session.get_outputs()[-1].name]
+        whole = len(taken) == 1 and taken[0].type in ("tensor(float)", "tensor(double)")
+        text = any(kind is np.object_ for _, kind in self._inputs)
+        self.dtype = self._inputs[0][1] if whole else np.object_ if text else np.float64
+        self._columns = None if whole else self._inputs
+        output = self._session.get_outputs()[-1]
+        self._outputs, self._flat = [output.name], len(output.shape) == 1
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
-        answer: list[list[float]] = self._session.run(self._outputs, {self._input: matrix})[0].tolist()
+        if self._columns is None:
+            tensors = {self._inputs[0][0]: matrix}
+        else:
+            tensors = {name: _tensor(matrix[:, [at]], kind) for at, (name, kind) in enumerate(self._columns)}
+        output = self._session.run(self._outputs, tensors)[0]
+        answer: list[list[float]] = (output[:, None] if self._flat else output).tolist()
         return answer
 
 
+def _tensor(column: NDArray[Any], kind: Any) -> NDArray[Any]:
+    """A column [rows, 1] as `kind`; ONNX has no missing text, so that is empty text there."""
+    if kind is np.object_:
+        return np.where(column == None, "", column)  # noqa: E711  # of each
+    return column.astype(kind)
+
+
 class SkopsRuntime:
-    """A scikit-learn model, made of `trusted` types."""
+    """A scikit-learn model, made of `trusted` types; fitted on named columns it gets such."""
+
+    dtype: Any = np.float64
 
     def __init__(
-        self, skops_io: Any, content: bytes, trusted: list[str], names: list[str], labels: list[Any]
+        self, skops_io: Any, content: bytes, trusted: list[str], inputs: list[Input], labels: list[Any]
     ) -> None:
         self._model = skops_io.loads(content, trusted=trusted)
-        classes = self._model.classes_.tolist()
+        classes = self._model.classes_.tolist() if labels else []
         if sorted(map(repr, classes)) != sorted(map(repr, labels)):
             raise Unfit("answers with other labels than manifest.json")
-        fitted = getattr(self._model, "feature_names_in_", names)
-        if list(fitted) != names or self._model.n_features_in_ != len(names):
+        names = [entry.name for entry in inputs]
+        fitted = getattr(self._model, "feature_names_in_", None)
+        if list(names if fitted is None else fitted) != names or self._model.n_features_in_ != len(names):
             raise Unfit("takes other columns than manifest.json")
-        self._columns = [classes.index(label) for label in labels]
+        self._labels = [classes.index(label) for label in labels]
+        self._kinds: dict[str, Any] = {}
+        if fitted is not None and any(entry.dtype != "float64" for entry in inputs):
+            import pandas as pd
+
+            self._frame = pd.DataFrame
+            self._kinds = {entry.name: _kind(entry) for entry in inputs}
+            self.dtype = np.object_
         alone = {key: 1 for key in self._model.get_params() if key.rpartition("__")[2] == "n_jobs"}
         self._model.set_params(**alone)
         # Columns are in order, as was just checked; an array need not carry their names.
@@ -200,8 +242,26 @@ class SkopsRuntime:
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
-        answer: list[list[float]] = self._model.predict_proba(matrix)[:, self._columns].tolist()
-        return answer
+        rows: Any = matrix
+        if self._kinds:
+            # An estimator looks at the type of each column, and finds what training found there.
+            named = zip(self._kinds.items(), matrix.T, strict=True)
+            rows = self._frame(
+                {name: column.astype(kind) if kind else column.tolist() for (name, kind), column in named}
+            )
+        if self._labels:
+            answer: list[list[float]] = self._model.predict_proba(rows)[:, self._labels].tolist()
+            return answer
+        return [[float(value)] for value in self._model.predict(rows).ravel()]
+
+
+def _kind(entry: Input) -> Any:
+    """What a column had in training; None leaves it to pandas, which knows missing text."""
+    if entry.dtype == "string" or (entry.dtype == "bool" and entry.nullable):
+        return None
+    if entry.dtype == "float64" or entry.nullable:
+        return np.float64
+    return np.int64 if entry.dtype == "int64" else np.bool_
 
 
 def skops_types(content: bytes) -> set[str]:
@@ -223,12 +283,15 @@ def skops_types(content: bytes) -> set[str]:
 class RulesRuntime:
     """A decision list: the first rule whose conditions all hold decides. No model, the same contract."""
 
-    def __init__(self, document: dict[str, Any], names: list[str], labels: list[Any]) -> None:
+    def __init__(self, document: dict[str, Any], inputs: list[Input], labels: list[Any]) -> None:
         self._labels = labels
+        floats = all(entry.dtype == "float64" for entry in inputs)
+        self.dtype = np.float32 if floats else np.object_
+        names = [entry.name for entry in inputs]
         self._rules = [
             (
                 [
-                    (names.index(name), _OPERATORS[symbol], float(np.float32(bound)))
+                    (names.index(name), _OPERATORS[symbol], float(np.float32(bound)) if floats else bound)
                     for name, conditions in rule["when"].items()
                     for symbol, bound in conditions.items()
                 ],
@@ -244,12 +307,14 @@ class RulesRuntime:
 
     def _decide(self, row: list[float]) -> list[float]:
         for conditions, probabilities in self._rules:
-            if all(holds(row[index], bound) for index, holds, bound in conditions):
+            if all(row[index] is not None and holds(row[index], bound) for index, holds, bound in conditions):
                 return probabilities
         return self._otherwise
 
     def _spread(self, decision: dict[str, Any]) -> list[float]:
-        """The decided label's score, and what is left of 1 shared by the other labels."""
+        """The decided label's score, and what is left of 1 shared by the other labels; or the value."""
+        if not self._labels:
+            return [float(decision["value"])]
         chosen, score = self._labels.index(decision["label"]), float(decision["score"])
         rest = (1 - score) / max(len(self._labels) - 1, 1)
         return [score if index == chosen else rest for index in range(len(self._labels))]

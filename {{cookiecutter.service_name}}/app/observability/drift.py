@@ -8,6 +8,7 @@ from the counts: by Prometheus (ops/prometheus/drift_rules.yml), or by `make dri
 """
 
 import json
+from bisect import bisect_left
 from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Sequence
@@ -54,12 +55,22 @@ class Drift:
                 metrics.feature_baseline.labels(version, name, bin_).set(count / document["rows"])
                 self._children[name, bin_] = metrics.observations.labels(version, name, bin_)
         self._missing = {name: metrics.missing.labels(name) for name in names}
+        # A regressor has bins of its values where a classifier has labels.
+        self._values = document.get("values", {"edges": []})
+        if "values" in document:
+            metrics.expect_values(self._values["edges"])
+            document["labels"] = dict(zip(self._values["bins"], self._values["counts"], strict=True))
         for label, count in document["labels"].items():
             metrics.prediction_baseline.labels(version, label).set(count / document["rows"])
             for action in ("accept", "review"):  # 0 of a label is data too
                 metrics.predictions.labels(version, label, action)
         self._rows, self._counts, self._labels = 0, Tally[tuple[str, str]](), Tally[str]()
         self._since = monotonic()
+
+    def bin_of(self, value: float) -> str:
+        """The bin of a regressor's value."""
+        name: str = self._values["bins"][bisect_left(self._values["edges"], value)]
+        return name
 
     def observe(self, matrices: Sequence[NDArray[Any]], labels: Tally[str]) -> None:
         """Count rows, each matrix being [rows, features] in the model's order, and the labels predicted."""

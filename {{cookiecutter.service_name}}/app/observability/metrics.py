@@ -73,6 +73,7 @@ class Metrics:
             "predictions_total", "Predictions made.", "model_version", "label", "action"
         )
         self.score = histogram("prediction_score", "Score of the predicted label.", SCORE, "model_version")
+        self.value: Histogram | None = None  # of a regressor, once its range is known
         binned = ("model_version", "feature", "bin")
         self.observations = counter("feature_observations_total", "Values by bin of the baseline.", *binned)
         self.missing = counter("feature_missing_total", "Values that were null.", "feature")
@@ -112,6 +113,12 @@ class Metrics:
             for value in values:
                 children.labels(value)
 
+    def expect_values(self, edges: Sequence[float]) -> None:
+        """A regressor's values lie about these; the first baseline that says so decides on the buckets."""
+        if self.value is None:
+            text, labels = "Value predicted.", ("model_version",)
+            self.value = Histogram("prediction_value", text, labels, buckets=edges, registry=self.registry)
+
 
 class BatchLike(Protocol):
     """The part of a call of the model that is counted."""
@@ -125,6 +132,10 @@ class BatchLike(Protocol):
 
 class DriftLike(Protocol):
     """Whoever counts rows by bin: `observability.drift`."""
+
+    def bin_of(self, value: float) -> str:
+        """The bin of a regressor's value."""
+        ...
 
     def observe(self, matrices: Sequence[Any], labels: Tally[str]) -> None:
         """Count rows, and the labels predicted."""
@@ -148,6 +159,8 @@ class Recorder:
         self._batches: list[tuple[BatchLike, Sequence[float]]] = []
         # Requests inside, requests queued, admission limit: read at each flush, set by whoever knows.
         self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+        # What `predictions_total` calls an answer; set by whoever knows the contract.
+        self.label: Callable[[Any], str] = lambda answer: str(answer.label)
         self.drifts: dict[str, DriftLike] = {}  # by version, of those that have a baseline
         self._held: defaultdict[str, list[Any]] = defaultdict(list)  # rows for them, and how many
         self._held_rows = 0
@@ -241,17 +254,19 @@ class Recorder:
             )
         predictions: Tally[tuple[str, str, str]] = Tally()
         scores: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+        spread, number = (metrics.score, "score") if metrics.value is None else (metrics.value, "value")
         for batch, _ in batches:
             for answer in batch.answers:
                 if not isinstance(answer, Exception):
-                    predictions[answer.model_version, str(answer.label), answer.action] += 1
-                    scores[answer.model_version].append((answer.score, 1))
+                    predictions[answer.model_version, self.label(answer), answer.action] += 1
+                    if (found := getattr(answer, number, None)) is not None:
+                        scores[answer.model_version].append((found, 1))
             for feature, count in batch.out_of_range.items():
                 metrics.out_of_range.labels(feature).inc(count)
         for labels, count in predictions.items():
             metrics.predictions.labels(*labels).inc(count)
         for version, values in scores.items():
-            observe_many(metrics.score.labels(version), values)
+            observe_many(spread.labels(version), values)
         self._hold(
             [(one.version, one.matrix) for one, _ in batches if one.version in self.drifts], predictions
         )

@@ -26,8 +26,16 @@ def contract_inputs(features: type[BaseModel] = Features) -> list[dict[str, Any]
 
 
 def contract_outputs(prediction: type = Prediction) -> dict[str, Any]:
-    """Task and labels, the labels in the order of the model's probabilities."""
-    return {"task": "classification", "labels": list(get_args(get_type_hints(prediction)["label"]))}
+    """Task and labels, the labels in the order of the model's probabilities; a regressor has none."""
+    hints = get_type_hints(prediction)
+    if "value" in hints:
+        return {"task": "regression", "labels": []}
+    return {"task": "classification", "labels": list(get_args(hints["label"]))}
+
+
+def label_key(label: Any) -> str:
+    """A label as a key in JSON and as a metric's label: text as it is, anything else as JSON spells it."""
+    return label if isinstance(label, str) else json.dumps(label)
 
 
 def contract_sha256(inputs: list[dict[str, Any]], outputs: dict[str, Any]) -> str:

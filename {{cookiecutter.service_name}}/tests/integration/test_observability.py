@@ -344,7 +344,7 @@ from app.main import create_app as create
 
 class Quoting:
     def __init__(self, runtime):
-        self._runtime = runtime
+        self._runtime, self.dtype = runtime, runtime.dtype
 
     def infer(self, matrix):
         if matrix.max() > 7:

@@ -31,6 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from app.core.errors import ArtifactError
+from app.core.manifest import Input
 from app.core.remote import Unavailable, check_address
 from app.core.runtimes import ONNX_FIELDS, RulesRuntime, SkopsRuntime, load_runtime, skops_types
 from app.core.store import STARTS, Artifact, read_artifact, read_release
@@ -395,7 +396,7 @@ def test_a_skops_model_answers_as_before_it_was_saved(root: Path) -> None:
     assert answers == model.predict_proba(rows).tolist()
     assert {type(value) for answer in answers for value in answer} == {float}
     content = skops.io.dumps(model)
-    other = SkopsRuntime(skops.io, content, sorted(skops_types(content)), NAMES, LABELS[::-1])
+    other = SkopsRuntime(skops.io, content, sorted(skops_types(content)), numbers(*NAMES), LABELS[::-1])
     assert other.infer(rows) == [answer[::-1] for answer in answers]
 
 
@@ -479,7 +480,7 @@ def test_columns_are_those_of_the_frame_it_was_fitted_on(root: Path) -> None:
     model[0].feature_names_in_ = np.array(NAMES[::-1], dtype=object)
     content = skops.io.dumps(model)
     with pytest.raises(Exception, match="takes other columns"):
-        SkopsRuntime(skops.io, content, sorted(skops_types(content)), NAMES, LABELS)
+        SkopsRuntime(skops.io, content, sorted(skops_types(content)), numbers(*NAMES), LABELS)
 
 
 def test_a_model_runs_on_one_thread(root: Path) -> None:
@@ -513,6 +514,11 @@ def test_public_addresses_are_spoken_to_under_encryption(address: str) -> None:
         check_address(address, secure=False, allow_private=True)
 
 
+def numbers(*names: str) -> list[Input]:
+    """Inputs that are numbers."""
+    return [Input(name=name, dtype="float64") for name in names]
+
+
 def rules(*conditions: dict[str, dict[str, float]]) -> RulesRuntime:
     """A decision list over `a` and `b`, each rule with a label of its own, else `none`."""
     labels = [f"rule {index}" for index in range(len(conditions))]
@@ -520,7 +526,7 @@ def rules(*conditions: dict[str, dict[str, float]]) -> RulesRuntime:
         {"when": when, "label": label, "score": 0.75} for when, label in zip(conditions, labels, strict=True)
     ]
     document = {"rules": listed, "otherwise": {"label": "none", "score": 0.5}}
-    return RulesRuntime(document, ["a", "b"], [*labels, "none"])
+    return RulesRuntime(document, numbers("a", "b"), [*labels, "none"])
 
 
 @given(bound=st.floats(-1e6, 1e6, width=64))

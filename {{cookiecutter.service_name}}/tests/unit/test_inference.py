@@ -11,6 +11,7 @@ from functools import wraps
 from time import perf_counter
 from typing import Any, Literal, ParamSpec, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -234,6 +235,7 @@ class Model:
     """A runtime whose first probability is the first feature, and that fails on request."""
 
     FAILURES = {"raises": 61.0, "nan": 62.0, "inf": 63.0, "-inf": 64.0}  # noqa: RUF012  # only read
+    dtype: Any = np.float32
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
@@ -248,6 +250,8 @@ class Model:
 
 class Working:
     """A runtime that really works so much per row and per call, and answers alike."""
+
+    dtype: Any = np.float32
 
     def __init__(self, per_row: int = 0, per_call: int = 0) -> None:
         self._per_row, self._per_call = per_row, per_call
@@ -344,6 +348,8 @@ async def test_one_request_with_a_poisoned_row_fails_as_one(execution: Execution
 class Odd:
     """A runtime that gives back other rows, or other columns, than it was asked for."""
 
+    dtype: Any = np.float32
+
     def __init__(self, rows: int = 0, columns: int = 3) -> None:
         self._rows, self._columns = rows, columns
 
@@ -355,6 +361,8 @@ class Odd:
 
 class Broken:
     """A runtime that answers nothing."""
+
+    dtype: Any = np.float32
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
@@ -452,6 +460,8 @@ async def test_no_numpy_type_leaves_the_pipeline(version: str) -> None:
 
 class Missing:
     """A runtime that says which rows have a missing value."""
+
+    dtype: Any = np.float32
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
