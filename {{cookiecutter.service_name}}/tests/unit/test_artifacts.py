@@ -20,20 +20,27 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
+import pandas as pd
 import pytest
 import skops.io
 from hypothesis import given
 from hypothesis import strategies as st
+from skl2onnx import to_onnx
+from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
+from sklearn.base import is_classifier
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
 from app.core.errors import ArtifactError
 from app.core.manifest import Input
 from app.core.remote import Unavailable, check_address
-from app.core.runtimes import ONNX_FIELDS, RulesRuntime, SkopsRuntime, load_runtime, skops_types
+from app.core.runtimes import ONNX_FIELDS, OnnxRuntime, RulesRuntime, SkopsRuntime, load_runtime, skops_types
 from app.core.store import STARTS, Artifact, read_artifact, read_release
 from tests.conftest import ARTIFACTS, VERSIONS
 
@@ -553,3 +560,52 @@ def test_what_is_loaded_is_what_was_verified(root: Path) -> None:
     (answer,) = load_runtime(artifact).infer(np.array([[5.1, 3.5, 1.4, 0.2]], np.float32))
     assert sum(answer) == pytest.approx(1)
     assert {type(value) for value in answer} == {float}
+
+
+INPUTS = [
+    Input(name="the colour", dtype="string"), Input(name="size", dtype="float64", nullable=True),
+    Input(name="n", dtype="int64"),
+]  # fmt: skip
+ODD_ROWS = np.array([["red", None, 3], ["violet", 2.0, -1], ["blue", 0.5, 2**20]], object)
+
+
+def on_columns(last: Any, target: list[Any]) -> tuple[Any, bytes, Any]:
+    """A pipeline of `last` over INPUTS, as fitted and as ONNX, and ODD_ROWS as the frame it takes."""
+    frame = pd.DataFrame(
+        {"the colour": ["red", "blue", "red", "green"], "size": [1.5, np.nan, 2, 4], "n": range(4)}
+    )
+    text = (OneHotEncoder(handle_unknown="ignore"), ["the colour"])
+    numbers_ = (make_pipeline(SimpleImputer(), StandardScaler()), ["size", "n"])
+    model = make_pipeline(make_column_transformer(text, numbers_), last).fit(frame, target)
+    kinds = zip(frame, (StringTensorType, FloatTensorType, Int64TensorType), strict=True)
+    options = {"zipmap": False} if is_classifier(last) else None
+    onnx_model = to_onnx(
+        model, initial_types=[(name, kind([None, 1])) for name, kind in kinds], options=options
+    )
+    odd = pd.DataFrame({entry.name: ODD_ROWS.T[at].tolist() for at, entry in enumerate(INPUTS)})
+    return model, onnx_model.SerializeToString(), odd
+
+
+def test_columns_of_several_types_reach_the_model_as_they_are() -> None:
+    """Text, gaps and whole numbers go in as sent, and what the model makes of unknown text is its own."""
+    model, content, odd = on_columns(LogisticRegression(), [True, False, True, False])
+    expected = model.predict_proba(odd)
+    runtime = OnnxRuntime(onnxruntime, content, len(INPUTS))
+    assert runtime.dtype is np.object_
+    assert np.array(runtime.infer(ODD_ROWS)) == pytest.approx(expected, abs=1e-5)
+    saved = skops.io.dumps(model)
+    framed = SkopsRuntime(skops.io, saved, sorted(skops_types(saved)), INPUTS, [True, False])
+    assert np.array(framed.infer(ODD_ROWS)) == pytest.approx(expected[:, ::-1])
+
+
+def test_a_regressor_gives_a_value_a_row() -> None:
+    """A value may be negative, and is a float, from ONNX, skops and rules alike."""
+    model, content, odd = on_columns(LinearRegression(), [-3.5, 8.25, -4.0, 1.0])
+    expected = [[value] for value in model.predict(odd).tolist()]
+    onnx_answers = OnnxRuntime(onnxruntime, content, len(INPUTS)).infer(ODD_ROWS)
+    assert np.array(onnx_answers) == pytest.approx(np.array(expected), rel=1e-4)
+    saved = skops.io.dumps(model)
+    assert SkopsRuntime(skops.io, saved, sorted(skops_types(saved)), INPUTS, []).infer(ODD_ROWS) == expected
+    rule = {"when": {"the colour": {"==": "violet"}, "size": {"<": 3}}, "value": -1}
+    by_rules = RulesRuntime({"rules": [rule], "otherwise": {"value": 2.5}}, INPUTS, [])
+    assert by_rules.infer(ODD_ROWS) == [[2.5], [-1.0], [2.5]]

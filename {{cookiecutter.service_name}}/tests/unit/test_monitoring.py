@@ -295,6 +295,15 @@ def test_an_id_that_was_not_given_out_is_not_found(noise: str, stem: str, at: in
             IDS.judge(wrong, "setosa")
 
 
+@given(stem=STEMS, value=st.floats(-1e6, 1e6), off=st.floats(-1, 1))
+def test_a_value_is_right_when_it_is_close_to_the_truth(stem: str, value: float, off: float) -> None:
+    """A regressor's id holds its value: feedback counts as correct within the tolerance of the manifest."""
+    for truth, right in ((value + off, True), (value + 3, False)):
+        ids = Feedback([], ["v1"], CONTRACT)
+        ids.know("v2", tolerance=1.5)
+        assert ids.judge(ids.identify(stem, "v2", value), truth) == ("v2", right, True)
+
+
 def test_the_first_label_counts() -> None:
     """The same label again is no news; another one for the same prediction is refused and changes nothing."""
     ids = Feedback(labels(), ["v1"], CONTRACT)
