@@ -17,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypedDict
+from zlib import crc32
 
 from fastapi import FastAPI, Response, Security
 from fastapi.exceptions import RequestValidationError
@@ -36,13 +37,15 @@ from app.api.routes import inference, operations
 from app.api.routing import JSONRoute
 from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
-from app.core.errors import ArtifactError, ServiceError
+from app.core.canary import JUDGE_SECONDS, Canary, Counts
+from app.core.errors import ArtifactError, ServiceError, reason_of
 from app.core.feedback import Feedback, Given
 from app.core.manifest import VERSION_PATTERN
 from app.core.pipeline import Pipeline, Policy
-from app.core.release import Follower
+from app.core.release import Follower, Role, Wanted
 from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
+from app.core.shadow import BUSY, Shadow
 from app.core.store import Artifact, read_artifact, read_release
 from app.observability import flight
 from app.observability.drift import Drift
@@ -69,12 +72,14 @@ class Inheritance:
 
     settings: Settings
     artifact: Artifact  # verified
+    fallen: str  # what is wrong with the served version, if it is another one
     workers: int
     loaded: "Synchronized[int]"  # how many workers have loaded the model so far
     serving: "Synchronized[int]"  # how many have begun to take connections
     wanted: c_int  # how many must have before a worker that is being replaced may go
     stopping: c_int  # 1 when nobody is being replaced any more
     given: Given  # labels that came back
+    counts: Counts  # of a canary
 
     @property
     def all_loaded(self) -> bool:
@@ -114,6 +119,23 @@ def _label(drifts: dict[str, Any], answer: Any) -> str:
     return drift.bin_of(answer.value) if drift else "value"
 
 
+def read_usable(settings: Settings) -> tuple[Artifact, str]:
+    """The served version; or that of APP_FALLBACK_VERSION, and what is wrong with the served one."""
+    try:
+        artifact = read_served(settings)
+        import_library(artifact)  # its memory is then shared by all workers
+    except ArtifactError as error:
+        return _fall_back(settings, error), str(error)
+    return artifact, ""
+
+
+def _fall_back(settings: Settings, error: Exception) -> Artifact:
+    """Raises `error` where there is nothing to fall back on."""
+    if settings.fallback_version is None:
+        raise error
+    return read_served(settings.model_copy(update={"model_version": settings.fallback_version}))
+
+
 def _feedback(settings: Settings) -> Feedback:
     place, versions = settings.artifacts_dir, None
     if isinstance(place, Path):
@@ -127,11 +149,11 @@ def prepare_workers(settings: Settings, workers: int) -> None:
     global inheritance
     loaded, serving = multiprocessing.Value("i"), multiprocessing.Value("i")
     wanted, stopping = multiprocessing.RawValue("i"), multiprocessing.RawValue("i")
+    artifact, fallen = read_usable(settings)
     inheritance = Inheritance(
-        settings, read_served(settings), workers, loaded, serving, wanted, stopping, Given()
+        settings, artifact, fallen, workers, loaded, serving, wanted, stopping, Given(), Counts()
     )
     _project()
-    import_library(inheritance.artifact)  # its memory is then shared by all workers
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
 
@@ -198,8 +220,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             loading.cancel()
             following.cancel()
-            if service.pipeline is not None:
-                service.pipeline.batcher.close()
+            service.recorder.shadow = None
+            served = service.pipeline.batcher if service.pipeline else None
+            for one in (served, service.canary, service.shadow):
+                if one is not None:
+                    one.close()
             service.recorder.flush()
             service.recorder.count()
             for drift in service.recorder.drifts.values():
@@ -243,6 +268,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "traceparent",
             "x-api-key",
             "x-request-id",
+            *([settings.canary_header] if settings.canary_header else ()),
         )
         stack = CORSMiddleware(
             stack,
@@ -257,14 +283,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     """Verify, load and warm up; a model that cannot be served ends the process."""
-    artifact = inheritance.artifact if inheritance else None
     try:
-        pipeline = await asyncio.to_thread(
-            lambda: _build(service, metrics, artifact or read_served(service.settings))
-        )
+        pipeline, fallen = await asyncio.to_thread(_build_usable, service, metrics)
     except Exception as error:
-        reason = str(error) if isinstance(error, ArtifactError) else type(error).__name__
-        service.log.error("cannot start", reason=reason)
+        service.log.error("cannot start", reason=reason_of(error))
         writer.close()
         # A worker that replaces another is tried again, and the others go on meanwhile.
         os._exit(1 if inheritance is not None and inheritance.all_loaded else BOOT_ERROR)
@@ -273,12 +295,25 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
     _serve(service, metrics, pipeline)
+    if fallen:
+        metrics.fallback.set(1)
+        service.log.error("fallback serves", reason=fallen, model_version=pipeline.version)
     if inheritance is not None:
         with inheritance.loaded:
             inheritance.loaded.value += 1
 
 
-def _build(service: Service, metrics: Metrics, artifact: Artifact) -> Pipeline:
+def _build_usable(service: Service, metrics: Metrics) -> tuple[Pipeline, str]:
+    """See `read_usable`; a version that looks well may still not load, or answer otherwise than it should."""
+    settings = service.settings
+    artifact, fallen = (inheritance.artifact, inheritance.fallen) if inheritance else read_usable(settings)
+    try:
+        return _build(service, metrics, artifact), fallen
+    except Exception as error:
+        return _build(service, metrics, _fall_back(settings, error)), reason_of(error)
+
+
+def _build(service: Service, metrics: Metrics, artifact: Artifact, role: Role = "serving") -> Pipeline:
     began, settings = perf_counter(), service.settings
     policy = Policy(
         review_threshold=settings.review_threshold,
@@ -288,13 +323,16 @@ def _build(service: Service, metrics: Metrics, artifact: Artifact) -> Pipeline:
     )
     pipeline = Pipeline(artifact, load_runtime(artifact), service.recorder, policy)
     pipeline.replay()
-    _expect(service, metrics, artifact)
+    if role != "shadow":  # which answers nobody
+        _expect(service, metrics, artifact)
     pipeline.load_seconds = perf_counter() - began
     return pipeline
 
 
-def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
+def _serve(service: Service, metrics: Metrics, pipeline: Pipeline | None, _: Wanted | None = None) -> None:
     """Let `pipeline` answer from now on; what the one before has begun it ends."""
+    if pipeline is None:  # somebody always serves
+        return
     admission, old, manifest = service.admission, service.pipeline, pipeline.artifact.manifest
     if old is not None:
         before = old.artifact.manifest
@@ -304,15 +342,13 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
     metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
     metrics.execution.labels(pipeline.execution).set(1)
     metrics.model_load.set(pipeline.load_seconds)
+    metrics.fallback.set(0)
     admission.expect(pipeline.seconds_per_row)
     pipeline.batcher.on_call = admission.learn
-    admission.lingering = lambda: pipeline.batcher.abandoned
-    service.recorder.levels = lambda: (admission.inside, pipeline.batcher.waiting, admission.limit)
-    for outcome in ("correct", "incorrect"):
-        metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
-    service.feedback.know(pipeline.version, manifest.outputs.feedback_tolerance)
+    _know(service, metrics, pipeline)
     service.recorder.flush()
     service.pipeline = pipeline
+    _watch(service)
     service.flight.version(pipeline.version)
     service.log.info(
         "ready",
@@ -323,22 +359,104 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
     )
 
 
-def _refuse(service: Service, metrics: Metrics, reason: str) -> None:
-    """Say and count that the released version is not served."""
+def _know(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
+    """Labels may come back for what `pipeline` answers."""
+    for outcome in ("correct", "incorrect"):
+        metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
+    tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance
+    service.feedback.know(pipeline.version, tolerance)
+
+
+def _watch(service: Service) -> None:
+    """What waits, for metrics, and what lingers, for admission: of all that answer."""
+    admission, pipeline, canary = service.admission, service.pipeline, service.canary
+    if pipeline is not None:
+        first, second = pipeline.batcher, canary.pipeline.batcher if canary else None
+        admission.lingering = lambda: first.abandoned + (second.abandoned if second else 0)
+        service.recorder.levels = lambda: (
+            admission.inside,
+            first.waiting + (second.waiting if second else 0),
+            admission.limit,
+        )
+    service.recorder.compares = canary is not None or service.shadow is not None
+
+
+def _accompany(service: Service, metrics: Metrics, pipeline: Pipeline | None, _: Wanted | None) -> None:
+    """Let `pipeline` be the shadow from now on."""
+    admission, recorder = service.admission, service.recorder
+    if service.shadow is not None:
+        service.shadow.close()
+    service.shadow = recorder.shadow = None
+    if pipeline is not None:
+        service.shadow = shadow = Shadow(pipeline, lambda: admission.inside > BUSY * admission.limit, metrics)
+        # What a canary has answered is compared by its own counts.
+        recorder.shadow = lambda batches: shadow.offer(
+            [one for one in batches if service.pipeline and one.version == service.pipeline.version]
+        )
+    _watch(service)
+    service.log.info("shadow", model_version=pipeline and pipeline.version)
+
+
+def _try(service: Service, metrics: Metrics, pipeline: Pipeline | None, wanted: Wanted | None) -> None:
+    """Let `pipeline` be the canary from now on, unless a worker has found it worse already."""
+    if service.canary is not None:
+        service.canary.pipeline.batcher.retire()
+    counts, key = inheritance.counts if inheritance else Counts(), crc32(repr(wanted).encode())
+    stopped, service.canary = counts.begin(key), None
+    if pipeline is not None and wanted is not None and not stopped:
+        service.canary = canary = Canary(pipeline, wanted.percent, counts, key)
+        for version in (wanted.beside, pipeline.version):  # 0 until the first
+            metrics.canary_requests.labels(version)
+            metrics.canary_failures.labels(version)
+        _know(service, metrics, pipeline)
+        asyncio.get_running_loop().call_later(JUDGE_SECONDS, _judge, service, metrics, canary)
+    percent = service.canary.percent if service.canary else 0
+    metrics.canary_percent.set(percent)
+    metrics.canary_stopped.set(stopped)
+    _watch(service)
+    service.log.info("canary", model_version=wanted and wanted.version, percent=percent, stopped=stopped)
+
+
+def _judge(service: Service, metrics: Metrics, canary: Canary) -> None:
+    """Once a second; a canary that does worse ends here and, within a second, in the other workers."""
+    if service.canary is not canary:
+        return
+    if (verdict := canary.judge()) is None:
+        asyncio.get_running_loop().call_later(JUDGE_SECONDS, _judge, service, metrics, canary)
+        return
+    service.canary = None
+    canary.pipeline.batcher.retire()
+    metrics.canary_percent.set(0)
+    metrics.canary_stopped.set(1)
+    _watch(service)
+    service.log.error("canary stopped", model_version=canary.pipeline.version, **verdict)
+
+
+def _refuse(service: Service, metrics: Metrics, role: str, reason: str) -> None:
+    """Say and count that what is released is not used."""
     metrics.reload_failures.inc()
     served = service.pipeline.version if service.pipeline else None
-    service.log.error("release refused", reason=reason, model_version=served)
+    service.log.error("release refused", role=role, reason=reason, model_version=served)
 
 
 def _follower(service: Service, metrics: Metrics) -> Follower:
     """Follows release.json in a local folder, unless APP_MODEL_VERSION pins a version."""
     settings = service.settings
     local = settings.artifacts_dir if isinstance(settings.artifacts_dir, Path) else None
+
+    def build(role: Role, version: str) -> Pipeline:
+        own = settings.model_copy(update={"model_version": version})
+        return _build(service, metrics, read_served(own), role)
+
     return Follower(
         None if settings.model_version else local,
         served=lambda: service.pipeline.version if service.pipeline else "",
-        build=lambda: _build(service, metrics, read_served(settings)),
-        serve=partial(_serve, service, metrics),
+        build=build,
+        use={
+            "serving": partial(_serve, service, metrics),
+            "canary": partial(_try, service, metrics),
+            "shadow": partial(_accompany, service, metrics),
+        },
         refuse=partial(_refuse, service, metrics),
     )
 

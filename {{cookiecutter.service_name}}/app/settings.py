@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     artifacts_dir: Annotated[RemotePlace | Path, Field(union_mode="left_to_right")] = Path("artifacts")
     artifacts_allow_private: bool = False
     model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
+    fallback_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
+    canary_header: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = None
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64

@@ -11,9 +11,11 @@ from fastapi import Depends, Request
 
 from app.api.security import Guard
 from app.core.admission import Admission
+from app.core.canary import Canary
 from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback
 from app.core.pipeline import Pipeline
+from app.core.shadow import Shadow
 from app.observability.flight import FlightRecorder
 from app.observability.logging import Logger
 from app.observability.metrics import Recorder
@@ -51,6 +53,8 @@ class Service:
     all_loaded: Callable[[], bool]  # this worker and all others
     tracing: "Tracing | None" = None
     pipeline: Pipeline | None = None
+    canary: Canary | None = None
+    shadow: Shadow | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +67,7 @@ class Call:
     request_id: str = ""
     trace_id: str | None = None
     client: str = ""  # hashed
+    session: str = ""  # what APP_CANARY_HEADER says, in place of the client
     idempotency_key: bytes | None = None
     attempt: int = 1  # which one this is, as a retrying proxy says
     content_type: bytes = b""
@@ -70,6 +75,8 @@ class Call:
     content_length: int = 0
     body: bytes = b""
     model_version: str | None = None
+    canary: Canary | None = None  # the one it took part in,
+    taken: bool = False  # and whether it was answered by it
     prediction_id: str | None = None
     audit: dict[str, Any] = field(default_factory=dict)  # what the log line has on top
     error: BaseException | None = None  # for the log, not for the client
@@ -80,6 +87,10 @@ class Call:
         pipeline = self.service.pipeline
         if pipeline is None:
             raise ServiceError("model_not_ready", "check `model` fails: it is still loading")
+        canary = self.service.canary
+        if canary is not None and self.client:  # /ready has no client
+            self.canary, self.taken = canary, canary.takes(self.session or self.client)
+            pipeline = canary.pipeline if self.taken else pipeline
         self.model_version = pipeline.version
         return pipeline
 

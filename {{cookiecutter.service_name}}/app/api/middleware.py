@@ -67,6 +67,8 @@ class ServiceMiddleware:
                     await guard.refuse(call.client, key, query)
                 if guard.limited:
                     await guard.spend(call.client)
+                if service.canary is not None:
+                    call.session = _session(scope, service.settings.canary_header)
             service.flight.route(OTHER if route is None else route.label)
             if route is not None:
                 body = await route.answer(call, receive)
@@ -98,6 +100,9 @@ class ServiceMiddleware:
         seconds = perf_counter() - call.started
         if not passed_on:  # else the instrumentator, which FastAPI's stack holds, has counted it
             service.recorder.request(method, handler, status, seconds)
+        if call.canary is not None and call.model_version is not None:
+            call.canary.note(call.taken, status, seconds)
+            service.recorder.tried(call.model_version, status >= 500, seconds)
         (service.log.error if call.error else service.log.info)(
             "request",
             request_id=call.request_id,
@@ -160,3 +165,9 @@ class ServiceMiddleware:
         headers: dict[str, Any] = {"content-type": MEDIA_TYPE, **failure.headers}
         encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
         return failure.status, encoded, problem(failure, call.request_id)
+
+
+def _session(scope: Scope, header: str | None) -> str:
+    """What the header says that keeps clients with a canary; nothing if there is none."""
+    wanted = header.lower().encode() if header else b""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")

@@ -29,6 +29,7 @@ class Batch:
     out_of_range: dict[str, int]  # values outside the training range, by feature
     matrix: Any = None  # the rows as the model saw them, until they are counted
     version: str = ""  # of the model; none if it saw nothing
+    rows: Sequence[Row] = ()  # as they were sent, for a shadow
 
 
 class Observer(Protocol):

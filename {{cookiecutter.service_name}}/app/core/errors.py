@@ -46,3 +46,8 @@ class ArtifactError(Exception):
     def __init__(self, message: str) -> None:
         # Names of files and keys may hold anything, a terminal's control characters too.
         super().__init__("".join(char if char.isprintable() else "?" for char in message))
+
+
+def reason_of(error: Exception) -> str:
+    """Why a version is not used, in words that hold nothing but ours."""
+    return str(error) if isinstance(error, ArtifactError) else type(error).__name__

@@ -9,14 +9,13 @@ An id can therefore be judged after a restart, by any replica, months later. Onl
 a table that the master makes and all workers share, which forgets the oldest when it is full.
 """
 
-import mmap
 import struct
-import tempfile
 from collections.abc import Iterable
 from typing import Any
 from zlib import crc32
 
 from app.core.errors import ServiceError
+from app.core.shared import SharedMemory
 
 STEM_DIGITS = 18
 _MARK_BITS, _LABEL_BITS, _VALUE_BITS = 40, 10, 32
@@ -104,25 +103,18 @@ class Given:
 
     def __init__(self, buckets: int = _BUCKETS) -> None:
         self._buckets = buckets
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self._file.truncate(buckets * _ENTRY * _WAYS)
-        self._table = mmap.mmap(self._file.fileno(), 0)
+        self._table = SharedMemory(buckets * _ENTRY * _WAYS)
 
     def put(self, prediction_id: str, label: int) -> int | None:
         """Keep the label, not 0, of a prediction that has none; the label that it has, if it has one."""
         key = bytes.fromhex(prediction_id)[: _ENTRY - 2]
         start = int.from_bytes(key[:4], "big") % self._buckets * _ENTRY * _WAYS
         end = start + _ENTRY * _WAYS
-        import fcntl  # here, because `python -m app predict` runs on Windows too
-
-        fcntl.lockf(self._file, fcntl.LOCK_EX)  # the kernel lets go of it when a process is killed
-        try:
+        with self._table.locked() as table:
             for at in range(start, end, _ENTRY):
-                found = int.from_bytes(self._table[at + len(key) : at + _ENTRY], "big")
-                if found and self._table[at : at + len(key)] == key:
+                found = int.from_bytes(table[at + len(key) : at + _ENTRY], "big")
+                if found and table[at : at + len(key)] == key:
                     return found
             # The newest stands first, and pushes the oldest out.
-            self._table[start:end] = key + label.to_bytes(2, "big") + self._table[start : end - _ENTRY]
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            table[start:end] = key + label.to_bytes(2, "big") + table[start : end - _ENTRY]
         return None

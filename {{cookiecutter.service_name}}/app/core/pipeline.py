@@ -84,7 +84,7 @@ class Pipeline:
             self.seconds_per_call, self.seconds_per_row, policy.batch_max_rows
         )
         self.batcher = Batcher(
-            self._run,
+            self.run,
             observer,
             max_rows=rows_of_a_call(self.seconds_per_row, policy.batch_max_rows),
             max_wait_seconds=policy.batch_max_wait_seconds,
@@ -102,7 +102,7 @@ class Pipeline:
         if self._policy.out_of_range == "reject":
             self._reject(rows, single)
         if self.execution == "inline" and len(rows) <= self._policy.batch_max_rows:
-            batch = self._run(rows)
+            batch = self.run(rows)
             self._observer.batch(batch, (0.0,))
             answers = batch.answers
         else:
@@ -117,12 +117,13 @@ class Pipeline:
         """Raise ArtifactError unless every golden row gets the answer recorded when the version was made."""
         lines = [json.loads(line) for line in self.artifact.files.get(GOLDEN, b"").splitlines()]
         rows = [tuple(Features.model_validate(line["features"]).__dict__.values()) for line in lines]
-        answers = self._run(rows).answers if rows else []
+        answers = self.run(rows).answers if rows else []
         for index, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
             if isinstance(answer, ServiceError) or not _as_recorded(answer, line):
                 raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
 
-    def _run(self, rows: Sequence[Row]) -> Batch:
+    def run(self, rows: Sequence[Row]) -> Batch:
+        """One call of the model; a bad row has its error for an answer."""
         start = perf_counter()
         matrix = np.asarray(rows, self._runtime.dtype)
         beyond = self._beyond(matrix)
@@ -137,6 +138,7 @@ class Pipeline:
             counts,
             matrix,
             self.version,
+            rows,
         )
 
     def _beyond(self, matrix: Matrix) -> Any:
@@ -207,7 +209,7 @@ class Pipeline:
                 start = perf_counter()
                 self._infer(matrix)
                 times.append(perf_counter() - start)
-            if any(isinstance(answer, ServiceError) for answer in self._run([tuple(example)] * rows).answers):
+            if any(isinstance(answer, ServiceError) for answer in self.run([tuple(example)] * rows).answers):
                 raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
             best[rows] = min(times) / rows
         return best[1], best[self._policy.batch_max_rows]

@@ -33,6 +33,7 @@ MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker rememb
 STAGES = ("preprocess", "inference", "postprocess")
 SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
 FAILURES = ("model_error", "non_finite_output", "internal_error")
+AGREEMENTS = ("agree", "disagree", "error", "dropped")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STAGE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0)
@@ -100,6 +101,17 @@ class Metrics:
         self.reload_failures = counter(
             "model_reload_failures_total", "Released versions that were refused; the one before serves on."
         )
+        self.fallback = gauge("model_fallback", "1: APP_FALLBACK_VERSION stands in.", mode="livemax")
+        beside, either = "Calls of the model beside another.", "Predictions while there is a canary."
+        self.call_duration = histogram("model_call_duration_seconds", beside, STAGE, "model_version")
+        rows = ("shadow_version", "agreement")
+        self.shadow_predictions = counter("shadow_predictions_total", "Rows offered to a shadow.", *rows)
+        self.shadow_score = histogram("shadow_score", "Score of a shadow's label.", SCORE, rows[0])
+        self.canary_percent = gauge("canary_percent", "Of clients that get the canary.", mode="livemax")
+        self.canary_stopped = gauge("canary_stopped", "1: the released canary was.", mode="livemax")
+        self.canary_requests = counter("canary_requests_total", either, "model_version")
+        self.canary_failures = counter("canary_failures_total", "Those answered 5xx.", "model_version")
+        self.canary_duration = histogram("canary_duration_seconds", either, LATENCY, "model_version")
         self.restarts = counter("worker_restarts_total", "Workers started in place of one that ended.")
         self.execution = gauge("inference_execution_info", "How it is run.", "execution", mode="livemax")
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
@@ -161,6 +173,9 @@ class Recorder:
         self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         # What `predictions_total` calls an answer; set by whoever knows the contract.
         self.label: Callable[[Any], str] = lambda answer: str(answer.label)
+        self.shadow: Callable[[Sequence[Any]], None] | None = None  # is offered what was answered
+        self.compares = False  # whether there is another version beside the served one
+        self._tried: list[tuple[str, bool, float]] = []
         self.drifts: dict[str, DriftLike] = {}  # by version, of those that have a baseline
         self._held: defaultdict[str, list[Any]] = defaultdict(list)  # rows for them, and how many
         self._held_rows = 0
@@ -179,6 +194,10 @@ class Recorder:
     def batch(self, batch: BatchLike, waits: Sequence[float]) -> None:
         """One call of the model, and the seconds each request in it waited."""
         self._batches.append((batch, waits))
+
+    def tried(self, version: str, failed: bool, seconds: float) -> None:
+        """A prediction that was asked of `version` while there is a canary."""
+        self._tried.append((version, failed, seconds))
 
     def shed(self, reason: str) -> None:
         """A request refused or given up."""
@@ -236,9 +255,16 @@ class Recorder:
         self._violations.clear()
         self._requests.clear()
         self._seconds.clear()
+        for version, failed, taken in self._tried:
+            metrics.canary_requests.labels(version).inc()
+            metrics.canary_failures.labels(version).inc(failed)
+            metrics.canary_duration.labels(version).observe(taken)
+        self._tried.clear()
         batches, self._batches = self._batches, []
         if batches:
             self._flush_batches(batches)
+            if self.shadow is not None:
+                self.shadow([batch for batch, _ in batches])
         inside, queued, limit = self.levels()
         metrics.in_flight.set(inside)
         metrics.queue_depth.set(queued)
@@ -252,6 +278,10 @@ class Recorder:
             observe_many(
                 metrics.stage.labels(stage), [(one.stages[index], len(waits)) for one, waits in batches]
             )
+        if self.compares:
+            for batch, _ in batches:
+                if batch.version:
+                    metrics.call_duration.labels(batch.version).observe(sum(batch.stages))
         predictions: Tally[tuple[str, str, str]] = Tally()
         scores: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
         spread, number = (metrics.score, "score") if metrics.value is None else (metrics.value, "value")

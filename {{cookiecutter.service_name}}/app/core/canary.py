@@ -1,0 +1,117 @@
+"""A new version for some of the clients, and the end of it where it does worse than the served one.
+
+    client -> sha256 with the version -> below the released percentage: the canary, else the served version
+    status, seconds -> Counts, in memory that all workers share -> once a second: worse? -> nobody gets it
+
+A client gets the same version from every worker and replica, and keeps it when the percentage grows.
+"""
+
+import math
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.pipeline import Pipeline
+from app.core.shared import SharedMemory
+
+JUDGE_SECONDS = 1.0
+MIN_REQUESTS = 100  # of either version before it is judged
+SIGMAS = 3.0  # further than this chance goes once in a thousand times
+ERROR_MARGIN = 0.01  # a larger share of failures than this on top of the served version's is too much
+# So many of the served version's answers take longer than its p95; of the canary's so many may take longer
+# than that p95 times a factor, and a little.
+SLOW_SHARE, LATENCY_FACTOR, LATENCY_SECONDS = 0.05, 1.5, 0.005
+REASONS = (None, "errors", "latency")
+
+_SHORTEST, _STEP, _BUCKETS = 1e-4, 1.2, 72  # seconds: from a tenth of a millisecond to 42
+_BOUNDS = _SHORTEST * _STEP ** np.arange(_BUCKETS)
+_WIDTH = 1 + _BUCKETS
+Arm = NDArray[np.int64]  # what became of the requests for a version: [failures, answers by latency]
+
+
+def error_rate(arm: Arm) -> float:
+    """The share that was answered 5xx."""
+    return int(arm[0]) / max(int(arm.sum()), 1)
+
+
+def p95(arm: Arm) -> float:
+    """Seconds within which 95 of 100 answers came, at most a fifth too long."""
+    reached = np.cumsum(arm[1:])
+    return float(_BOUNDS[np.searchsorted(reached, (1 - SLOW_SHARE) * reached[-1])])
+
+
+def worse(served: Arm, canary: Arm) -> int:
+    """In what the canary does worse, by more than a margin and than chance: an index of REASONS."""
+    theirs, own = int(served.sum()), int(canary.sum())
+    if own < MIN_REQUESTS:
+        return 0
+    both = error_rate(served + canary)
+    chance = math.sqrt(both * (1 - both) * (1 / own + (1 / theirs if theirs else 0)))
+    if error_rate(canary) - error_rate(served) > max(ERROR_MARGIN, SIGMAS * chance):
+        return 1
+    bucket = np.searchsorted(_BOUNDS, LATENCY_FACTOR * p95(served) + LATENCY_SECONDS)
+    slow = int(canary[bucket + 2 :].sum()) / own
+    chance = math.sqrt(SLOW_SHARE * (1 - SLOW_SHARE) / own)
+    return 2 if theirs >= MIN_REQUESTS and slow > SLOW_SHARE + SIGMAS * chance else 0
+
+
+class Counts:
+    """Both versions' requests to all workers together, for as long as the same canary is released."""
+
+    def __init__(self) -> None:
+        self._shared = SharedMemory(8 * (2 + 2 * _WIDTH))
+        numbers = np.frombuffer(self._shared.content, np.int64)
+        self._head, self._arms = numbers[:2], numbers[2:].reshape(2, _WIDTH)  # head: whose; why it ended
+
+    def begin(self, key: int) -> bool:
+        """Count for `key`, from nothing unless others do so already; whether that canary has ended."""
+        with self._shared.locked():
+            if self._head[0] != key:
+                self._head[:], self._arms[:] = (key, 0), 0
+            return bool(self._head[1])
+
+    def add(self, key: int, own: Any) -> dict[str, Any] | None:
+        """Count one worker's requests [served, canary]; why the canary is to end, if it is."""
+        with self._shared.locked():
+            if self._head[0] != key:  # another canary has been released since
+                return None
+            self._arms += own
+            self._head[1] = self._head[1] or worse(*self._arms)
+            served, canary, reason = *self._arms.copy(), REASONS[self._head[1]]
+        if reason is None:
+            return None
+        return {
+            "reason": reason,
+            "canary": {"requests": int(canary.sum()), "errors": int(canary[0]), "p95": p95(canary)},
+            "served": {"requests": int(served.sum()), "errors": int(served[0]), "p95": p95(served)},
+        }
+
+
+class Canary:
+    """One worker's part in a canary."""
+
+    def __init__(self, pipeline: Pipeline, percent: int, counts: Counts, key: int) -> None:
+        self.pipeline, self.percent = pipeline, percent
+        self._counts, self._key = counts, key
+        self._own = [[0] * _WIDTH, [0] * _WIDTH]
+
+    def takes(self, client: str) -> bool:
+        """Whether this client gets it."""
+        digest = sha256(f"{self.pipeline.version} {client}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % 100 < self.percent
+
+    def note(self, taken: bool, status: int, seconds: float) -> None:
+        """How a request ended that the canary took, or did not take."""
+        steps = math.ceil(math.log(max(seconds / _SHORTEST, 1), _STEP))
+        self._own[taken][0 if status >= 500 else 1 + min(steps, _BUCKETS - 1)] += 1
+
+    def close(self) -> None:
+        """See `Batcher.close`."""
+        self.pipeline.batcher.close()
+
+    def judge(self) -> dict[str, Any] | None:
+        """Tell the other workers what happened here; see `Counts.add`."""
+        own, self._own = self._own, [[0] * _WIDTH, [0] * _WIDTH]
+        return self._counts.add(self._key, own)

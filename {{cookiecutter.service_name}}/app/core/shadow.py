@@ -1,0 +1,78 @@
+"""A version that is asked what clients have asked, after they got their answer. Nobody gets what it says.
+
+    answers -> at most QUEUE_ROWS waiting -> one call at a time, in a thread -> agree, disagree, error
+            -> `dropped`: no place in the queue, or the service has enough to do
+
+It has SHARE of the time and no more: after each call it rests. Where that is not enough, it sees a sample.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from app.core.batcher import Batch, Row
+from app.core.pipeline import Pipeline
+from app.observability.metrics import AGREEMENTS, Metrics, observe_many
+
+SHARE = 0.05  # of the time, per worker
+QUEUE_ROWS = 256
+CALL_SECONDS = 0.002  # a call gets as many rows as fit: Python's lock is the service's, too
+BUSY = 0.5  # of the places for requests are taken: from there on all rows are dropped
+
+
+class Shadow:
+    """Compares `pipeline` with the answers that clients got, and counts."""
+
+    def __init__(self, pipeline: Pipeline, busy: Callable[[], bool], metrics: Metrics) -> None:
+        self.pipeline, self._busy, version = pipeline, busy, pipeline.version
+        self._counts = {one: metrics.shadow_predictions.labels(version, one) for one in AGREEMENTS}
+        self._duration = metrics.call_duration.labels(version)
+        self._score = metrics.shadow_score.labels(version)
+        self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # between two values
+        self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.seconds_per_row, 1e-9))))
+        self._queue: deque[tuple[Row, Any]] = deque()
+        self._thread = ThreadPoolExecutor(1, "shadow")
+        self._working: asyncio.Task[None] | None = None
+
+    def offer(self, batches: Sequence[Batch]) -> None:
+        """Take what was answered, as far as there is time for it."""
+        pairs = [pair for one in batches for pair in zip(one.rows, one.answers, strict=False)]
+        pairs = [pair for pair in pairs if not isinstance(pair[1], Exception)]
+        places = 0 if self._busy() else QUEUE_ROWS - len(self._queue)
+        self._queue.extend(pairs[:places])
+        self._counts["dropped"].inc(len(pairs[places:]))
+        if self._queue and self._working is None:
+            self._working = asyncio.get_running_loop().create_task(self._work())
+
+    def close(self) -> None:
+        """Ask it nothing more."""
+        if self._working is not None:
+            self._working.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._queue:
+            pairs = [self._queue.popleft() for _ in range(min(self._rows, len(self._queue)))]
+            began = loop.time()
+            try:
+                batch = await loop.run_in_executor(self._thread, self.pipeline.run, [row for row, _ in pairs])
+                found = Counter(map(self._compare, [given for _, given in pairs], batch.answers))
+                self._duration.observe(sum(batch.stages))
+                scores = [(one.score, 1) for one in batch.answers if hasattr(one, "score")]
+                observe_many(self._score, scores)
+            except Exception:  # whatever it raises is its own affair
+                found = Counter(error=len(pairs))
+            for agreement, rows in found.items():
+                self._counts[agreement].inc(rows)
+            await asyncio.sleep((loop.time() - began) * (1 / SHARE - 1))
+        self._working = None
+
+    def _compare(self, given: Any, own: Any) -> str:
+        if isinstance(own, Exception):
+            return "error"
+        if hasattr(own, "label"):
+            return "agree" if own.label == given.label else "disagree"
+        return "agree" if abs(own.value - given.value) <= self._tolerance else "disagree"
