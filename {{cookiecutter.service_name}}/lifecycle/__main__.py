@@ -4,6 +4,7 @@ import typer
 
 from lifecycle.gameday import gameday
 from lifecycle.monitor import drift, quality
+from lifecycle.rollout import canary, compare, shadow
 from lifecycle.runbooks import runbooks
 from lifecycle.sbom import sbom
 from lifecycle.size import size
@@ -17,6 +18,9 @@ commands.command()(runbooks)
 commands.command()(drift)
 commands.command()(quality)
 commands.command()(gameday)
+commands.command()(shadow)
+commands.command()(canary)
+commands.command()(compare)
 
 
 @commands.callback()

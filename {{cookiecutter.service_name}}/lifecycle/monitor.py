@@ -95,27 +95,38 @@ def from_prometheus(address: str, window: str) -> Counts:
         ("feature_observations_total", ("model_version", "feature", "bin")),
         ("predictions_total", ("model_version", "label")),
     ):
-        query = urllib.parse.quote(f"sum by ({','.join(labels)}) (increase({metric}[{window}]))")
-        try:
-            answer = json.loads(get(f"{address.rstrip('/')}/api/v1/query?query={query}"))
-            for sample in answer["data"]["result"]:
-                _add(counts, sample["metric"], float(sample["value"][1]))
-        except (OSError, ValueError, KeyError) as error:
-            raise UnusableError(f"{address}: no answer from Prometheus ({_words(error)})") from None
+        for found, value in ask(address, f"sum by ({','.join(labels)}) (increase({metric}[{window}]))"):
+            _add(counts, found, value)
     return counts
+
+
+def ask(address: str, query: str) -> list[tuple[dict[str, str], float]]:
+    """What Prometheus answers: labels and value of each series."""
+    try:
+        url = f"{address.rstrip('/')}/api/v1/query?query={urllib.parse.quote(query)}"
+        series = json.loads(get(url))["data"]["result"]
+        return [(one["metric"], float(one["value"][1])) for one in series]
+    except (OSError, ValueError, KeyError) as error:
+        raise UnusableError(f"{address}: no answer from Prometheus ({_words(error)})") from None
 
 
 def from_scrape(path: Path) -> Counts:
     """Rows by bin since the service started, from what /metrics gave."""
     counts: Counts = defaultdict(Counter)
+    for name, labels, value in scraped(path):
+        if name in ("feature_observations_total", "predictions_total"):
+            _add(counts, labels, value)
+    return counts
+
+
+def scraped(path: Path) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each sample in a saved answer of /metrics."""
     try:
         for family in text_string_to_metric_families(_read(path)):
             for sample in family.samples:
-                if sample.name in ("feature_observations_total", "predictions_total"):
-                    _add(counts, sample.labels, sample.value)
+                yield sample.name, sample.labels, sample.value
     except ValueError as error:
         raise UnusableError(f"{path}: not a scrape of /metrics ({_words(error)})") from None
-    return counts
 
 
 def from_log(path: Path) -> Counts:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
-from app.core.store import MANIFEST
+from app.core.store import MANIFEST, RELEASE, Release
 from app.schemas.contract import contract_inputs, contract_outputs, served_contract_sha256
 from app.schemas.predict import Features
 
@@ -185,11 +185,14 @@ def publish(root: Path, version: str, files: dict[str, bytes]) -> None:
 
 def start_release(root: Path, serving: str, previous: str) -> bool:
     """Write `release.json` if there is none; what serves afterwards changes by promotion only."""
-    path = root / "release.json"
-    if path.exists():
+    if (root / RELEASE).exists():
         return False
-    release = {"serving": serving, "previous": previous, "shadow": None, "canary": None, "canary_percent": 0}
-    new = root / ".release.new"
-    new.write_bytes(canonical_json(release))
-    new.replace(path)
+    write_release(root, Release(serving=serving, previous=previous))
     return True
+
+
+def write_release(root: Path, release: Release) -> None:
+    """Write `release.json` whole or not at all: a running service may read it at any moment."""
+    new = root / ".release.new"
+    new.write_bytes(canonical_json(release.model_dump()))
+    new.replace(root / RELEASE)

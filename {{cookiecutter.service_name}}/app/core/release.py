@@ -88,8 +88,6 @@ class Follower:
                     pipeline = await asyncio.to_thread(self._build, role, want.version)
             except Exception as error:  # whatever it is, the served version is none the worse
                 self._fail(role, error)
-                if role == "serving":
-                    continue
                 want = None
             self._beside[role] = want
             self._use[role](pipeline, want)

@@ -30,7 +30,7 @@ class Shadow:
         self._counts = {one: metrics.shadow_predictions.labels(version, one) for one in AGREEMENTS}
         self._duration = metrics.call_duration.labels(version)
         self._score = metrics.shadow_score.labels(version)
-        self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # between two values
+        self._tolerance = getattr(pipeline.artifact.manifest.outputs, "feedback_tolerance", 0.0)
         self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.seconds_per_row, 1e-9))))
         self._queue: deque[tuple[Row, Any]] = deque()
         self._thread = ThreadPoolExecutor(1, "shadow")

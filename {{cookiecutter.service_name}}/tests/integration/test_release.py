@@ -47,7 +47,7 @@ def release(root: Path, serving: str) -> None:
     (root / "release.new").replace(root / "release.json")
 
 
-def events(service: Service, event: str, version: str) -> int:
+def events(service: Service, event: str, version: str | None) -> int:
     """How often a worker said so of a version."""
     return [(line["event"], line.get("model_version")) for line in service.lines()].count((event, version))
 
