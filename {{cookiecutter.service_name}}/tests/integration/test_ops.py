@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tomllib
@@ -16,7 +17,8 @@ import yaml
 
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
-from tests.conftest import ROOT, serving, until
+from tests.conftest import ARTIFACTS, ROOT, serving, until
+from tests.integration.test_artifacts import edit
 from tests.unit.test_docs import blocks, metrics_in
 from tests.watching import Watch, prepare, program, traffic, watching
 
@@ -171,9 +173,13 @@ def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
     """After real traffic every panel has data, and each metric in a rule, panel or runbook is one there is.
 
     Either the running service shows it in /metrics, or a rule records it; and Prometheus takes every query.
+    The rules run beside the model, as shadow and as canary.
     """
+    artifacts = Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts"))
+    beside = {"shadow": "v0", "canary": "v0", "canary_percent": 50}
+    edit(artifacts / "release.json", lambda release: release.update(beside))
     with ExitStack() as stack:
-        service = stack.enter_context(serving(tmp_path))
+        service = stack.enter_context(serving(tmp_path, artifacts_dir=artifacts))
         watch = stack.enter_context(watching(tmp_path, service.url))
         start = watch.now()
 
