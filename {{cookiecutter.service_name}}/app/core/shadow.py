@@ -30,7 +30,8 @@ class Shadow:
         self._counts = {one: metrics.shadow_predictions.labels(version, one) for one in AGREEMENTS}
         self._duration = metrics.call_duration.labels(version)
         self._score = metrics.shadow_score.labels(version)
-        self._tolerance = getattr(pipeline.artifact.manifest.outputs, "feedback_tolerance", 0.0)
+        self._value = metrics.shadow_value and metrics.shadow_value.labels(version)
+        self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # of values
         self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.seconds_per_row, 1e-9))))
         self._queue: deque[tuple[Row, Any]] = deque()
         self._thread = ThreadPoolExecutor(1, "shadow")
@@ -61,8 +62,10 @@ class Shadow:
                 batch = await loop.run_in_executor(self._thread, self.pipeline.run, [row for row, _ in pairs])
                 found = Counter(map(self._compare, [given for _, given in pairs], batch.answers))
                 self._duration.observe(sum(batch.stages))
-                scores = [(one.score, 1) for one in batch.answers if hasattr(one, "score")]
-                observe_many(self._score, scores)
+                for spread, name in ((self._score, "score"), (self._value, "value")):
+                    if spread is not None:
+                        answers = [one for one in batch.answers if hasattr(one, name)]
+                        observe_many(spread, [(getattr(one, name), 1) for one in answers])
             except Exception:  # whatever it raises is its own affair
                 found = Counter(error=len(pairs))
             for agreement, rows in found.items():

@@ -75,6 +75,7 @@ class Metrics:
         )
         self.score = histogram("prediction_score", "Score of the predicted label.", SCORE, "model_version")
         self.value: Histogram | None = None  # of a regressor, once its range is known
+        self.shadow_value: Histogram | None = None
         binned = ("model_version", "feature", "bin")
         self.observations = counter("feature_observations_total", "Values by bin of the baseline.", *binned)
         self.missing = counter("feature_missing_total", "Values that were null.", "feature")
@@ -130,6 +131,8 @@ class Metrics:
         if self.value is None:
             text, labels = "Value predicted.", ("model_version",)
             self.value = Histogram("prediction_value", text, labels, buckets=edges, registry=self.registry)
+            text, labels = "Value of a shadow.", ("shadow_version",)
+            self.shadow_value = Histogram("shadow_value", text, labels, buckets=edges, registry=self.registry)
 
 
 class BatchLike(Protocol):
