@@ -2,6 +2,7 @@
 
 import typer
 
+from lifecycle.docs import docs
 from lifecycle.gameday import gameday
 from lifecycle.monitor import drift, quality
 from lifecycle.rollout import canary, compare, shadow
@@ -21,6 +22,7 @@ commands.command()(gameday)
 commands.command()(shadow)
 commands.command()(canary)
 commands.command()(compare)
+commands.command()(docs)
 
 
 @commands.callback()

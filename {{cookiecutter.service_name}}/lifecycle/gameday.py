@@ -25,19 +25,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnx
 import typer
 
 from app.core.runtimes import load_runtime
-from app.core.store import MANIFEST, RELEASE, read_artifact, read_release
-from lifecycle.package import canonical_json, feature_names
-from lifecycle.train import load as training_data
+from app.core.store import RELEASE, read_artifact, read_release
+from lifecycle.package import canonical_json
+from lifecycle.traffic import usual
+from lifecycle.trial import Trouble, add_trial, number_of
 from load.profile import workers_of
 from load.run import Running, service
 
@@ -165,72 +164,13 @@ def compressed(text: str, speed: int = SPEED) -> str:
     )
 
 
-def version_of(root: Path, version: str, change: Callable[[onnx.ModelProto], None]) -> None:
-    """A copy of the served version with another model, properly packaged."""
-    serving = read_release(root).serving
-    folder = Path(shutil.copytree(root / serving, root / version))
-    model = onnx.load_from_string((folder / "model.onnx").read_bytes())
-    change(model)
-    content = model.SerializeToString()
-    (folder / "model.onnx").write_bytes(content)
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    manifest["version"] = version
-    manifest["files"]["model.onnx"] = {"sha256": sha256(content).hexdigest(), "size": len(content)}
-    (folder / MANIFEST).write_bytes(canonical_json(manifest))
-
-
-def failing(limit: float) -> Callable[[onnx.ModelProto], None]:
-    """Where the first feature is above `limit`, the probabilities are not numbers."""
-
-    def change(model: onnx.ModelProto) -> None:
-        graph, node = model.graph, onnx.helper.make_node
-        source, target = graph.input[0].name, graph.output[-1].name
-        for own in graph.node:
-            own.output[:] = ["sound" if name == target else name for name in own.output]
-        values: dict[str, Any] = {"first": np.array([0], np.int64), "limit": np.array([limit], np.float32)}
-        values["nothing"] = np.array([math.nan], np.float32)
-        graph.initializer.extend(onnx.numpy_helper.from_array(one, name) for name, one in values.items())
-        graph.node.extend(
-            [
-                node("Gather", [source, "first"], ["column"], axis=1),
-                node("Greater", ["column", "limit"], ["beyond"]),
-                node("Where", ["beyond", "nothing", "sound"], [target]),
-            ]
-        )
-
-    return change
-
-
-def slowed(width: int) -> Callable[[onnx.ModelProto], None]:
-    """The same answers after `SINES` times `width` sines for each row."""
-
-    def change(model: onnx.ModelProto) -> None:
-        graph, node, source = model.graph, onnx.helper.make_node, model.graph.input[0].name
-        for own in graph.node:
-            own.input[:] = ["worked" if name == source else name for name in own.input]
-        columns = len(feature_names())
-        names = [f"sine{step}" for step in range(SINES + 1)]
-        work = [
-            node("MatMul", [source, "widen"], [names[0]]),
-            *(node("Sin", [one], [other]) for one, other in pairwise(names)),
-            node("MatMul", [names[-1], "narrow"], ["zero"]),
-            node("Add", [source, "zero"], ["worked"]),
-        ]
-        weights = {"widen": np.zeros((columns, width), np.float32)}
-        weights["narrow"] = np.zeros((width, columns), np.float32)
-        graph.initializer.extend(onnx.numpy_helper.from_array(one, name) for name, one in weights.items())
-        nodes = [*work, *graph.node]
-        del graph.node[:]
-        graph.node.extend(nodes)
-
-    return change
-
-
 def width_for(root: Path, seconds: float) -> int:
-    """With which width `slowed` takes so long for a row on this machine."""
+    """With which width a slow model takes so long for a row on this machine."""
     trial, width = "v100", 4096
-    version_of(root, trial, slowed(width))
-    runtime, row = load_runtime(read_artifact(root, trial)), np.zeros((1, len(feature_names())), np.float32)
+    add_trial(root, read_release(root).serving, trial, Trouble(sines=SINES, width=width))
+    artifact = read_artifact(root, trial)
+    runtime = load_runtime(artifact)
+    row = np.array([[one.example for one in artifact.manifest.inputs]], runtime.dtype)
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -368,15 +308,22 @@ class GameDay:
         self._shipped = alerts_of(prometheus)
         self._address, self._pid = own.address, own.pid
         self._host = own.address.removeprefix("http://")
-        rows = training_data().training.tolist()
-        self._usual = [dict(zip(feature_names(), row, strict=True)) for row in rows]
         self._served = read_release(artifacts).serving
+        self._usual = usual(artifacts, self._served)
         manifest = read_artifact(artifacts, self._served).manifest
-        first = manifest.inputs[0]
-        low, high = first.training_range or (0.0, 1.0)
-        self._beyond = {**self._usual[0], first.name: min(high + (high - low), first.maximum or math.inf)}
-        version_of(artifacts, FAILING, failing(high))
-        version_of(artifacts, SLOW, slowed(width_for(artifacts, slow_seconds)))
+        self._labels: list[Any] = list(manifest.outputs.labels)
+        self._tolerance = manifest.outputs.feedback_tolerance
+        number = number_of(manifest.inputs)
+        self._strange, limit = self._usual[0], -1.0
+        if number and number.training_range:
+            low, limit = number.training_range
+            beyond = min(limit + (limit - low), math.inf if number.maximum is None else number.maximum)
+            whole = number.dtype == "int64"
+            self._strange = {**self._usual[0], number.name: math.floor(beyond) if whole else beyond}
+        # Without a number to tell them apart, all of its answers are none.
+        add_trial(artifacts, self._served, FAILING, Trouble(fails_above=limit), golden=number is not None)
+        slow = Trouble(sines=SINES, width=width_for(artifacts, slow_seconds))
+        add_trial(artifacts, self._served, SLOW, slow)
 
     def usual(self) -> Iterator[dict[str, Any]]:
         """What training looked like."""
@@ -390,7 +337,7 @@ class GameDay:
             quiet = sorted(alert.name for alert in self._day.seen)
             if quiet:
                 typer.echo(f"gameday:   fired without a fault: {', '.join(quiet)}", err=True)
-            self._labels(traffic)
+            self._feedback_comes(traffic)
             self._invalid(traffic)
             self._killed()
             self._bad_artifact()
@@ -420,7 +367,7 @@ class GameDay:
             f"{version} to serve",
         )
 
-    def _labels(self, traffic: Traffic) -> None:
+    def _feedback_comes(self, traffic: Traffic) -> None:
         self._feedback(traffic, 30, wrong=False)
         self._day.begin("labels that contradict the predictions")
         self._feedback(traffic, 30, wrong=True)
@@ -433,19 +380,22 @@ class GameDay:
         while len(told) < count:
             for answer in traffic.answers:
                 if answer["prediction_id"] not in told and len(told) < count:
-                    labels = sorted(answer["probabilities"])
-                    label = next(one for one in labels if (one != answer["label"]) == wrong)
-                    call(
-                        self._host, "/v1/feedback", {"prediction_id": answer["prediction_id"], "label": label}
-                    )
+                    told_label = self._true(answer, wrong=wrong)
+                    body = {"prediction_id": answer["prediction_id"], "label": told_label}
+                    call(self._host, "/v1/feedback", body)
                     told.add(answer["prediction_id"])
             traffic.answers = []
             time.sleep(PAUSE_SECONDS)
 
+    def _true(self, answer: dict[str, Any], *, wrong: bool) -> Any:
+        if self._labels:
+            return next(one for one in self._labels if (one != answer["label"]) == wrong)
+        return answer["value"] + wrong * 10 * (self._tolerance + abs(answer["value"]) + 1)
+
     def _invalid(self, traffic: Traffic) -> None:
         self._day.begin("a client that breaks the contract")
-        first = feature_names()[0]
-        traffic.switch(cycle([*self._usual, *([{**self._usual[0], first: "long"}] * len(self._usual))]))
+        first = next(iter(self._usual[0]))
+        traffic.switch(cycle([*self._usual, *([{**self._usual[0], first: ["long"]}] * len(self._usual))]))
         self._fires("HighInvalidInputRate")
         traffic.switch(self.usual())
 
@@ -462,14 +412,14 @@ class GameDay:
 
     def _drift(self, traffic: Traffic) -> None:
         self._day.begin("inputs beyond those of training")
-        traffic.switch(cycle([self._beyond]))
+        traffic.switch(cycle([self._strange]))
         self._fires("FeatureDrift", "PredictionShift", "LowConfidence")
         traffic.switch(self.usual())
 
     def _errors(self, traffic: Traffic) -> None:
         self._day.begin("a model that answers NaN to one in three")
         self._released(FAILING)
-        traffic.switch(cycle([*self._usual[:2], self._beyond]))
+        traffic.switch(cycle([*self._usual[:2], self._strange]))
         self._fires("NonFiniteOutput", "AvailabilityBudgetBurn")
         traffic.switch(self.usual())
         self._released(self._served)

@@ -8,8 +8,10 @@
 import ctypes
 import http.client
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,33 +26,174 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, settings
 
+from app.core.manifest import Input
+from app.schemas.contract import served_contract_sha256
+from app.schemas.predict import Features, Prediction
+from lifecycle.trial import make_trial, number_of
+
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "artifacts"
 GUNICORN = ("gunicorn", "--config", str(ROOT / "gunicorn.conf.py"), "app.main:create_app()")
 PATIENCE_SECONDS = 60.0  # for what is waited for; only a broken service takes as long
-SETOSA = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}
-VIRGINICA = {"sepal_length": 6.3, "sepal_width": 3.3, "petal_length": 6.0, "petal_width": 2.5}
-
-VERSIONS = sorted(path.parent.name for path in ARTIFACTS.glob("v*/golden.jsonl"))
 
 # No test asserts how long a thing takes: the machine may be busy.
 settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("service")
 
+Document = dict[str, Any]
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 
 
-def golden_set(version: str) -> list[dict[str, Any]]:
-    """Rows with `features`, `label`, `probabilities`, `tolerance`."""
-    return [json.loads(line) for line in (ARTIFACTS / version / "golden.jsonl").read_bytes().splitlines()]
+def golden_set(version: str, artifacts: Path = ARTIFACTS) -> list[Document]:
+    """Rows with `features`, `tolerance`, and `label` and `probabilities`, or a regressor's `value`."""
+    return [json.loads(line) for line in (artifacts / version / "golden.jsonl").read_bytes().splitlines()]
 
 
-def assert_golden(row: dict[str, Any], label: str, probabilities: dict[str, float]) -> None:
-    """The answer is the recorded one: the same label, each probability within the row's tolerance."""
-    recorded: Any = pytest.approx(row["probabilities"], abs=row["tolerance"], rel=0)
-    assert (row["features"], label, probabilities) == (row["features"], row["label"], recorded)
+def _manifest(version: str) -> Document:
+    document: Document = json.loads((ARTIFACTS / version / "manifest.json").read_bytes())
+    return document
+
+
+# What the contract and the served version give the tests, so that these hold for whatever model is served.
+SERVED: str = json.loads((ARTIFACTS / "release.json").read_bytes())["serving"]
+MANIFEST = _manifest(SERVED)
+INPUTS: dict[str, Document] = {one["name"]: one for one in MANIFEST["inputs"]}
+LABELS: list[Any] = MANIFEST["outputs"]["labels"]  # none: a regressor
+VERSIONS = sorted(  # those of this contract; others are of one before
+    path.parent.name
+    for path in ARTIFACTS.glob("v*/golden.jsonl")
+    if _manifest(path.parent.name)["contract_sha256"] == served_contract_sha256()
+)
+
+
+def spelled(label: Any) -> str:
+    """A label as a key in JSON and in metrics: itself, or as JSON has it."""
+    return label if isinstance(label, str) else json.dumps(label)
+
+
+# Whether it is the model that comes with the template; some tests know more of that one.
+DEMO = list(INPUTS) == ["sepal_length", "sepal_width", "petal_length", "petal_width"] and "setosa" in LABELS
+
+
+def answer_of(one: Document) -> Any:
+    """The label, or a regressor's value, of an answer or a golden row."""
+    return one["label"] if LABELS else one["value"]
+
+
+def _sure(row: Document) -> bool:
+    """Whether nothing speaks for a review: the score is high enough, every value was seen in training."""
+    seen = [
+        low <= row["features"][name] <= high
+        for name, one in INPUTS.items()
+        if row["features"][name] is not None
+        for low, high in [one["training_range"] or (-math.inf, math.inf)]
+        if one["training_range"]
+    ]
+    threshold = MANIFEST["outputs"]["review_threshold"]
+    return all(seen) and (not LABELS or max(row["probabilities"].values()) >= threshold)
+
+
+_EXAMPLES: list[Document] = Features.model_json_schema()["examples"]
+_SURE = sorted(
+    [row for row in golden_set(SERVED) if _sure(row)] or golden_set(SERVED),
+    key=lambda row: (*_EXAMPLES, row["features"]).index(row["features"]),
+)
+_FIRST = _SURE[0]
+_LAST = next((row for row in _SURE if answer_of(row) != answer_of(_FIRST)), _SURE[-1])
+# Two complete instances with different answers, neither for review; and what the model says of them.
+EXAMPLE: Document = _FIRST["features"]
+OTHER: Document = _LAST["features"]
+ANSWER, OTHER_ANSWER = answer_of(_FIRST), answer_of(_LAST)
+# A feature that is a number with a range to it: tests that need one are skipped where there is none.
+_FEATURE = number_of([Input.model_validate(one) for one in MANIFEST["inputs"]])
+NUMBER = _FEATURE.name if _FEATURE else ""
+WITH_NUMBER = pytest.mark.skipif(not NUMBER, reason="no feature of this contract is a number")
+FIELD = NUMBER or next(iter(INPUTS))
+
+
+def without(name: str, row: Document = EXAMPLE) -> Document:
+    """An instance that lacks a feature."""
+    return {key: value for key, value in row.items() if key != name}
+
+
+def wrong(text: str = "long") -> Any:
+    """What `FIELD` cannot be, with this text in it."""
+    one = INPUTS[FIELD]
+    return [text] if one["dtype"] == "string" and not one["categories"] else text
+
+
+def number(share: float, name: str = NUMBER) -> float:
+    """A value of a feature: 0 is the least that training saw, 1 the most; within hard bounds."""
+    one = INPUTS[name]
+    low, high = map(float, one["training_range"])
+    bounds = (-math.inf if one["minimum"] is None else one["minimum"],
+              math.inf if one["maximum"] is None else one["maximum"])  # fmt: skip
+    value = min(max(low + share * (high - low), bounds[0]), bounds[1])
+    return value if one["dtype"] == "float64" else (math.ceil if share > 1 else math.floor)(value)
+
+
+def varied(count: int) -> list[Document]:
+    """That many instances, all in the range seen in training, and different where a feature is a float."""
+    floats = [name for name, one in INPUTS.items() if one["dtype"] == "float64" and one["training_range"]]
+
+    def row(step: float) -> Document:
+        # Every other feature runs the other way.
+        return EXAMPLE | {name: number(abs(at % 2 - step), name) for at, name in enumerate(floats)}
+
+    return [row(step / max(count - 1, 1)) for step in range(count)]
+
+
+def recorded(features: Document, version: str = SERVED, artifacts: Path = ARTIFACTS) -> Document:
+    """The golden row of an instance."""
+    return next(row for row in golden_set(version, artifacts) if row["features"] == features)
+
+
+def assert_golden(row: Document, answer: Document) -> None:
+    """The answer is the recorded one: the same label, each probability or the value within the tolerance."""
+    expected = {"features": row["features"]}
+    for key in ("label", "probabilities", "value"):
+        if key in row:
+            expected[key] = row[key] if key == "label" else about(row[key], row["tolerance"])
+    assert {**{key: answer.get(key) for key in expected}, "features": row["features"]} == expected
+
+
+def about(value: Any, tolerance: float) -> Any:
+    """What equals a number, or each of several by name, within an absolute tolerance."""
+    return pytest.approx(value, abs=tolerance, rel=0)
+
+
+def assert_answers(
+    answer: Document, features: Document = EXAMPLE, version: str = "", artifacts: Path = ARTIFACTS
+) -> None:
+    """The answer, a document, is what is on record for the instance."""
+    assert_golden(recorded(features, version or SERVED, artifacts), answer)
+
+
+def copied_artifacts(folder: Path) -> Path:
+    """A copy to change: whatever version serves is v1 in it, with a model.onnx, and the version before v0."""
+    root = folder / "artifacts"
+    for version, name in ((SERVED, "v1"), ("v0", "v0")):
+        shutil.copytree(ARTIFACTS / version, root / name)
+    if SERVED != "v1":
+        document = (root / "v1" / "manifest.json").read_text("utf-8")
+        (root / "v1" / "manifest.json").write_text(
+            document.replace(f'"version": "{SERVED}"', '"version": "v1"')
+        )
+    if not (root / "v1" / "model.onnx").exists():
+        make_trial(root / "v1")
+    release = json.loads((ARTIFACTS / "release.json").read_bytes()) | {"serving": "v1", "previous": "v0"}
+    (root / "release.json").write_text(json.dumps(release))
+    return root
+
+
+def prediction(answer: Any, score: float = 0.9, action: str = "accept") -> Prediction:
+    """An answer as the pipeline makes it."""
+    make: Any = Prediction  # whose fields depend on the task
+    given: tuple[Any, ...] = (answer, score, {}, action) if LABELS else (answer, action)
+    made: Prediction = make("", "v1", *given)
+    return made
 
 
 def until(look: Callable[[], T | None], what: str) -> T:
@@ -127,7 +270,7 @@ class Service:
     url: str
     client: httpx2.Client
 
-    def predict(self, features: Any = SETOSA, **options: Any) -> httpx2.Response:
+    def predict(self, features: Any = EXAMPLE, **options: Any) -> httpx2.Response:
         """The answer to POST /v1/predict; `content=` sends bytes as they are."""
         body = {} if "content" in options else {"json": features}
         return self.client.post("/v1/predict", **body, **options)

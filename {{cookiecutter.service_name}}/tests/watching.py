@@ -21,7 +21,24 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.conftest import PATIENCE_SECONDS, ROOT, SETOSA, VIRGINICA, Service, begin, end, until
+from tests.conftest import (
+    ANSWER,
+    EXAMPLE,
+    FIELD,
+    NUMBER,
+    OTHER,
+    PATIENCE_SECONDS,
+    ROOT,
+    SERVED,
+    Service,
+    answer_of,
+    begin,
+    end,
+    golden_set,
+    number,
+    until,
+    wrong,
+)
 
 UNIT_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 SCRAPE_MS = 1000  # no faster: reading all workers' counts takes its time
@@ -110,19 +127,21 @@ class Watch:
 
 def traffic(service: Service) -> None:
     """Something of everything that clients do: rows alone and together, sure and unsure, wrong, labels."""
-    unsure = {**VIRGINICA, "petal_length": 4.9, "petal_width": 1.7}
-    strange = {**SETOSA, "sepal_length": 50}
-    rows = [SETOSA, VIRGINICA, {**VIRGINICA, "petal_length": 4.2, "petal_width": 1.3}] * 33
+    golden = golden_set(SERVED)
+    unsure = min(golden, key=lambda row: max(row.get("probabilities", {"": 0}).values()))["features"]
+    strange = {**EXAMPLE, NUMBER: number(2)} if NUMBER else OTHER
+    answers = {str(answer_of(row)): row["features"] for row in golden}  # one of each
+    rows = ([EXAMPLE, OTHER, *answers.values()] * 33)[:99]
     batch = service.client.post("/v1/predict/batch", json={"instances": [*rows, unsure, strange]})
     assert batch.status_code == 200, batch.text
-    for features in (SETOSA, VIRGINICA, unsure):
+    for features in (EXAMPLE, OTHER, unsure):
         answer = service.predict(features)
         service.client.post(
-            "/v1/feedback", json={"prediction_id": answer.json()["prediction_id"], "label": "setosa"}
+            "/v1/feedback", json={"prediction_id": answer.json()["prediction_id"], "label": ANSWER}
         )
     for _ in range(2):  # on one connection, so at one worker, which knows it again
         service.predict(headers={"idempotency-key": "sent again"})
-    assert service.predict({**SETOSA, "sepal_length": "wide"}).status_code == 422
+    assert service.predict({**EXAMPLE, FIELD: wrong()}).status_code == 422
     assert service.predict(content=b"{").status_code == 400
 
 

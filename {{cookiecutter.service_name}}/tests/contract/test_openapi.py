@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from openapi_spec_validator import validate
 
-from tests.conftest import ROOT, Service
+from tests.conftest import INPUTS, LABELS, ROOT, Service
 from tests.contract.compatibility import breaks
 
 UPDATE = "to accept it: python -m tests.contract.compatibility"
@@ -62,9 +62,12 @@ def test_the_document_teaches(live: dict[str, Any]) -> None:
     """It has examples that predict, units, bounds, and a sentence on what the score means."""
     schemas = live["components"]["schemas"]
     assert schemas["Features"]["examples"]
-    assert all({"unit", "minimum", "maximum", "description"} <= one.keys()
-               for one in schemas["Features"]["properties"].values())  # fmt: skip
-    assert "probability" in schemas["Prediction"]["properties"]["score"]["description"]
+    for name, one in schemas["Features"]["properties"].items():
+        said = {key for part in (one, *one.get("anyOf", [])) for key in part}
+        given = {key for key in ("unit", "minimum", "maximum") if INPUTS[name][key] is not None}
+        assert {"description", *given} <= said, name
+    answer = schemas["Prediction"]["properties"]
+    assert "probability" in answer["score"]["description"] if LABELS else answer["value"]["description"]
 
 
 def test_the_examples_are_accepted(live: dict[str, Any], service: Service) -> None:

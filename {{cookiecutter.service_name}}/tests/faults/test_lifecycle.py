@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -16,16 +15,25 @@ from typing import Any
 
 import envoy
 import httpx2
-import numpy as np
-import onnx
 import pytest
 
-from tests.conftest import ARTIFACTS, SETOSA, Service, begin, end, serving, until
+from lifecycle.trial import Trouble, make_trial
+from tests.conftest import (
+    EXAMPLE,
+    NUMBER,
+    WITH_NUMBER,
+    Service,
+    begin,
+    copied_artifacts,
+    end,
+    number,
+    serving,
+    until,
+)
 from tests.faults.conftest import PREDICTION, Fault, load
-from tests.integration.test_artifacts import rewrite
 
-FOREVER = 99.0  # a sepal of this length takes the hanging model for ever
-HANGING = json.dumps({**SETOSA, "sepal_length": FOREVER}).encode()
+FOREVER = number(9) if NUMBER else 0.0  # a feature of this size takes the hanging model for ever
+HANGING = json.dumps({**EXAMPLE, NUMBER: FOREVER}).encode()
 DRAINING, QUEUE_FULL, DEADLINE = (
     f'requests_shed_total{{reason="{reason}"}}' for reason in ("draining", "queue_full", "deadline")
 )
@@ -175,12 +183,12 @@ def test_a_killed_worker_is_replaced(start: Start, fault: Fault) -> None:
 
 def test_files_altered_since_the_start_do_not_matter(start: Start, fault: Fault, tmp_path: Path) -> None:
     """With the artifact and `.env` spoilt on disk, killed workers come back, and serve what was verified."""
-    root = Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts"))
+    root = copied_artifacts(tmp_path)
     service = start(artifacts_dir=root)
     for path in (root / "v1" / "model.onnx", root / "v1" / "manifest.json", root / "release.json"):
         path.write_bytes(b"spoilt")
     (tmp_path / ".env").write_text("APP_DRAIN_SECONDS=never")
-    with load(service.url) as traffic:
+    with load(service.url, artifacts=root) as traffic:
         for count, victim in enumerate(service.workers(), 3):
             os.kill(victim, signal.SIGKILL)
             until(lambda count=count: len(ready(service)) == count, "another worker")  # type: ignore[misc]
@@ -190,14 +198,16 @@ def test_files_altered_since_the_start_do_not_matter(start: Start, fault: Fault,
     fault("every worker killed after its files were spoilt", **traffic.counts())
 
 
+@WITH_NUMBER
 def test_a_model_that_blocks_the_event_loop(
     start: Start, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that can do nothing any more is replaced; the others go on, the log says what it was at."""
     monkeypatch.setenv("GUNICORN_CMD_ARGS", "--timeout 4")
-    service = start(artifacts_dir=hanging(tmp_path, steps=1))
+    root = hanging(tmp_path, turns=1)
+    service = start(artifacts_dir=root)
     assert service.client.get("/version").json()["model"]["execution"] != "thread"
-    with load(service.url) as traffic, closing(service.connection()) as connection:
+    with load(service.url, artifacts=root) as traffic, closing(service.connection()) as connection:
         connection.request("POST", "/v1/predict", HANGING)
         with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)):
             connection.getresponse()
@@ -214,16 +224,18 @@ def test_a_model_that_blocks_the_event_loop(
     fault("a model that never returns, on the event loop", **counts)
 
 
+@WITH_NUMBER
 def test_a_model_that_blocks_its_thread(
     start: Start, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a model hangs in its thread everybody is answered, if only with 503; its worker is replaced."""
     monkeypatch.setenv("GUNICORN_CMD_ARGS", "--timeout 4")
-    service = start(artifacts_dir=hanging(tmp_path, steps=8_000), request_deadline_seconds=1)
+    root = hanging(tmp_path, turns=8_000)
+    service = start(artifacts_dir=root, request_deadline_seconds=1)
     assert service.client.get("/version").json()["model"]["execution"] == "thread"
     hung = service.predict(content=HANGING)
     assert (hung.status_code, hung.json()["code"]) == (503, "model_timeout")
-    with load(service.url) as traffic:
+    with load(service.url, artifacts=root) as traffic:
         until(lambda: len(ready(service)) == 3, "another worker")
         traffic.flows()
     (line,) = [line for line in service.lines() if line["event"] == "blocked"]
@@ -297,7 +309,7 @@ def test_a_retry_by_a_gateway_is_recognised(fault: Fault, tmp_path: Path) -> Non
         good = stack.enter_context(serving(tmp_path / "good", workers=1))
         url, healthy = stack.enter_context(gateway(tmp_path, [late.url, good.url], RETRY_503))
         until(lambda: healthy() == 2, "both replicas")
-        answers = [httpx2.post(f"{url}/v1/predict", json=SETOSA, headers=key) for _ in range(requests)]
+        answers = [httpx2.post(f"{url}/v1/predict", json=EXAMPLE, headers=key) for _ in range(requests)]
         assert {answer.status_code for answer in answers} == {200}
         (identity,) = {answer.json()["prediction_id"] for answer in answers}
         lines = [good.line(answer.headers["x-request-id"]) for answer in answers]
@@ -350,45 +362,10 @@ def monotonic(samples: dict[str, float]) -> set[str]:
     return {name for name in samples if re.match(r"\w+_(total|count|bucket|sum)\b", name)}
 
 
-def hanging(folder: Path, steps: int) -> Path:
-    """Artifacts whose v1 answers as the real one after a loop of `steps`, which for FOREVER has no end."""
-    root = Path(shutil.copytree(ARTIFACTS, folder / "artifacts"))
-    model = onnx.load_from_string((root / "v1" / "model.onnx").read_bytes())
-    graph, node, source = model.graph, onnx.helper.make_node, model.graph.input[0].name
-    value, numbers = onnx.helper.make_tensor_value_info, onnx.TensorProto
-    for own in graph.node:
-        own.input[:] = ["worked" if name == source else name for name in own.input]
-    body = onnx.helper.make_graph(
-        [
-            node("Less", ["step", "last"], ["again"]),
-            node("Identity", ["nothing"], ["still_nothing"]),
-        ],
-        "body",
-        [
-            value("step", numbers.INT64, []),
-            value("go", numbers.BOOL, []),
-            value("nothing", numbers.FLOAT, []),
-        ],
-        [value("again", numbers.BOOL, []), value("still_nothing", numbers.FLOAT, [])],
-    )
-    constants: dict[str, Any] = {
-        "steps": np.int64(steps), "endless": np.int64(2**62), "forever": np.float32(FOREVER),
-        "yes": np.bool_(True), "zero": np.float32(0),
-    }  # fmt: skip
-    graph.initializer.extend(
-        onnx.numpy_helper.from_array(np.array(number), name) for name, number in constants.items()
-    )
-    work = [
-        node("ReduceMax", [source], ["largest"], keepdims=0),
-        node("Less", ["largest", "forever"], ["ends"]),
-        node("Where", ["ends", "steps", "endless"], ["last"]),
-        node("Loop", ["", "yes", "zero"], ["result"], body=body),
-        node("Add", [source, "result"], ["worked"]),
-    ]
-    nodes = [*work, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    rewrite(root / "v1", "model.onnx", model.SerializeToString())
+def hanging(folder: Path, turns: int) -> Path:
+    """Artifacts whose v1 answers after so many turns of a loop, which for `HANGING` has no end."""
+    root = copied_artifacts(folder)
+    make_trial(root / "v1", Trouble(loops=turns, hangs_at=FOREVER))
     return root
 
 

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from app.api.security import FAILURES
-from tests.conftest import SETOSA, Service, until
+from tests.conftest import EXAMPLE, Service, until
 from tests.faults.conftest import Fault
 
 Start = Callable[..., Service]
@@ -71,7 +71,7 @@ def crowd(service: Service, requests: int, **headers: str) -> Counter[int]:
 
     def ask(_number: int) -> int:
         url = f"{service.url}/v1/predict"
-        return httpx2.post(url, json=SETOSA, headers=headers, timeout=60).status_code
+        return httpx2.post(url, json=EXAMPLE, headers=headers, timeout=60).status_code
 
     with ThreadPoolExecutor(CALLERS) as pool:
         return Counter(pool.map(ask, range(requests)))

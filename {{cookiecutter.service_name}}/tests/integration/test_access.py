@@ -13,7 +13,7 @@ import pytest
 
 from app.api.security import FAILURES, MAX_CLIENTS, Guard, Limit, Windows
 from app.settings import Settings
-from tests.conftest import PATIENCE_SECONDS, SETOSA, Service
+from tests.conftest import EXAMPLE, PATIENCE_SECONDS, Service
 from tests.integration.test_http import assert_problem
 
 KEYS = ("first key", "second key")
@@ -62,7 +62,7 @@ def test_the_decision_comes_before_the_body(guarded: Service) -> None:
     address = httpx2.URL(guarded.url)
     for key, status in (("", 401), ("X-API-Key: wrong\r\n", 403)):
         head = f"POST /v1/predict HTTP/1.1\r\nHost: here\r\n{key}Content-Length: 1000000\r\n"
-        for rest in ("Expect: 100-continue\r\n\r\n", '\r\n{"sepal_length": '):
+        for rest in ("Expect: 100-continue\r\n\r\n", '\r\n{"a feature": '):
             with socket.create_connection((address.host, address.port), PATIENCE_SECONDS) as connection:
                 connection.sendall((head + rest).encode())
                 assert connection.recv(1024).startswith(f"HTTP/1.1 {status} ".encode())
@@ -91,7 +91,7 @@ def test_a_key_in_the_url_is_refused(guarded: Service) -> None:
     for name in ("api_key", "X-API-Key", "apikey", "access_token", "api%5Fkey", "AUTH"):
         for headers in ({}, right):
             url = f"/v1/predict?page=1&{name}=first%20key"
-            answer = guarded.client.post(url, json=SETOSA, headers=headers)
+            answer = guarded.client.post(url, json=EXAMPLE, headers=headers)
             assert "X-API-Key" in assert_problem(answer, 401, "unauthorized")["detail"]
             guarded.line(answer.headers["x-request-id"])
     assert "first" not in guarded.log.read_text()
@@ -138,7 +138,7 @@ def test_x_forwarded_for_is_believed_from_trusted_proxies(start: Start) -> None:
     def status(chain: str, via: str = "127.0.0.1") -> int:
         with httpx2.Client(transport=httpx2.HTTPTransport(local_address=via)) as client:
             headers = {"x-forwarded-for": chain}
-            return client.post(f"{service.url}/v1/predict", json=SETOSA, headers=headers).status_code
+            return client.post(f"{service.url}/v1/predict", json=EXAMPLE, headers=headers).status_code
 
     assert [status("203.0.113.1") for _ in range(3)] == [200, 200, 429]
     assert status("203.0.113.2") == 200
@@ -207,7 +207,7 @@ def test_a_client_s_quota_is_its_own(start: Start) -> None:
     service = start(workers=1, api_keys=DIGESTS, rate_limit="3/hour")
     first, second = ({"x-api-key": key} for key in KEYS)
     assert [service.predict(headers=first).status_code for _ in range(3)] == [200] * 3
-    answer = service.client.post("/v1/predict/batch", json={"instances": [SETOSA]}, headers=first)
+    answer = service.client.post("/v1/predict/batch", json={"instances": [EXAMPLE]}, headers=first)
     assert_problem(answer, 429, "rate_limited")
     assert 0 < int(answer.headers["retry-after"]) <= 3600
     assert service.predict(headers=second).status_code == 200

@@ -7,59 +7,83 @@ import signal
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from typer.testing import CliRunner
 
-from app.schemas.predict import Features
 from lifecycle.__main__ import commands
 from lifecycle.monitor import DRIFTED, STABLE
-from lifecycle.train import load
-from tests.conftest import SETOSA, VIRGINICA, Service, run, serving, until
+from lifecycle.traffic import usual
+from tests.conftest import (
+    ANSWER,
+    ARTIFACTS,
+    EXAMPLE,
+    INPUTS,
+    LABELS,
+    MANIFEST,
+    NUMBER,
+    OTHER,
+    OTHER_ANSWER,
+    SERVED,
+    WITH_NUMBER,
+    Document,
+    Service,
+    answer_of,
+    number,
+    run,
+    serving,
+    spelled,
+    until,
+)
 from tests.integration.test_observability import total
 from tests.watching import Watch, watching
 
 Start = Callable[..., Service]
-NAMES = list(Features.model_fields)
+# What feedback says when the answer to `EXAMPLE` was wrong.
+WRONG = (
+    OTHER_ANSWER
+    if LABELS
+    else ANSWER + 10 * (abs(ANSWER) + MANIFEST["outputs"].get("feedback_tolerance", 0) + 1)
+)
 SPEED = 240  # an hour of the rules is 15 seconds
 
 
 def psi(watch: Watch) -> dict[str, float]:
-    """What the rules say of v1: PSI by feature, and of predictions."""
+    """What the rules say of the served version: PSI by feature, and of predictions."""
     found = watch.query("feature:psi:1h") + watch.query("prediction:psi:1h")
     return {
         one["metric"].get("feature", "prediction"): float(one["value"][1])
         for one in found
-        if one["metric"]["model_version"] == "v1"
+        if one["metric"]["model_version"] == SERVED
     }
 
 
-def send(service: Service, rows: list[list[float]]) -> None:
+def send(service: Service, rows: list[Document]) -> None:
     """A batch of these rows."""
-    instances = [dict(zip(NAMES, row, strict=True)) for row in rows]
-    assert service.client.post("/v1/predict/batch", json={"instances": instances}).status_code == 200
+    answer = service.client.post("/v1/predict/batch", json={"instances": rows})
+    assert answer.status_code == 200, answer.text
 
 
+@WITH_NUMBER
 def test_drift_is_seen_by_prometheus(start: Start, tmp_path: Path) -> None:
-    """Traffic as in training stays below 0.1; petals that grow show above 0.2, and sepals stay stable."""
-    service, rows, chance = start(), load().training.tolist(), random.Random(0)
+    """Traffic as in training stays below 0.1; a feature that grows shows above 0.2, others stay stable."""
+    service, rows, chance = start(), usual(ARTIFACTS, SERVED), random.Random(0)
 
-    def found(rows: list[list[float]]) -> dict[str, float]:
+    def found(rows: list[Document]) -> dict[str, float]:
         """PSI after another 200 of these rows, once there is one of everything."""
         send(service, chance.choices(rows, k=200))
         seen = psi(watch)
-        return seen if len(seen) == len(NAMES) + 1 else {}
+        return seen if len(seen) == len(INPUTS) + 1 else {}
 
     with watching(tmp_path, service.url, SPEED) as watch:
         until(lambda: watch.query("feature_baseline_ratio"), "the first scrape")
         assert psi(watch) == {}
         stable = until(lambda: found(rows), "PSI of all features")
         assert max(stable.values()) < STABLE, stable
-        grown = [[*row[:2], row[2] + 1.5, row[3]] for row in rows]
-        moved = until(
-            lambda: one if (one := found(grown)).get("petal_length", 0) > DRIFTED else None, "drift"
-        )
-        assert max(moved["sepal_length"], moved["sepal_width"], moved["petal_width"]) < STABLE, moved
+        grown = [row | {NUMBER: number(1)} for row in rows]
+        moved = until(lambda: one if (one := found(grown)).get(NUMBER, 0) > DRIFTED else None, "drift")
+        assert max((moved[name] for name in INPUTS if name != NUMBER), default=0) < STABLE, moved
         command = ("drift", "--prometheus", watch.prometheus, "--window", "15s", "--pictures", str(tmp_path))
 
         def told() -> bool:
@@ -67,12 +91,16 @@ def test_drift_is_seen_by_prometheus(start: Start, tmp_path: Path) -> None:
             send(service, chance.choices(grown, k=200))
             done = CliRunner().invoke(commands, command)
             assert done.exit_code == 0, done.output
-            lines = [line.split() for line in done.stdout.splitlines() if line.startswith("v1")]
-            verdicts = {words[1]: words[3] for words in lines}
-            return verdicts["petal_length"] == "drifted" and verdicts["sepal_width"] == "stable"
+            verdicts = {
+                name: line.removeprefix(f"{SERVED:<7}  {name}").split()[1]
+                for line in done.stdout.splitlines()
+                for name in INPUTS
+                if line.startswith(f"{SERVED:<7}  {name} ")
+            }
+            return verdicts.pop(NUMBER) == "drifted" and {*verdicts.values()} <= {"stable"}
 
         until(told, "the same from `make drift`")
-        assert (tmp_path / "drift-v1-petal_length.svg").exists()
+        assert len([*tmp_path.glob(f"drift-{SERVED}-*.svg")]) >= 1
 
 
 def counters(service: Service) -> dict[str, float]:
@@ -89,18 +117,19 @@ def test_counters_survive_a_killed_worker(start: Start) -> None:
     service, scrapes = start(), []
 
     def ask(times: int) -> None:
-        for number in range(times):  # a connection each, so that both workers get their share
-            features = VIRGINICA if number % 2 else SETOSA
+        for index in range(times):  # a connection each, so that both workers get their share
+            features = OTHER if index % 2 else EXAMPLE
             answer = httpx2.post(f"{service.url}/v1/predict", json=features).json()
-            label = "setosa" if number % 4 else answer["label"]
-            assert given(service, answer["prediction_id"], label) == 202
-            if number % 20 == 0:
+            other = ANSWER if features is OTHER and LABELS else WRONG
+            true = answer_of(answer) if index % 4 < 2 else other
+            assert given(service, answer["prediction_id"], true) == 202
+            if index % 20 == 0:
                 scrapes.append(counters(service))
         scrapes.append(counters(service))
 
     def observed(times: int) -> bool:
         last = counters(service)
-        return all(total(last, "feature_observations_total", f'feature="{one}"') == times for one in NAMES)
+        return all(total(last, "feature_observations_total", f'feature="{one}"') == times for one in INPUTS)
 
     ask(100)
     until(lambda: observed(100), "what the workers held back")
@@ -113,37 +142,39 @@ def test_counters_survive_a_killed_worker(start: Start) -> None:
         assert not [name for name, value in before.items() if after.get(name, 0) < value]
     last = scrapes[-1]
     assert total(last, "http_requests_total", 'handler="/v1/predict"', 'status="200"') == 200
-    assert total(last, "predictions_total", 'label="setosa"') == 100
+    assert total(last, "predictions_total") == 200
+    if LABELS:
+        assert total(last, "predictions_total", f'label="{spelled(ANSWER)}"') == 100
     assert total(last, "feature_missing_total") == 0
     assert total(last, "feedback_total", 'outcome="correct"') == 100
     assert total(last, "feedback_total", 'outcome="incorrect"') == 100
 
 
-def given(service: Service, prediction_id: str, label: str, **headers: str) -> int:
+def given(service: Service, prediction_id: str, label: Any, **headers: str) -> int:
     """The status of a label that comes back, on a connection of its own: either worker may get it."""
     body = {"prediction_id": prediction_id, "label": label}
     return httpx2.post(f"{service.url}/v1/feedback", json=body, headers=headers).status_code
 
 
 def feedback(service: Service, outcome: str) -> float:
-    """How many predictions of v1 proved so."""
-    return service.metrics()[f'feedback_total{{model_version="v1",outcome="{outcome}"}}']
+    """How many predictions proved so."""
+    return service.metrics()[f'feedback_total{{model_version="{SERVED}",outcome="{outcome}"}}']
 
 
 def test_a_label_is_judged_by_any_worker_after_any_restart(tmp_path: Path) -> None:
     """An id of yesterday's process is judged by today's; whichever worker it reaches, it counts once."""
     with serving(tmp_path) as yesterday:
-        ids = [httpx2.post(f"{yesterday.url}/v1/predict", json=SETOSA).json()["prediction_id"] for _ in "ab"]
-        instances = {"instances": [SETOSA, VIRGINICA]}
+        ids = [httpx2.post(f"{yesterday.url}/v1/predict", json=EXAMPLE).json()["prediction_id"] for _ in "ab"]
+        instances = {"instances": [EXAMPLE, OTHER]}
         batch = yesterday.client.post("/v1/predict/batch", json=instances).json()["predictions"]
     with serving(tmp_path) as today:
         assert (feedback(today, "correct"), feedback(today, "incorrect")) == (0, 0)
         for _ in range(8):
-            assert given(today, ids[0], "setosa") == 202
-            assert given(today, ids[1], "virginica") == 202
-        assert [given(today, one["prediction_id"], one["label"]) for one in batch] == [202, 202]
+            assert given(today, ids[0], answer_of(batch[0])) == 202
+            assert given(today, ids[1], WRONG) == 202
+        assert [given(today, one["prediction_id"], answer_of(one)) for one in batch] == [202, 202]
         assert (feedback(today, "correct"), feedback(today, "incorrect")) == (3, 1)
-        assert {given(today, ids[0], "virginica") for _ in range(8)} == {409}
+        assert {given(today, ids[0], WRONG) for _ in range(8)} == {409}
         assert (feedback(today, "correct"), feedback(today, "incorrect")) == (3, 1)
 
 
@@ -151,13 +182,14 @@ def test_feedback_that_cannot_be_is_refused(start: Start) -> None:
     """An id nobody gave out is 404, a label or an id of another kind 422, a stranger 401."""
     service = start(workers=1, api_keys=sha256(b"a key").hexdigest())
     key = {"x-api-key": "a key"}
-    good = service.predict(headers=key).json()["prediction_id"]
-    assert given(service, good, "setosa") == 401
-    assert given(service, "0" * 32, "setosa", **key) == 404
-    assert given(service, good[::-1], "setosa", **key) == 404
-    assert given(service, "short", "setosa", **key) == 422
-    assert given(service, good, "rose", **key) == 422
-    assert given(service, good, "setosa", **key) == 202
+    predicted = service.predict(headers=key).json()
+    good, right = predicted["prediction_id"], answer_of(predicted)
+    assert given(service, good, right) == 401
+    assert given(service, "0" * 32, right, **key) == 404
+    assert given(service, good[::-1], right, **key) == 404
+    assert given(service, "short", right, **key) == 422
+    assert given(service, good, ["a list"], **key) == 422
+    assert given(service, good, right, **key) == 202
     assert feedback(service, "correct") == 1
 
 
@@ -165,25 +197,25 @@ def test_decisions_are_on_record_without_their_inputs(tmp_path: Path) -> None:
     """The log says what was decided by which thresholds, never from which input; quality joins it."""
     with serving(tmp_path, review_threshold=0.99) as service:
         single = service.predict()
-        rows = [SETOSA] * 120 + [VIRGINICA] * 30
+        rows = [EXAMPLE] * 120 + [OTHER] * 30
         batch = service.client.post("/v1/predict/batch", json={"instances": rows})
         told = service.client.post(
-            "/v1/feedback", json={"prediction_id": single.json()["prediction_id"], "label": "virginica"}
+            "/v1/feedback", json={"prediction_id": single.json()["prediction_id"], "label": WRONG}
         )
         line = service.line(single.headers["x-request-id"])
         feedback_line = service.line(told.headers["x-request-id"])
         service.line(batch.headers["x-request-id"])
-    keys = ("prediction_id", "label", "score", "action")
+    keys = ("prediction_id", *(("label", "score") if LABELS else ("value",)), "action")
     decided = [{key: one[key] for key in keys} for one in (single.json(), *batch.json()["predictions"])]
     audit = [one for one in service.lines() if one["event"] == "audit"]
     assert [len(one["predictions"]) for one in audit] == [100, 50]
     assert [one for written in (line, *audit) for one in written["predictions"]] == decided
     for written in (line, *audit):
         assert written["thresholds"] == {"review": 0.99, "out_of_range": "review"}
-        assert written["model_version"] == "v1"
+        assert written["model_version"] == SERVED
     assert {one["request_id"] for one in audit} == {batch.headers["x-request-id"]}
-    assert (feedback_line["prediction_id"], feedback_line["model_version"]) == (line["prediction_id"], "v1")
-    assert (feedback_line["feedback"], feedback_line["correct"]) == ("virginica", False)
+    assert (feedback_line["prediction_id"], feedback_line["model_version"]) == (line["prediction_id"], SERVED)
+    assert (feedback_line["feedback"], feedback_line["correct"]) == (WRONG, False)
     (drift_line,) = [
         one for one in service.lines() if one["event"] == "drift"
     ]  # the last words of the worker
@@ -192,6 +224,6 @@ def test_decisions_are_on_record_without_their_inputs(tmp_path: Path) -> None:
         key for written in (line, *audit, feedback_line) for key in written
     }
     done = run(tmp_path, "lifecycle", "quality", "--logs", str(service.log), "--pictures", ".")
-    assert "v1: 1 predictions with a label, accuracy 0.000" in done.stdout
+    assert f"{SERVED}: 1 predictions with a label" in done.stdout
     done = run(tmp_path, "lifecycle", "drift", "--logs", str(service.log), "--pictures", ".")
     assert "too few rows" in done.stdout

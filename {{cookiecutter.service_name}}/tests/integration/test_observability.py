@@ -18,16 +18,28 @@ import pytest
 
 from app.observability.tracing import MAX_SPANS
 from tests.conftest import (
+    ANSWER,
+    EXAMPLE,
+    FIELD,
     GUNICORN,
+    INPUTS,
+    LABELS,
+    MANIFEST,
+    NUMBER,
+    OTHER,
+    OTHER_ANSWER,
     PATIENCE_SECONDS,
-    SETOSA,
-    VIRGINICA,
+    SERVED,
+    WITH_NUMBER,
     Service,
     begin,
     end,
     environment,
+    number,
     serving,
+    spelled,
     until,
+    wrong,
 )
 
 KEYS = {
@@ -49,7 +61,7 @@ def test_a_request_is_one_line(service: Service) -> None:
         "/v1/predict",
         200,
     )
-    assert (line["model_version"], line["prediction_id"]) == ("v1", answer.json()["prediction_id"])
+    assert (line["model_version"], line["prediction_id"]) == (SERVED, answer.json()["prediction_id"])
     assert line["duration_ms"] > 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+(Z|\+00:00)", line["timestamp"])
     assert "127.0.0.1" not in line["client"]
@@ -77,9 +89,9 @@ def test_what_a_client_sends_is_never_logged(service: Service) -> None:
     """Neither features nor invalid input, queries, names or header values come up in the log."""
     secrets = [str(CANARY), "canary-text", "canary_name", "canary-query", "canary-header"]
     answers = [
-        service.predict({**SETOSA, "sepal_length": CANARY}),
-        service.predict({**SETOSA, "sepal_length": "canary-text", "canary_name": CANARY}),
-        service.predict(content=b'{"sepal_length": canary-text'),
+        service.predict({**EXAMPLE, FIELD: CANARY}),
+        service.predict({**EXAMPLE, FIELD: "canary-text", "canary_name": CANARY}),
+        service.predict(content=b'{"any feature": canary-text'),
         service.predict(params={"q": "canary-query"}, headers={"idempotency-key": "canary-header"}),
     ]
     for answer in answers:
@@ -129,7 +141,7 @@ def total(metrics: dict[str, float], name: str, *labels: str) -> float:
 def test_a_thousand_requests_are_a_thousand(start: Start) -> None:
     """However two workers shared the requests, every scrape says exactly what was sent and answered."""
     service = start()
-    bodies = [VIRGINICA if index % 2 else SETOSA for index in range(900)] + [{"sepal_length": 1.0}] * 100
+    bodies = [OTHER if index % 2 else EXAMPLE for index in range(900)] + [{}] * 100
     with ThreadPoolExecutor(16) as pool:
         statuses = [answer.status_code for answer in pool.map(service.predict, bodies)]
     assert (statuses.count(200), statuses.count(422)) == (900, 100)
@@ -142,26 +154,29 @@ def test_a_thousand_requests_are_a_thousand(start: Start) -> None:
         assert total(metrics, "http_request_duration_seconds_count", *here) == 1000
         assert total(metrics, "http_request_duration_seconds_bucket", *here, 'le="+Inf"') == 1000
         assert total(metrics, "predictions_total") == 900
-        for label in ("setosa", "virginica"):
-            assert total(metrics, "predictions_total", f'label="{label}"', 'model_version="v1"') == 450
-        assert total(metrics, "prediction_score_count", 'model_version="v1"') == 900
+        version = f'model_version="{SERVED}"'
+        for label in (ANSWER, OTHER_ANSWER) if LABELS else ():
+            assert total(metrics, "predictions_total", f'label="{spelled(label)}"', version) == 450
+        assert (
+            total(metrics, "prediction_score_count" if LABELS else "prediction_value_count", version) == 900
+        )
         assert total(metrics, "inference_batch_rows_sum") == 900
         assert total(metrics, "inference_stage_duration_seconds_count", 'stage="postprocess"') == 900
-        assert total(metrics, "schema_violations_total", 'reason="missing"') == 300
+        assert total(metrics, "schema_violations_total", 'reason="missing"') == 100 * len(INPUTS)
         assert total(metrics, "inference_in_flight") == 0
 
 
+@WITH_NUMBER
 def test_a_batch_counts_its_rows(start: Start) -> None:
     """A batch is one request and as many predictions as it has instances."""
     service = start(workers=1)
-    service.client.post(
-        "/v1/predict/batch", json={"instances": [SETOSA] * 30 + [{**SETOSA, "sepal_length": 50}] * 3}
-    )
+    instances = [EXAMPLE] * 30 + [{**EXAMPLE, NUMBER: number(2)}] * 3
+    service.client.post("/v1/predict/batch", json={"instances": instances})
     metrics = service.metrics()
     assert total(metrics, "http_requests_total", 'handler="/v1/predict/batch"', 'status="200"') == 1
     assert total(metrics, "predictions_total") == 33
     assert total(metrics, "predictions_total", 'action="review"') == 3
-    assert metrics['feature_out_of_range_total{feature="sepal_length"}'] == 3
+    assert total(metrics, "feature_out_of_range_total", f'feature="{NUMBER}"') == 3
 
 
 def test_unknown_paths_and_names_make_no_series(start: Start) -> None:
@@ -169,12 +184,12 @@ def test_unknown_paths_and_names_make_no_series(start: Start) -> None:
     service = start(workers=1)
     for index, path in enumerate(HOSTILE):
         service.client.request(("GET", "POST", "PROPFIND")[index % 3], path)
-        service.predict({**SETOSA, f"field{index}": 1}, headers={"x-request-id": f"id{index}"})
+        service.predict({**EXAMPLE, f"field{index}": 1}, headers={"x-request-id": f"id{index}"})
     service.metrics()
     before = service.metrics().keys()
     for index in range(50):
         service.client.get(f"/unknown/{index}")
-        service.predict({**SETOSA, f"other{index}": 1})
+        service.predict({**EXAMPLE, f"other{index}": 1})
         service.client.request("REPORT", "/v1/predict")
     after = service.metrics().keys()
     assert {re.sub(r"_created|le=.*", "", name) for name in after ^ before} <= {
@@ -193,12 +208,13 @@ def test_the_promised_names_are_there(service: Service) -> None:
     assert names >= {
         "http_requests_total", "http_request_duration_seconds_bucket", "client_disconnects_total",
         "inference_stage_duration_seconds_bucket", "inference_batch_rows_bucket", "inference_in_flight",
-        "inference_queue_depth", "inference_admission_limit", "predictions_total", "prediction_score_bucket",
+        "inference_queue_depth", "inference_admission_limit", "predictions_total",
+        "prediction_score_bucket" if LABELS else "prediction_value_bucket",
         "model_info", "model_load_seconds", "log_lines_dropped_total",
     }  # fmt: skip
     (info,) = [name for name in service.metrics() if name.startswith("model_info{")]
-    assert 'version="v1"' in info
-    assert 'runtime="onnx"' in info
+    assert f'version="{SERVED}"' in info
+    assert f'runtime="{MANIFEST["runtime"]}"' in info
 
 
 def test_a_client_that_leaves_is_counted(start: Start) -> None:
@@ -398,7 +414,7 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
             "x-envoy-attempt-count": "kestrel",
         }  # fmt: skip
         assert service.client.get("/break").status_code == 200
-        odd = {**SETOSA, "sepal_length": CANARY}
+        odd = {**EXAMPLE, FIELD: CANARY}
         answers = [
             service.predict(headers=marked, params={"q": "kestrel"}),
             service.predict(headers=marked | {"content-type": "kestrel/kestrel"}),
@@ -406,17 +422,17 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
             service.predict(headers={"x-api-key": "kestrel"}),
             service.predict(headers={"authorization": "Bearer kestrel"}),
             service.predict(headers=right, params={"api_key": "kestrel"}),
-            service.predict({**SETOSA, "sepal_length": "kestrel"}, headers=right),
-            service.predict(content=b'{"sepal_length": kestrel', headers=right),
+            service.predict({**EXAMPLE, FIELD: wrong("kestrel")}, headers=right),
+            service.predict(content=b'{"any feature": kestrel', headers=right),
             service.predict(odd, headers=right),
-            service.client.post("/v1/predict/batch", json={"instances": [odd, SETOSA]}, headers=right),
+            service.client.post("/v1/predict/batch", json={"instances": [odd, EXAMPLE]}, headers=right),
             service.client.get("/kestrel", headers=right, params={"kestrel": "kestrel"}),
             service.client.request("KESTREL", "/kestrel"),
             service.client.get("/crash/kestrel"),
         ]
         assert [answer.status_code for answer in answers].count(500) == 3
-        service.predict({**SETOSA, "kestrel": 1}, headers=right)
-        service.predict({**SETOSA, "kestrel": 1}, headers=marked)
+        service.predict({**EXAMPLE, "kestrel": 1}, headers=right)
+        service.predict({**EXAMPLE, "kestrel": 1}, headers=marked)
         address = httpx2.URL(service.url)
         for broken in (
             b"GET /kestrel kestrel\r\n\r\n",

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.conftest import ARTIFACTS, SETOSA, Service, serving, until
+from tests.conftest import ARTIFACTS, EXAMPLE, Service, copied_artifacts, serving, until
 from tests.integration.test_artifacts import edit, rewrite
 
 Start = Callable[..., Service]
@@ -25,7 +25,7 @@ FAILURES = "model_reload_failures_total"
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Path:
     """Artifacts of one's own, in which v1 serves."""
-    return Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts"))
+    return copied_artifacts(tmp_path)
 
 
 def add(root: Path, version: str) -> Path:
@@ -37,8 +37,15 @@ def add(root: Path, version: str) -> Path:
 
 def misremember(version: Path) -> None:
     """Other answers in the golden set than the model gives."""
-    golden = (version / "golden.jsonl").read_bytes()
-    rewrite(version, "golden.jsonl", golden.replace(b'"setosa": 0.9', b'"setosa": 0.1'))
+    lines = []
+    for line in (version / "golden.jsonl").read_bytes().splitlines():
+        row = json.loads(line)
+        if "value" in row:
+            row["value"] += 1 + 10 * row["tolerance"]
+        else:
+            row["probabilities"] = {label: 1 - one for label, one in row["probabilities"].items()}
+        lines.append(json.dumps(row).encode())
+    rewrite(version, "golden.jsonl", b"\n".join(lines))
 
 
 def release(root: Path, serving: str) -> None:
@@ -62,7 +69,7 @@ def traffic(service: Service, clients: int = 8) -> Iterator[Counter[tuple[int, s
     def ask() -> None:
         with httpx2.Client(base_url=service.url, timeout=60) as client:
             while not ending.is_set():
-                answer = client.post("/v1/predict", json=SETOSA)
+                answer = client.post("/v1/predict", json=EXAMPLE)
                 got[answer.status_code, answer.json().get("model_version", "")] += 1
 
     threads = [threading.Thread(target=ask) for _ in range(clients)]
@@ -145,7 +152,7 @@ def test_a_new_worker_starts_with_what_is_released(start: Start, artifacts: Path
     os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
     until(lambda: events(service, "ready", "v2") == 3, "the new worker")
     answers = {
-        httpx2.post(f"{service.url}/v1/predict", json=SETOSA).json()["model_version"] for _ in range(50)
+        httpx2.post(f"{service.url}/v1/predict", json=EXAMPLE).json()["model_version"] for _ in range(50)
     }
     assert answers == {"v2"}
 

@@ -1,7 +1,6 @@
 """Configuration: what is wrong stops the start with one line that names the variable and hides the value."""
 
 import json
-import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -9,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ARTIFACTS, SETOSA, Service, refusal, run, serving
+from tests.conftest import (
+    EXAMPLE,
+    INPUTS,
+    LABELS,
+    NUMBER,
+    WITH_NUMBER,
+    Service,
+    copied_artifacts,
+    number,
+    refusal,
+    run,
+    serving,
+)
 from tests.integration.test_http import assert_problem
 
 SECRET = "s3cr3t"  # noqa: S105  # stands for what somebody put into the wrong variable
@@ -87,8 +98,7 @@ def test_an_address_may_be_one_of_ipv6(start: Start, host: str) -> None:
 )
 def test_production_serves_only_what_is_pinned(tmp_path: Path, change: dict[str, object], named: str) -> None:
     """A model that does not say what it was made from, and with which releases, is refused in production."""
-    artifacts = tmp_path / "artifacts"
-    shutil.copytree(ARTIFACTS, artifacts)
+    artifacts = copied_artifacts(tmp_path)
     manifest = artifacts / "v1" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
     settings: dict[str, Any] = {"artifacts_dir": artifacts, "auth_disabled": "true"}
@@ -134,28 +144,33 @@ def test_config_refuses_like_the_service(tmp_path: Path) -> None:
     assert SECRET not in done.stdout + done.stderr
 
 
+@WITH_NUMBER
 @pytest.mark.parametrize(("policy", "action"), [("accept", "accept"), ("review", "review")])
 def test_a_value_outside_the_training_range_is_the_operator_s_choice(
     start: Start, policy: str, action: str
 ) -> None:
     """Such a value is let through or marked for review, as APP_OUT_OF_RANGE says."""
-    service = start(workers=1, out_of_range=policy)
-    assert service.predict({**SETOSA, "sepal_length": 4.2}).json()["action"] == action
-    assert service.predict({**SETOSA, "sepal_length": 4.3}).json()["action"] == "accept"
+    step = 1 if INPUTS[NUMBER]["dtype"] == "int64" else 0.01 * (number(1) - number(0))
+    service = start(workers=1, out_of_range=policy, review_threshold=0)
+    for edge, beyond in ((number(0), number(0) - step), (number(1), number(1) + step)):
+        assert service.predict({**EXAMPLE, NUMBER: beyond}).json()["action"] == action
+        assert service.predict({**EXAMPLE, NUMBER: edge}).json()["action"] == "accept"
 
 
+@WITH_NUMBER
 def test_a_value_outside_the_training_range_may_be_rejected(start: Start) -> None:
     """With APP_OUT_OF_RANGE=reject it is 422, naming the feature, and in a batch the index."""
     service = start(workers=1, out_of_range="reject")
-    odd = {**SETOSA, "sepal_length": 50.0}
+    odd = {**EXAMPLE, NUMBER: number(2)}
     (error,) = assert_problem(service.predict(odd), 422, "invalid_input")["errors"]
-    assert error["loc"][-1] == "sepal_length"
-    for instances in ([SETOSA, odd], [odd]):
+    assert error["loc"][-1] == NUMBER
+    for instances in ([EXAMPLE, odd], [odd]):
         answer = service.client.post("/v1/predict/batch", json={"instances": instances})
         (error,) = assert_problem(answer, 422, "invalid_input")["errors"]
-        assert error["loc"][-3:] == ["instances", len(instances) - 1, "sepal_length"]
+        assert error["loc"][-3:] == ["instances", len(instances) - 1, NUMBER]
 
 
+@pytest.mark.skipif(not LABELS, reason="a regressor has no score")
 def test_a_low_score_is_reviewed_at_the_threshold_set(start: Start) -> None:
     """With APP_REVIEW_THRESHOLD at 1, whatever is not certain is for a person to look at."""
     service = start(workers=1, review_threshold=1)
@@ -166,5 +181,5 @@ def test_limits_are_settings(start: Start) -> None:
     """Body size and batch length follow their variables."""
     service = start(workers=1, max_body_bytes=500, max_batch_items=2)
     assert_problem(service.predict(content=b" " * 501), 413, "body_too_large")
-    answer = service.client.post("/v1/predict/batch", json={"instances": [SETOSA] * 3})
+    answer = service.client.post("/v1/predict/batch", json={"instances": [EXAMPLE] * 3})
     assert_problem(answer, 422, "invalid_input")

@@ -20,11 +20,22 @@ import yaml
 from prometheus_client import Metric
 
 from app.core.errors import _STATUS as STATUS_BY_CODE
+from app.core.store import read_artifact
 from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import PREFIX, Settings
+from lifecycle.docs import _api
 from lifecycle.runbooks import anchor, broken, headings, prose
-from tests.conftest import ARTIFACTS, SETOSA, Service, run, serving, until
+from tests.conftest import (
+    EXAMPLE,
+    SERVED,
+    Service,
+    assert_answers,
+    copied_artifacts,
+    run,
+    serving,
+    until,
+)
 from tests.watching import prepare, program, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,10 +331,10 @@ class Desk:
 def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with keys to which much happened: refusals, a late body, a bad release, a killed worker."""
     folder, own = tmp_path_factory.mktemp("eventful"), sha256(KEY.encode()).hexdigest()
-    release = Path(shutil.copytree(ARTIFACTS, folder / "artifacts")) / "release.json"
+    release = copied_artifacts(folder) / "release.json"
     good = release.read_text("utf-8")
     with serving(folder, artifacts_dir=release.parent, api_keys=own, request_deadline_seconds=2) as service:
-        for key, body in ((KEY, {}), ("another", SETOSA), (KEY, SETOSA)):
+        for key, body in ((KEY, {}), ("another", EXAMPLE), (KEY, EXAMPLE)):
             service.predict(body, headers={"x-api-key": key})
         late = service.connection()
         late.putrequest("POST", "/v1/predict")
@@ -381,7 +392,7 @@ def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
-def test_commands_work_when_pasted(path: Path, desk: Desk) -> None:
+def test_commands_work_when_pasted(path: Path, desk: Desk, eventful: Service) -> None:
     """Each command of a runbook, pasted into a shell beside a running service, does what the page says."""
     for line in "".join(blocks(path, "sh")).splitlines():
         status, output, complaints = desk.paste(line)
@@ -389,7 +400,8 @@ def test_commands_work_when_pasted(path: Path, desk: Desk) -> None:
         assert (status, complaints) == (0, "") or (nothing_found and status == 1), (line, output, complaints)
         assert output.strip() or nothing_found or line.startswith(SAY_NOTHING), line
         if "/v1/predict " in line:
-            assert '"label":"setosa"' in output
+            answer = json.loads(output)
+            assert_answers(answer, artifacts=eventful.log.parent / "artifacts", version="v1")
         if "/ready" in line:
             assert re.search(r'"status":"ready"|^200$', output)
         if "silence add" in line:
@@ -400,7 +412,7 @@ def test_commands_work_when_pasted(path: Path, desk: Desk) -> None:
 def test_rolling_back_as_the_runbook_says(desk: Desk) -> None:
     """The commands that roll back make the version before serve, and those that undo it the one after."""
     there, back = (blocks_in(sections(INDEX)[title]) for title in ("Roll back the model", "Rules only"))
-    for pasted, version in ((there[0], "v0"), (back[1], "v1"), (back[0], "v0")):
+    for pasted, version in ((there[0], "v0"), (back[1], SERVED), (back[0], "v0")):
         assert desk.paste(pasted)[0] == 0
         with serving(desk.folder, workers=1) as service:
             assert service.predict().json()["model_version"] == version
@@ -443,6 +455,38 @@ def test_the_contract_lists_every_error() -> None:
 def test_the_example_request_is_valid() -> None:
     """`docs/example.json` can be sent as it is."""
     Features.model_validate_json((ROOT / "docs" / "example.json").read_bytes())
+
+
+def test_documents_say_what_the_contract_says(tmp_path: Path) -> None:
+    """Features, answers, examples and the served version's facts stand in the documents as they are."""
+    done = run(ROOT, "lifecycle", "docs", "--check", "--openapi")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    copied(tmp_path)
+    stale = ["README.md", "docs/contract.md", "docs/model_card.md", "docs/example.json"]
+    for page in stale:
+        text = (tmp_path / page).read_text("utf-8")
+        (tmp_path / page).write_text(text.replace(SERVED, "v99").replace(": ", ":  "), "utf-8")
+    done = run(tmp_path, "lifecycle", "docs", "--check")
+    assert (done.returncode, [line.partition(":")[0] for line in done.stderr.splitlines()]) == (1, stale)
+    done = run(tmp_path, "lifecycle", "docs")
+    assert (done.returncode, [line.partition(":")[0] for line in done.stdout.splitlines()]) == (0, stale)
+    assert (tmp_path / "docs/example.json").read_bytes() == (ROOT / "docs/example.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["plain", "it's", 'a "quoted" one', "a/b&c", "back\\slash", "naïve, größer", True, 3, -1.5],
+    ids=str,
+)
+def test_the_command_for_feedback_survives_any_label(label: Any) -> None:
+    """Whatever a label is made of, the command in `docs/contract.md` sends it as it is."""
+    manifest = read_artifact(ROOT / "artifacts", SERVED).manifest
+    section = _api(manifest, EXAMPLE, {"prediction_id": "", "label": label})["Say what was right"]
+    (command,) = blocks_in(section)
+    script = command.partition(" | ")[2].partition(" | curl")[0]
+    given = '{"prediction_id":"' + "0" * 32 + '","label":"x"}'
+    done = subprocess.run(["sh", "-c", script], input=given, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"prediction_id": "0" * 32, "label": label}
 
 
 def test_every_file_is_explained() -> None:

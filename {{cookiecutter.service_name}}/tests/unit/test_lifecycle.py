@@ -1,157 +1,20 @@
-"""Training and packaging: the same bytes every time, proven, and written whole or not at all."""
+"""Packaging and sizing: written whole or not at all, and advice from figures."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import typer
 
 from app.core.sizing import Machine, machine
-from app.core.store import read_artifact, read_release
-from app.schemas.contract import served_contract_sha256
 from lifecycle.package import differing, publish
 from lifecycle.size import MIB, Cost, advise, carried, table
-from lifecycle.train import ARTIFACTS, Data, convert, fit, load, model_files, prove_parity, train
 from load.profile import STAGES, Step, bottleneck, chart, report
 from load.profile import Machine as Place
-
-ROOT = ARTIFACTS.parent
-
-
-@pytest.fixture(scope="module")
-def data() -> Data:
-    """The training data and its holdout."""
-    return load()
-
-
-@pytest.fixture(scope="module")
-def made(data: Data) -> dict[str, bytes]:
-    """The files of a freshly trained version."""
-    return model_files("v1", data)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_training_again_elsewhere_gives_the_same_bytes(made: dict[str, bytes], tmp_path: Path) -> None:
-    """Another process in another folder with another hash seed makes the same files, byte for byte."""
-    subprocess.run(
-        [sys.executable, "-m", "lifecycle", "train", "--artifacts", "made"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"},
-        check=True,
-    )
-    assert contents(tmp_path / "made" / "v1") == made
-
-
-def test_a_fresh_training_passes_the_checks_of_the_service(tmp_path: Path) -> None:
-    """What training writes is what the service verifies: release, stub and model, for the served contract."""
-    train(artifacts=tmp_path, version="v1", check=False, force=False)
-    release = read_release(tmp_path)
-    assert (release.serving, release.previous) == ("v1", "v0")
-    for version in ("v0", "v1"):
-        assert read_artifact(tmp_path, version).manifest.contract_sha256 == served_contract_sha256()
-
-
-def test_training_again_agrees_with_the_committed_model(made: dict[str, bytes]) -> None:
-    """A fresh training gives the committed golden answers, whatever the versions of the libraries."""
-    fresh = [json.loads(line) for line in made["golden.jsonl"].splitlines()]
-    committed = [json.loads(line) for line in (ARTIFACTS / "v1" / "golden.jsonl").read_bytes().splitlines()]
-    for ours, theirs in zip(fresh, committed, strict=True):
-        assert ours["features"] == theirs["features"]
-        assert ours["label"] == theirs["label"]
-        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-3)
-
-
-def test_the_onnx_model_answers_as_scikit_learn_does(data: Data) -> None:
-    """On every row the ONNX model gives scikit-learn's label and its probabilities within 1e-5."""
-    pipeline = fit(data)
-    prove_parity(pipeline, convert(pipeline), np.vstack([data.training, data.holdout]))
-
-
-def test_a_model_that_answers_differently_is_not_packaged(data: Data) -> None:
-    """A conversion that changed the answers is noticed before anything is written."""
-    other = Data(data.training[::-1], data.training_labels, data.holdout, data.holdout_labels)
-    with pytest.raises(ValueError, match="than scikit-learn"):
-        prove_parity(fit(data), convert(fit(other)), data.holdout)
-
-
-def test_the_model_gets_the_holdout_right(data: Data) -> None:
-    """On the rows it never saw, the model is right in at least nine of ten."""
-    assert fit(data).score(data.holdout, data.holdout_labels) >= 0.9
-
-
-def test_the_baseline_counts_every_training_row_once(made: dict[str, bytes]) -> None:
-    """For each feature, the score and the labels the baseline's counts add up to the training rows."""
-    baseline = json.loads(made["baseline.json"])
-    histograms = [*baseline["features"].values(), baseline["scores"]]
-    assert {sum(entry["counts"]) + entry.get("missing", 0) for entry in histograms} == {baseline["rows"]}
-    assert {len(entry["counts"]) - len(entry["edges"]) for entry in histograms} == {1}
-    assert sum(baseline["labels"].values()) == baseline["rows"]
-
-
-def test_an_equal_version_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training twice says `unchanged`, changes nothing, and --check agrees."""
-    train(artifacts=tmp_path, version="v1", check=False, force=False)
-    before = contents(tmp_path)
-    capsys.readouterr()
-    train(artifacts=tmp_path, version="v1", check=False, force=False)
-    assert capsys.readouterr().out.count("unchanged") == 2
-    with pytest.raises(typer.Exit) as ended:
-        train(artifacts=tmp_path, version="v1", check=True, force=False)
-    assert ended.value.exit_code == 0
-    assert contents(tmp_path) == before
-
-
-def test_a_version_that_differs_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Other bytes in a version stop --check and training, which name the file; only --force replaces it."""
-    train(artifacts=tmp_path, version="v1", check=False, force=False)
-    (tmp_path / "v1" / "model.onnx").write_bytes(b"tampered")
-    before = contents(tmp_path)
-    capsys.readouterr()
-    for check in (True, False):
-        with pytest.raises(typer.Exit) as ended:
-            train(artifacts=tmp_path, version="v1", check=check, force=False)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert ended.value.exit_code == 1
-        assert "v1" in line
-        assert "model.onnx" in line
-        assert contents(tmp_path) == before
-    train(artifacts=tmp_path, version="v1", check=False, force=True)
-    read_artifact(tmp_path, "v1")
-
-
-def test_check_writes_nothing_where_nothing_is(tmp_path: Path) -> None:
-    """--check on an empty folder fails and leaves it empty."""
-    with pytest.raises(typer.Exit) as ended:
-        train(artifacts=tmp_path, version="v1", check=True, force=False)
-    assert ended.value.exit_code == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_new_version_does_not_take_over_serving(tmp_path: Path) -> None:
-    """Training v2 adds a folder; what serves is still what release.json said before."""
-    train(artifacts=tmp_path, version="v1", check=False, force=False)
-    train(artifacts=tmp_path, version="v2", check=False, force=False)
-    assert read_artifact(tmp_path, "v2").manifest.version == "v2"
-    assert read_release(tmp_path).serving == "v1"
-
-
-@pytest.mark.parametrize("version", ["latest", "v0", "../v1", ""])
-def test_a_name_that_is_no_new_version_is_refused(version: str, tmp_path: Path) -> None:
-    """Only v and a number names a version, and v0 is the stub's."""
-    with pytest.raises(typer.BadParameter):
-        train(artifacts=tmp_path, version=version, check=False, force=False)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_half_way_leaves_the_version_as_it_was(tmp_path: Path) -> None:

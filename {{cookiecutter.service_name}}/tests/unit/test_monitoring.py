@@ -1,6 +1,7 @@
 """Drift, feedback and quality without a server: what is counted, judged and computed from it."""
 
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from structlog.testing import CapturingLogger
 from typer.testing import CliRunner, Result
 
@@ -25,17 +26,30 @@ from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.drift import LINE_ROWS, MISSING, OTHER, Drift
 from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
-from app.schemas.predict import Prediction
 from lifecycle import monitor
 from lifecycle.__main__ import commands
-from lifecycle.package import Rows, baseline, feature_names, labels
-from lifecycle.train import ARTIFACTS
+from tests.conftest import ANSWER, ARTIFACTS, SERVED, prediction
+from tests.watching import program
 
 RULES = Path(__file__).resolve().parents[2] / "ops" / "prometheus" / "drift_rules.yml"
-BASELINE = (ARTIFACTS / "v1" / "baseline.json").read_bytes()
-BINS: dict[str, list[str]] = {
-    name: feature["bins"] for name, feature in json.loads(BASELINE)["features"].items()
+
+
+def histogram(*edges: float, missing: int = 0) -> dict[str, Any]:
+    """A feature as a baseline has it, 20 rows in each bin."""
+    bounds = ["-inf", *map(str, edges), "inf"]
+    bins = [f"({low},{high}]" for low, high in itertools.pairwise(bounds)]
+    return {"edges": edges, "bins": bins, "counts": [20] * len(bins), "missing": missing}
+
+
+LENGTHS = {
+    "length": histogram(1.4, 2.6, 4.3, 4.9, 5.5),
+    "width": histogram(0.2, 0.4, 1.2, 1.5, 2.0),
+    "height": histogram(4.9, 5.2, 5.8, 6.2, 6.7),
+    "depth": histogram(2.6, 2.8, 3.0, 3.2, 3.4),
 }
+BASELINE = json.dumps({"rows": 120, "features": LENGTHS, "labels": {"yes": 50, "no": 70}}).encode()
+BINS: dict[str, list[str]] = {name: feature["bins"] for name, feature in LENGTHS.items()}
+SERVED_BASELINE: dict[str, Any] = json.loads((ARTIFACTS / SERVED / "baseline.json").read_bytes())
 
 
 def counted(registry: CollectorRegistry, name: str, *labels: str) -> dict[Any, float]:
@@ -63,11 +77,11 @@ VALUES = st.floats(0, 10, width=32) | st.sampled_from([1.4, 0.2, 3.0, 5.0, float
 )
 def test_every_value_is_counted_in_its_bin(rows: list[list[float]], cut: int) -> None:
     """Whatever comes, each value is counted once: in the bin that holds it, or as missing."""
-    drift, registry = drift_of(BASELINE, feature_names())
+    drift, registry = drift_of(BASELINE, [*BINS])
     parts = [np.array(part, np.float32) for part in (rows[:cut], rows[cut:]) if part]
     drift.observe(parts, Tally())
     expected: Tally[tuple[str, str]] = Tally()
-    for name, values in zip(feature_names(), np.array(rows, np.float32).T.tolist(), strict=True):
+    for name, values in zip([*BINS], np.array(rows, np.float32).T.tolist(), strict=True):
         for value in values:
             bounds = {bin_: [np.float32(edge) for edge in bin_[1:-1].split(",")] for bin_ in BINS[name]}
             inside = [bin_ for bin_, (low, high) in bounds.items() if low < value <= high]
@@ -101,9 +115,9 @@ def test_categories_are_bins_and_strangers_are_other() -> None:
 
 def test_the_baseline_is_exposed_as_shares() -> None:
     """For each feature, and for the labels, the exposed shares of training add up to one."""
-    _, registry = drift_of(BASELINE, feature_names())
+    _, registry = drift_of(BASELINE, [*BINS])
     shares = counted(registry, "feature_baseline_ratio", "feature", "bin")
-    for name in feature_names():
+    for name in [*BINS]:
         assert sum(share for (feature, _), share in shares.items() if feature == name) == pytest.approx(1)
     assert sum(counted(registry, "prediction_baseline_ratio", "label").values()) == pytest.approx(1)
 
@@ -111,31 +125,31 @@ def test_the_baseline_is_exposed_as_shares() -> None:
 def test_few_rows_are_no_line_of_the_log() -> None:
     """Bins are logged only when enough rows share them, and each row in one line only."""
     log = CapturingLogger()
-    drift, _ = drift_of(BASELINE, feature_names(), log)
-    row = np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
-    drift.observe([row] * (LINE_ROWS - 1), Tally(setosa=LINE_ROWS - 1))
+    drift, _ = drift_of(BASELINE, [*BINS], log)
+    row = np.array([[1.4, 3.5, 5.1, 0.2]], np.float32)
+    drift.observe([row] * (LINE_ROWS - 1), Tally(yes=LINE_ROWS - 1))
     drift.write_line()
     assert log.calls == []
-    drift.observe([row], Tally(setosa=1))
+    drift.observe([row], Tally(yes=1))
     drift.write_line()
     drift.write_line()
     (line,) = log.calls
     assert (line.args, line.kwargs["model_version"], line.kwargs["rows"]) == (("drift",), "v1", LINE_ROWS)
-    assert line.kwargs["features"]["petal_length"] == {"(-inf,1.4]": LINE_ROWS}
-    assert line.kwargs["predictions"] == {"setosa": LINE_ROWS}
+    assert line.kwargs["features"]["length"] == {"(-inf,1.4]": LINE_ROWS}
+    assert line.kwargs["predictions"] == {"yes": LINE_ROWS}
 
 
 def test_rows_are_held_a_second_at_most() -> None:
     """Rows wait to be counted together, until there are enough of them or a second has passed."""
     metrics = Metrics()
     recorder, row = Recorder(metrics), np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
-    recorder.drifts["v1"] = Drift("v1", BASELINE, feature_names(), metrics, CapturingLogger())
+    recorder.drifts["v1"] = Drift("v1", BASELINE, [*BINS], metrics, CapturingLogger())
 
     def seen() -> float:
-        return counted(metrics.registry, "feature_observations_total", "feature").get(("petal_length",), 0)
+        return counted(metrics.registry, "feature_observations_total", "feature").get(("length",), 0)
 
     async def happen() -> None:
-        answer = Prediction("", "v1", "setosa", 0.9, {}, "accept")
+        answer = prediction(ANSWER)
         for rows in (COUNT_ROWS - 1, 1, 3):
             recorder.batch(Batch([answer] * rows, (0, 0, 0), {}, row.repeat(rows, axis=0), "v1"), [0.0])
             recorder.flush()
@@ -150,23 +164,6 @@ def test_rows_are_held_a_second_at_most() -> None:
     assert waiting == [0, COUNT_ROWS, COUNT_ROWS]
 
 
-def test_bins_are_as_many_as_the_rows_support() -> None:
-    """Few training rows make few bins and many make ten, so that a share is never a guess from a few rows."""
-
-    def made(rows: Rows) -> list[dict[str, Any]]:
-        probabilities = np.full((len(rows), 3), 1 / 3)
-        return list(json.loads(baseline(rows, probabilities))["features"].values())
-
-    random = np.random.default_rng(0)
-    for count, bins in ((30, 2), (120, 6), (5000, 10)):
-        for feature in made(random.normal(5, 1, (count, 4))):
-            assert len(feature["bins"]) == bins
-            assert min(feature["counts"]) >= count / bins - 1
-    assert [len(feature["bins"]) for feature in made(np.ones((500, 4)))] == [
-        2
-    ] * 4  # one value: it, and above
-
-
 def false_alarms(then: Any, now: Any) -> float:
     """The share of samples, a row each, whose PSI calls for an alarm."""
     then, now = np.maximum(then, monitor.FLOOR), np.maximum(now, monitor.FLOOR)
@@ -175,9 +172,10 @@ def false_alarms(then: Any, now: Any) -> float:
 
 def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
     """Of 20,000 samples of minimum size from training itself, fewer than 1 % cross 0.2: for every feature."""
-    random, document = np.random.default_rng(0), json.loads(BASELINE)
-    spreads = [feature["counts"] for feature in document["features"].values()]
-    for counts in [*spreads, list(document["labels"].values())]:
+    random, document = np.random.default_rng(0), SERVED_BASELINE
+    spreads = [[*monitor._baseline_counts(feature).values()] for feature in document["features"].values()]
+    answers = document["values"]["counts"] if "values" in document else [*document["labels"].values()]
+    for counts in [*spreads, answers]:
         then = np.array(counts) / document["rows"]
         now = random.multinomial(monitor.MINIMUM, then, 20_000) / monitor.MINIMUM
         assert false_alarms(then, now) < 0.001
@@ -263,20 +261,21 @@ def test_the_rules_compute_the_index(tmp_path: Path) -> None:
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(document), "utf-8")
     for command in (["check", "rules", str(RULES)], ["test", "rules", "tests.yml"]):
         done = subprocess.run(
-            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+            [program("promtool"), *command], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 CONTRACT = "c" * 64
-IDS = Feedback(labels(), ["v0", "v1", "v20261121"], CONTRACT)
+LABELS = ["yes", "no", "maybe"]
+IDS = Feedback(LABELS, ["v0", "v1", "v20261121"], CONTRACT)
 STEMS = st.text("0123456789abcdef", min_size=STEM_DIGITS, max_size=STEM_DIGITS)
 
 
-@given(stem=STEMS, version=st.sampled_from(["v0", "v1", "v20261121"]), chosen=st.sampled_from(labels()))
+@given(stem=STEMS, version=st.sampled_from(["v0", "v1", "v20261121"]), chosen=st.sampled_from(LABELS))
 def test_an_id_says_what_was_predicted(stem: str, version: str, chosen: str) -> None:
     """Any process can read from an id which version gave which label: no database, no time limit."""
-    elsewhere = Feedback(labels(), ["v20261121", "v1", "v0"], CONTRACT)
+    elsewhere = Feedback(LABELS, ["v20261121", "v1", "v0"], CONTRACT)
     prediction_id = IDS.identify(stem, version, chosen)
     assert re.fullmatch("[0-9a-f]{32}", prediction_id)
     assert elsewhere.judge(prediction_id, chosen) == (version, True, True)
@@ -286,13 +285,13 @@ def test_an_id_says_what_was_predicted(stem: str, version: str, chosen: str) -> 
 @given(noise=st.text("0123456789abcdef", min_size=32, max_size=32), stem=STEMS, at=st.integers(0, 31))
 def test_an_id_that_was_not_given_out_is_not_found(noise: str, stem: str, at: int) -> None:
     """Invented ids, mistyped ones, those of another version or another contract are refused."""
-    good = IDS.identify(stem, "v1", "setosa")
+    good = IDS.identify(stem, "v1", "yes")
     mistyped = good[:at] + ("0" if good[at] != "0" else "1") + good[at + 1 :]
-    other = Feedback(labels(), ["v1"], "d" * 64).identify(stem, "v1", "setosa")
-    unknown = Feedback(labels(), ["v2"], CONTRACT).identify(stem, "v2", "setosa")
+    other = Feedback(LABELS, ["v1"], "d" * 64).identify(stem, "v1", "yes")
+    unknown = Feedback(LABELS, ["v2"], CONTRACT).identify(stem, "v2", "yes")
     for wrong in (noise, mistyped, other, unknown):
         with pytest.raises(ServiceError, match="not_found"):
-            IDS.judge(wrong, "setosa")
+            IDS.judge(wrong, "yes")
 
 
 @given(stem=STEMS, value=st.floats(-1e6, 1e6), off=st.floats(-1, 1))
@@ -306,12 +305,12 @@ def test_a_value_is_right_when_it_is_close_to_the_truth(stem: str, value: float,
 
 def test_the_first_label_counts() -> None:
     """The same label again is no news; another one for the same prediction is refused and changes nothing."""
-    ids = Feedback(labels(), ["v1"], CONTRACT)
-    one = ids.identify("ab" * 9, "v1", "setosa")
-    assert ids.judge(one, "virginica") == ("v1", False, True)
+    ids = Feedback(LABELS, ["v1"], CONTRACT)
+    one = ids.identify("ab" * 9, "v1", "yes")
+    assert ids.judge(one, "no") == ("v1", False, True)
     with pytest.raises(ServiceError, match="conflict"):
-        ids.judge(one, "setosa")
-    assert ids.judge(one, "virginica") == ("v1", False, False)
+        ids.judge(one, "yes")
+    assert ids.judge(one, "no") == ("v1", False, False)
 
 
 def give(given: Given, ids: list[str], together: Any, results: Any) -> None:
@@ -324,7 +323,7 @@ def test_workers_share_what_was_given() -> None:
     """Of four processes that take the same labels at once, exactly one counts each."""
     context, given = multiprocessing.get_context("fork"), Given(buckets=2**17)  # none overflows
     results, together = context.Queue(), context.Barrier(4)
-    ids = [IDS.identify(os.urandom(STEM_DIGITS // 2).hex(), "v1", "setosa") for _ in range(20_000)]
+    ids = [IDS.identify(os.urandom(STEM_DIGITS // 2).hex(), "v1", "yes") for _ in range(20_000)]
     workers = [context.Process(target=give, args=(given, ids, together, results)) for _ in range(4)]
     for worker in workers:
         worker.start()
@@ -336,7 +335,7 @@ def test_workers_share_what_was_given() -> None:
 
 def test_the_oldest_label_is_forgotten_first() -> None:
     """The memory is bounded: a full bucket lets go of its oldest label and keeps the others."""
-    given, ids = Given(buckets=1), [IDS.identify(f"{n:018x}", "v1", "setosa") for n in range(9)]
+    given, ids = Given(buckets=1), [IDS.identify(f"{n:018x}", "v1", "yes") for n in range(9)]
     assert [given.put(one, 7) for one in ids] == [None] * 9
     assert [given.put(one, 8) for one in ids[1:]] == [7] * 8
     assert given.put(ids[0], 7) is None
@@ -349,31 +348,44 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     return lambda *words: CliRunner().invoke(commands, words)
 
 
-def scrape(**rows: dict[str, int]) -> str:
+def scrape(rows: dict[str, dict[str, int]], version: str = SERVED) -> str:
     """What /metrics says after so many rows by bin of each feature."""
-    return "".join(
-        f'feature_observations_total{{bin="{bin_}",feature="{name}",model_version="v1"}} {count}.0\n'
-        for name, counts in rows.items()
-        for bin_, count in counts.items()
-    )
+    metrics = Metrics()
+    for name, counts in rows.items():
+        for bin_, count in counts.items():
+            metrics.observations.labels(version, name, bin_).inc(count)
+    return generate_latest(metrics.registry).decode()
 
 
 def drift_line(rows: dict[str, dict[str, int]]) -> str:
     """The log line that says the same, behind what a collector put in front of it."""
-    line = {"event": "drift", "model_version": "v1", "rows": 1, "features": rows, "predictions": {}}
+    line = {"event": "drift", "model_version": SERVED, "rows": 1, "features": rows, "predictions": {}}
     return "api-1  | " + json.dumps(line) + "\n"
 
 
-ONE_BIN = {"petal_length": {"(5.516667,inf]": 600}}
 AS_TRAINED = {
-    name: dict(zip(feature["bins"], [5 * count for count in feature["counts"]], strict=True))
-    for name, feature in json.loads(BASELINE)["features"].items()
+    name: {bin_: 5 * count for bin_, count in monitor._baseline_counts(feature).items()}
+    for name, feature in SERVED_BASELINE["features"].items()
 }
+# The last feature, and all rows in the bin that training had least of.
+MOVED = [*AS_TRAINED][-1]
+RARE = min(SERVED_BASELINE["features"][MOVED]["bins"], key=AS_TRAINED[MOVED].__getitem__)
+ONE_BIN = {MOVED: {RARE: 600}}
+
+
+def verdicts(output: str) -> dict[str, list[str]]:
+    """PSI, verdict and the rest of each feature's line."""
+    return {
+        name: line.removeprefix(f"{SERVED:<7}  {name} ").split()
+        for line in output.splitlines()
+        for name in [*AS_TRAINED, monitor.PREDICTION]
+        if line.startswith(f"{SERVED:<7}  {name} ")
+    }
 
 
 @pytest.mark.parametrize(
     ("variable", "content"),
-    [("METRICS", scrape(**AS_TRAINED | ONE_BIN)), ("LOGS", drift_line(AS_TRAINED | ONE_BIN) + "no JSON\n")],
+    [("METRICS", scrape(AS_TRAINED | ONE_BIN)), ("LOGS", drift_line(AS_TRAINED | ONE_BIN) + "no JSON\n")],
 )
 def test_drift_is_printed_and_drawn(
     variable: str, content: str, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -383,18 +395,19 @@ def test_drift_is_printed_and_drawn(
     monkeypatch.setenv(variable, "input")
     done = run("drift", "--pictures", "pictures")
     assert done.exit_code == 0, done.stderr
-    lines = {words[1]: words for words in map(str.split, done.stdout.splitlines()[1:]) if words[0] == "v1"}
-    assert float(lines["petal_length"][2]) > 1
-    assert lines["petal_length"][3:6] == ["drifted", "600", "(5.516667,inf]:"]
-    assert {name for name, words in lines.items() if words[3] == "stable"} == set(BINS) - {"petal_length"}
+    lines = verdicts(done.stdout)
+    assert float(lines[MOVED][0]) > 1
+    assert lines[MOVED][1:3] == ["drifted", "600"]
+    assert f"{RARE}: " in done.stdout
+    assert {name for name, words in lines.items() if words[1] == "stable"} == {*AS_TRAINED} - {MOVED}
     (picture,) = (tmp_path / "pictures").iterdir()
-    assert picture.name == "drift-v1-petal_length.svg"
+    assert picture.name == f"drift-{SERVED}-" + re.sub(r"[^\w.-]+", "_", MOVED) + ".svg"
     assert picture.read_text().startswith("<svg ")
 
 
 def test_too_few_rows_are_no_verdict(run: Callable[..., Result], tmp_path: Path) -> None:
     """Below the minimum sample there is no index and no picture, only the number of rows."""
-    (tmp_path / "scrape").write_text(scrape(petal_length={"(5.516667,inf]": monitor.MINIMUM - 1}))
+    (tmp_path / "scrape").write_text(scrape({MOVED: {RARE: monitor.MINIMUM - 1}}))
     done = run("drift", "--metrics", "scrape", "--pictures", "pictures")
     assert "too few rows" in done.stdout
     assert "drifted" not in done.stdout
@@ -467,7 +480,7 @@ def test_bad_input_is_one_line(what: str, run: Callable[..., Result], tmp_path: 
     """Whatever is wrong with what the commands are given, one line says it."""
     files = {
         "log": LOG, "empty": "", "half": "prediction_id,label\nv1-1,yes\nv1-2\n",
-        "others": "prediction_id,label\nstranger,yes\n", "v9": scrape(x={"y": 1}).replace("v1", "v9"),
+        "others": "prediction_id,label\nstranger,yes\n", "v9": scrape({"x": {"y": 1}}, "v9"),
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_text(content)
