@@ -30,8 +30,7 @@ from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
 from sklearn.base import is_classifier
 from sklearn.compose import make_column_transformer
-from sklearn.datasets import load_iris
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -42,20 +41,21 @@ from app.core.manifest import Input
 from app.core.remote import Unavailable, check_address
 from app.core.runtimes import ONNX_FIELDS, OnnxRuntime, RulesRuntime, SkopsRuntime, load_runtime, skops_types
 from app.core.store import STARTS, Artifact, read_artifact, read_release
-from tests.conftest import ARTIFACTS, VERSIONS
+from app.schemas.contract import contract_inputs
+from tests.conftest import ARTIFACTS, EXAMPLE, LABELS, VERSIONS, copied_artifacts
 
 FILES = [
     path.relative_to(ARTIFACTS).as_posix() for version in VERSIONS for path in (ARTIFACTS / version).iterdir()
 ]
 MANIFEST, MODEL = "manifest.json", "model.onnx"
-NAMES = ["sepal_length", "sepal_width", "petal_length", "petal_width"]
-LABELS = ["setosa", "versicolor", "virginica"]
+NAMES = [one["name"] for one in contract_inputs()]
+COLUMNS, WIDTH = len(NAMES), len(LABELS) or 1
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts"))
+    return copied_artifacts(tmp_path)
 
 
 def edit(path: Path, change: Callable[[Any], object]) -> None:
@@ -153,6 +153,19 @@ def unlisted(v1: Path) -> None:
     edit(v1 / MANIFEST, lambda manifest: manifest["files"].pop(MODEL))
 
 
+def otherwise(*way: str) -> Callable[[Path], None]:
+    """Put a list of the manifest in another order; where that changes nothing, let it be longer."""
+
+    def change(document: Any) -> None:
+        for key in way:
+            document = document[key]
+        document.reverse()
+        if len(document) < 2:
+            document += document or ["another"]
+
+    return lambda v1: edit(v1 / MANIFEST, change)
+
+
 REFUSALS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no folder": (shutil.rmtree, "v1", "no such version"),
     "a link beside the folder": (
@@ -180,10 +193,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a folder for a file": (lambda v1: replace(v1 / MODEL, Path.mkdir), MODEL, "no regular file"),
     "a link for a file": (lambda v1: replace(v1 / MODEL), MODEL, "no regular file"),
     "no model among the files": (unlisted, MANIFEST, "lists no model.onnx"),
-    "inputs that were not signed": (
-        lambda v1: edit(v1 / MANIFEST, lambda one: one["inputs"].reverse()), MANIFEST, "contract_sha256"),
-    "labels that were not signed": (
-        lambda v1: edit(v1 / MANIFEST, lambda one: one["outputs"]["labels"].reverse()), MANIFEST, "contract"),
+    "inputs that were not signed": (otherwise("inputs"), MANIFEST, "contract_sha256"),
+    "labels that were not signed": (otherwise("outputs", "labels"), MANIFEST, "contract"),
 }  # fmt: skip
 
 
@@ -287,9 +298,14 @@ def onnx_model(columns: int, labels: int, inputs: int = 1) -> bytes:
 
 def test_a_model_of_another_shape_is_refused(root: Path) -> None:
     """A model for another number of columns or inputs cannot be loaded; the right shape can."""
-    put(root / "v1", MODEL, onnx_model(4, 3))
+    put(root / "v1", MODEL, onnx_model(COLUMNS, WIDTH))
     load(root)
-    for columns, labels, inputs in ((3, 3, 1), (5, 3, 1), (4, 3, 2)):
+    for columns, labels, inputs in (
+        (COLUMNS - 1 or 3, WIDTH, 1),
+        (COLUMNS + 1, WIDTH, 1),
+        (COLUMNS + 1, WIDTH, 2),
+        (COLUMNS, WIDTH, 2),
+    ):
         put(root / "v1", MODEL, onnx_model(columns, labels, inputs))
         assert "v1/model.onnx: cannot be loaded" in refused(lambda: load(root))
 
@@ -342,7 +358,7 @@ def tensors_of(model: onnx.ModelProto) -> dict[str, Callable[[], onnx.TensorProt
 @pytest.mark.parametrize("where", tensors_of(onnx.ModelProto()))
 def test_data_outside_of_the_file_is_refused_wherever_it_is_referred_to(root: Path, where: str) -> None:
     """A model is its own verified bytes: a tensor that lies in another file stops the load."""
-    model = onnx.load_from_string(onnx_model(4, 3))
+    model = onnx.load_from_string(onnx_model(COLUMNS, WIDTH))
     tensor = tensors_of(model)[where]()
     tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones((4, 3), np.float32), "location"))
     put(root / "v1", MODEL, model.SerializeToString())
@@ -357,7 +373,7 @@ def test_data_outside_of_the_file_is_refused_wherever_it_is_referred_to(root: Pa
 )
 def test_no_spelling_of_a_field_hides_data_outside(root: Path, tag: bytes) -> None:
     """A field's number may be written in several ways, and one that is too long is cut off by parsers."""
-    model = onnx.load_from_string(onnx_model(4, 3))
+    model = onnx.load_from_string(onnx_model(COLUMNS, WIDTH))
     model.graph.initializer[0].external_data.add(key="location", value="weights.json")
     graph = model.graph.SerializeToString()
     model.ClearField("graph")
@@ -374,11 +390,31 @@ def attempt(root: Path) -> object:
         return error
 
 
-def fitted(step: Any = None, columns: int = 4, labels: Any = LABELS) -> Any:
-    """A model of the contract's flowers, behind a step that changes nothing unless another is given."""
-    data, target = load_iris(return_X_y=True)
-    model = make_pipeline(step or FunctionTransformer(), LogisticRegression(max_iter=1000))
-    return model.fit(data[:, :columns], np.array(labels)[target])
+def rows_and_answers(columns: int = COLUMNS, labels: Any = LABELS) -> tuple[Any, Any]:
+    """Rows of so many numbers, and for each a label, or for a regressor a number."""
+    data = np.random.default_rng(0).uniform(0, 9, (150, columns))
+    answers = np.array(labels)[np.arange(150) % len(labels)] if len(labels) else data.sum(axis=1)
+    return data, answers
+
+
+def fitted(step: Any = None, columns: int = COLUMNS, labels: Any = LABELS) -> Any:
+    """A model under the contract, behind a step that changes nothing unless another is given."""
+    last = LogisticRegression(max_iter=1000) if len(labels) else LinearRegression()
+    return make_pipeline(step or FunctionTransformer(), last).fit(*rows_and_answers(columns, labels))
+
+
+def in_order(model: Any, probabilities: Any) -> Any:
+    """Columns as the contract orders its labels."""
+    return probabilities[:, [model.classes_.tolist().index(label) for label in LABELS]]
+
+
+def asked(model: Any, rows: Any) -> Any:
+    """What scikit-learn answers."""
+    return (
+        in_order(model, model.predict_proba(rows)).tolist()
+        if LABELS
+        else model.predict(rows)[:, None].tolist()
+    )
 
 
 def put_skops(version: Path, model: Any, **changes: Any) -> None:
@@ -397,10 +433,10 @@ def put_skops(version: Path, model: Any, **changes: Any) -> None:
 
 def test_a_skops_model_answers_as_before_it_was_saved(root: Path) -> None:
     """Probabilities are scikit-learn's own, as floats, in the order of the manifest's labels."""
-    model, rows = fitted(), load_iris().data.astype(np.float32)
+    model, rows = fitted(), rows_and_answers()[0].astype(np.float32)
     put_skops(root / "v1", model)
     answers = load_runtime(read_artifact(root, "v1")).infer(rows)
-    assert answers == model.predict_proba(rows).tolist()
+    assert answers == asked(model, rows)
     assert {type(value) for answer in answers for value in answer} == {float}
     content = skops.io.dumps(model)
     other = SkopsRuntime(skops.io, content, sorted(skops_types(content)), numbers(*NAMES), LABELS[::-1])
@@ -411,7 +447,8 @@ def test_only_listed_types_are_loaded(root: Path, tmp_path: Path) -> None:
     """Each type in a skops file must be listed in the manifest, also those that skops itself trusts."""
     content = skops.io.dumps(fitted(FunctionTransformer(np.sqrt)))
     needed = skops_types(content)
-    assert {"sklearn.linear_model._logistic.LogisticRegression", "numpy.ndarray", "numpy.sqrt"} <= needed
+    own = "_logistic.LogisticRegression" if LABELS else "_base.LinearRegression"
+    assert {f"sklearn.linear_model.{own}", "numpy.ndarray", "numpy.sqrt"} <= needed
     for one in sorted(needed):
         put_skops(root / "v1", content, trusted_types=sorted(needed - {one}))
         line = refused(lambda: load(root))
@@ -465,13 +502,13 @@ def test_libraries_of_other_versions_are_refused(
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (fitted(columns=3), "takes other columns"),
-        (fitted(labels=[0, 1, 2]), "answers with other labels"),
+        (fitted(columns=COLUMNS + 1), "takes other columns"),
+        *[(fitted(labels=[f"other {one}" for one in LABELS]), "answers with other labels")] * bool(LABELS),
         (b"PK\x03\x04, and no archive", "cannot be loaded"),
         (pickle.dumps(LogisticRegression()), "cannot be loaded"),
         (b"", "cannot be loaded"),
     ],
-    ids=["columns", "labels", "no archive", "pickle", "empty"],
+    ids=["columns", *["labels"] * bool(LABELS), "no archive", "pickle", "empty"],
 )
 def test_a_skops_file_that_does_not_fit_is_refused(root: Path, model: Any, reason: str) -> None:
     """A model for other columns or labels, or none at all, is refused with the reason."""
@@ -484,7 +521,7 @@ def test_a_skops_file_that_does_not_fit_is_refused(root: Path, model: Any, reaso
 def test_columns_are_those_of_the_frame_it_was_fitted_on(root: Path) -> None:
     """A model that remembers the names of its columns is refused when the manifest orders them otherwise."""
     model = fitted()
-    model[0].feature_names_in_ = np.array(NAMES[::-1], dtype=object)
+    model[0].feature_names_in_ = np.array(["another", *NAMES[:0:-1]], dtype=object)
     content = skops.io.dumps(model)
     with pytest.raises(Exception, match="takes other columns"):
         SkopsRuntime(skops.io, content, sorted(skops_types(content)), numbers(*NAMES), LABELS)
@@ -492,8 +529,8 @@ def test_columns_are_those_of_the_frame_it_was_fitted_on(root: Path) -> None:
 
 def test_a_model_runs_on_one_thread(root: Path) -> None:
     """Whatever a model was trained with, serving scales by workers and not by threads of threads."""
-    data, target = load_iris(return_X_y=True)
-    forest = RandomForestClassifier(3, n_jobs=-1, random_state=0).fit(data, np.array(LABELS)[target])
+    kind = RandomForestClassifier if LABELS else RandomForestRegressor
+    forest = kind(3, n_jobs=-1, random_state=0).fit(*rows_and_answers())
     put_skops(root / "v1", forest)
     runtime: Any = load_runtime(read_artifact(root, "v1"))
     assert runtime._model.n_jobs == 1
@@ -557,8 +594,10 @@ def test_what_is_loaded_is_what_was_verified(root: Path) -> None:
     """A file that changes on disk after it was checked changes nothing."""
     artifact: Artifact = read_artifact(root, "v1")
     shutil.rmtree(root)
-    (answer,) = load_runtime(artifact).infer(np.array([[5.1, 3.5, 1.4, 0.2]], np.float32))
-    assert sum(answer) == pytest.approx(1)
+    runtime = load_runtime(artifact)
+    (answer,) = runtime.infer(np.array([[*EXAMPLE.values()]], runtime.dtype))
+    assert len(answer) == WIDTH
+    assert not LABELS or sum(answer) == pytest.approx(1)
     assert {type(value) for value in answer} == {float}
 
 

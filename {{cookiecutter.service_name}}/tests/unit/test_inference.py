@@ -20,15 +20,26 @@ from pydantic import BaseModel, create_model
 from app.core.admission import Admission
 from app.core.batcher import Batch, Batcher, Row
 from app.core.errors import ArtifactError, ServiceError
-from app.core.manifest import Manifest
+from app.core.manifest import Input, Manifest, Outputs
 from app.core.pipeline import Execution, Pipeline, Policy, choose_execution, rows_of_a_call
 from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact, read_artifact
 from app.schemas.predict import Features, Prediction
-from tests.conftest import ARTIFACTS, VERSIONS, golden_set
+from tests.conftest import ARTIFACTS, EXAMPLE, LABELS, NUMBER, SERVED, VERSIONS, golden_set, number
 
 PATIENCE_SECONDS = 20.0  # only what is broken takes as long
-V1 = read_artifact(ARTIFACTS, "v1")
+V1 = read_artifact(ARTIFACTS, SERVED)
+# Columns of its own: only the task is the served contract's, because it decides what an answer is made of.
+RANGES = {"first": (4.3, 7.9), "second": (2.0, 4.4), "third": (1.0, 6.9), "fourth": (0.1, 2.5)}
+COLUMNS = [
+    Input(name=name, dtype="float64", training_range=one, example=one[1]) for name, one in RANGES.items()
+]
+ROW: Any = create_model("Row", **dict.fromkeys(RANGES, (float, ...)))  # type: ignore[call-overload]
+ANSWERS = ["one", "two", "three"] if LABELS else []
+WIDTH = len(ANSWERS) or 1
+OWN = V1.manifest.model_copy(
+    update={"version": "v1", "inputs": COLUMNS, "outputs": Outputs(labels=[*ANSWERS], review_threshold=0.6)}
+)
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 BOTH = pytest.mark.parametrize("threaded", [False, True], ids=["on the loop", "in a thread"])
 P = ParamSpec("P")
@@ -243,7 +254,7 @@ class Model:
             raise RuntimeError("of all rows, this one")
         kinds = {value: kind for kind, value in self.FAILURES.items()}
         return [
-            [float(kinds[row[0]]) if row[0] in kinds else row[0] / 100, row[1] / 100, 0.0]
+            [float(kinds[row[0]]) if row[0] in kinds else row[0] / 100, row[1] / 100, 0.0][:WIDTH]
             for row in matrix.tolist()
         ]
 
@@ -259,16 +270,23 @@ class Working:
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
         sum(range(self._per_row * len(matrix) + self._per_call))
-        return [[0.5, 0.25, 0.25]] * len(matrix)
+        return [[0.5, 0.25, 0.25][:WIDTH]] * len(matrix)
 
 
-def flower(first: float, second: float = 0.0) -> Features:
+def row(first: float, second: float = 0.0) -> BaseModel:
     """An instance of which a `Model` reads the first two features."""
-    return Features(sepal_length=first, sepal_width=second, petal_length=2.0, petal_width=1.0)
+    made: BaseModel = ROW(first=first, second=second, third=2.0, fourth=1.0)
+    return made
+
+
+def outputs(prediction: Prediction) -> list[float]:
+    """What the model gave for it: probabilities, or a value."""
+    answer = asdict(prediction)
+    return [*answer["probabilities"].values()] if LABELS else [answer["value"]]
 
 
 def pipeline_of(
-    runtime: Runtime, seen: Seen | None = None, *, manifest: Manifest = V1.manifest, **policy: Any
+    runtime: Runtime, seen: Seen | None = None, *, manifest: Manifest = OWN, **policy: Any
 ) -> Pipeline:
     """A pipeline of v1, its model replaced."""
     return Pipeline(Artifact(manifest, V1.files), runtime, seen or Seen(), Policy(**policy))
@@ -286,11 +304,12 @@ async def test_a_thousand_callers_get_a_thousand_answers(execution: Execution) -
     seen = Seen()
     pipeline = pipeline_of(Model(), seen, execution=execution)
     answers = await asyncio.gather(
-        *(pipeline.predict([flower(n / 20, 50 - n / 20)], [f"id{n}"], soon()) for n in range(1000))
+        *(pipeline.predict([row(n / 20, 50 - n / 20)], [f"id{n}"], soon()) for n in range(1000))
     )
     for n, (answer,) in enumerate(answers):
         assert answer.prediction_id == f"id{n}"
-        assert list(answer.probabilities.values()) == pytest.approx([n / 2000, 0.5 - n / 2000, 0], abs=1e-6)
+        expected = [n / 2000, 0.5 - n / 2000, 0][:WIDTH]
+        assert outputs(answer) == pytest.approx(expected, abs=1e-6)
     assert sum(len(batch.answers) for batch in seen.batches) == 1000
     assert max(len(batch.answers) for batch in seen.batches) <= 64
     pipeline.batcher.close()
@@ -304,12 +323,12 @@ async def test_a_poisoned_row_fails_alone(execution: Execution, failure: str) ->
     seen = Seen()
     pipeline = pipeline_of(Model(), seen, execution=execution)
     values = [10.0, 11.0, 12.0, Model.FAILURES[failure], 14.0, 15.0, 16.0, 17.0]
-    answers = await outcomes(*(ask(pipeline, flower(one)) for one in values))
+    answers = await outcomes(*(ask(pipeline, row(one)) for one in values))
     error = answers.pop(3)
     assert isinstance(error, ServiceError)
     assert error.code == ("model_error" if failure == "raises" else "non_finite_output")
     assert isinstance(error.__cause__, RuntimeError) is (failure == "raises")  # for the log
-    firsts = [one.probabilities["setosa"] for (one,) in answers]
+    firsts = [outputs(one)[0] for (one,) in answers]
     assert firsts == pytest.approx([0.10, 0.11, 0.12, 0.14, 0.15, 0.16, 0.17])
     assert [len(batch.answers) for batch in seen.batches] == [8]
     pipeline.batcher.close()
@@ -323,11 +342,11 @@ def test_any_number_of_poisoned_rows_fail_alone(kinds: list[str]) -> None:
 
     @on_a_loop
     async def scenario() -> None:
-        rows = [flower(Model.FAILURES.get(kind, index)) for index, kind in enumerate(kinds)]
-        answers = await outcomes(*(ask(pipeline, row) for row in rows))
+        rows = [row(Model.FAILURES.get(kind, index)) for index, kind in enumerate(kinds)]
+        answers = await outcomes(*(ask(pipeline, one) for one in rows))
         for index, (kind, answer) in enumerate(zip(kinds, answers, strict=True)):
             if kind == "fine":
-                assert answer[0].probabilities["setosa"] == pytest.approx(index / 100)
+                assert outputs(answer[0])[0] == pytest.approx(index / 100)
             else:
                 assert answer.code == ("model_error" if kind == "raises" else "non_finite_output")
 
@@ -339,9 +358,11 @@ def test_any_number_of_poisoned_rows_fail_alone(kinds: list[str]) -> None:
 async def test_one_request_with_a_poisoned_row_fails_as_one(execution: Execution) -> None:
     """Instances sent together are answered together or not at all; others in the same call are answered."""
     pipeline = pipeline_of(Model(), execution=execution)
-    poisoned = flower(Model.FAILURES["raises"])
-    mixed, (fine,) = await outcomes(ask(pipeline, flower(1), poisoned), ask(pipeline, flower(3)))
-    assert (mixed.code, fine.label) == ("model_error", "setosa")
+    poisoned = row(Model.FAILURES["raises"])
+    mixed, (fine,) = await outcomes(ask(pipeline, row(1), poisoned), ask(pipeline, row(3)))
+    assert mixed.code == "model_error"
+    assert outputs(fine)[0] == pytest.approx(0.03)
+    assert asdict(fine).get("label", "one") == "one"
     pipeline.batcher.close()
 
 
@@ -350,7 +371,7 @@ class Odd:
 
     dtype: Any = np.float32
 
-    def __init__(self, rows: int = 0, columns: int = 3) -> None:
+    def __init__(self, rows: int = 0, columns: int = WIDTH) -> None:
         self._rows, self._columns = rows, columns
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
@@ -373,10 +394,10 @@ class Broken:
 async def test_a_model_that_loses_rows_never_makes_answers_cross() -> None:
     """Where a call gives back fewer rows than it got, nobody is given somebody else's answer."""
     pipeline = pipeline_of(Odd(rows=-1), execution="batch")
-    answers = await outcomes(*(ask(pipeline, flower(n)) for n in range(8)))
+    answers = await outcomes(*(ask(pipeline, row(n)) for n in range(8)))
     for n, answer in enumerate(answers):
         if not isinstance(answer, ServiceError):
-            assert answer[0].probabilities["setosa"] == pytest.approx(n / 100)
+            assert outputs(answer[0])[0] == pytest.approx(n / 100)
 
 
 @pytest.mark.parametrize("runtime", [Broken(), Odd(columns=2), Odd(columns=4)], ids=["raises", "two", "four"])
@@ -401,11 +422,11 @@ def test_how_it_runs_follows_from_what_the_model_costs(
 @pytest.mark.parametrize(
     ("policy", "value", "action", "counted"),
     [
-        ("accept", 4.2, "accept", {"sepal_length": 1}),
-        ("review", 4.2, "review", {"sepal_length": 1}),
+        ("accept", 4.2, "accept", {"first": 1}),
+        ("review", 4.2, "review", {"first": 1}),
         ("review", 4.3, "accept", {}),  # the edges themselves, although float32 has no 4.3
         ("review", 7.9, "accept", {}),
-        ("review", 8.0, "review", {"sepal_length": 1}),
+        ("review", 8.0, "review", {"first": 1}),
     ],
 )
 @on_a_loop
@@ -415,7 +436,7 @@ async def test_values_not_seen_in_training(
     """A value beyond the training range's edges is counted by feature, and reviewed if so configured."""
     seen = Seen()
     pipeline = pipeline_of(Model(), seen, out_of_range=policy, review_threshold=0.0, execution="inline")
-    (answer,) = await ask(pipeline, flower(value, 3))
+    (answer,) = await ask(pipeline, row(value, 3))
     assert (answer.action, seen.batches[-1].out_of_range) == (action, counted)
 
 
@@ -424,23 +445,24 @@ async def test_values_not_seen_in_training_can_be_rejected() -> None:
     """`reject` answers 422 and names every such value by instance and feature, before the model is asked."""
     seen = Seen()
     pipeline = pipeline_of(Model(), seen, out_of_range="reject")
-    odd = flower(4.2, 3)
+    odd = row(4.2, 3)
     with pytest.raises(ServiceError, match="invalid_input") as batch:
-        await ask(pipeline, flower(5, 3), odd)
-    assert [one["loc"] for one in batch.value.errors] == [["body", "instances", 1, "sepal_length"]]
+        await ask(pipeline, row(5, 3), odd)
+    assert [one["loc"] for one in batch.value.errors] == [["body", "instances", 1, "first"]]
     with pytest.raises(ServiceError, match="invalid_input") as single:
         await pipeline.predict([odd], [""], soon(), single=True)
-    assert [one["loc"] for one in single.value.errors] == [["body", "sepal_length"]]
+    assert [one["loc"] for one in single.value.errors] == [["body", "first"]]
     assert seen.batches == []
 
 
+@pytest.mark.skipif(not LABELS, reason="a regressor has no score")
 @pytest.mark.parametrize(("threshold", "action"), [(None, "review"), (0.5, "accept"), (0.51, "review")])
 @on_a_loop
 async def test_a_score_below_the_threshold_is_reviewed(threshold: float | None, action: str) -> None:
     """The manifest's threshold holds (0.6 here) unless the operator sets one; a score at it is accepted."""
     pipeline = pipeline_of(Working(), review_threshold=threshold, out_of_range="accept", execution="inline")
-    (answer,) = await ask(pipeline, flower(5))
-    assert (answer.score, answer.action) == (0.5, action)
+    (answer,) = await ask(pipeline, row(5))
+    assert (outputs(answer)[0], answer.action) == (0.5, action)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -450,9 +472,11 @@ async def test_no_numpy_type_leaves_the_pipeline(version: str) -> None:
     artifact = read_artifact(ARTIFACTS, version)
     pipeline = Pipeline(artifact, load_runtime(artifact), seen := Seen(), Policy(execution="inline"))
     instances = [Features.model_validate(row["features"]) for row in golden_set(version)]
-    for answer in await ask(pipeline, *instances, flower(99)):
-        assert {type(getattr(answer, field.name)) for field in fields(answer)} == {str, float, dict}
-        assert {type(value) for value in answer.probabilities.values()} == {float}
+    far = {NUMBER: number(2)} if NUMBER else {}
+    for answer in await ask(pipeline, *instances, Features.model_validate({**EXAMPLE, **far})):
+        types = {type(getattr(answer, field.name)) for field in fields(answer)}
+        assert types == {str, float} | ({dict, *map(type, LABELS)} if LABELS else set())
+        assert {type(value) for value in outputs(answer)} == {float}
         assert json.loads(json.dumps(asdict(answer))) == asdict(answer)
     assert {type(count) for count in seen.batches[-1].out_of_range.values()} <= {int}
     assert all(type(cost) is float for cost in (pipeline.seconds_per_call, pipeline.seconds_per_row))
@@ -465,21 +489,24 @@ class Missing:
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
-        return [[1.0, 0.0, 0.0] if any(map(math.isnan, row)) else [0.0, 1.0, 0.0] for row in matrix.tolist()]
+        return [
+            ([1.0, 0.0, 0.0] if any(map(math.isnan, row)) else [0.0, 1.0, 0.0])[:WIDTH]
+            for row in matrix.tolist()
+        ]
 
 
 @on_a_loop
 async def test_null_reaches_the_model_as_missing() -> None:
     """A nullable feature's null is a NaN to the model, and no value outside the training range."""
-    inputs = [entry.model_copy(update={"nullable": True}) for entry in V1.manifest.inputs]
-    manifest = V1.manifest.model_copy(update={"inputs": inputs})
+    inputs = [entry.model_copy(update={"nullable": True}) for entry in COLUMNS]
+    manifest = OWN.model_copy(update={"inputs": inputs})
     optional: Any = {entry.name: (float | None, ...) for entry in inputs}
     model = create_model("Nullable", **optional)
     seen = Seen()
     pipeline = pipeline_of(Missing(), seen, manifest=manifest)
     values = {entry.name: entry.example for entry in inputs}
-    answers = await ask(pipeline, model(**values), model(**values | {"petal_width": None}))
-    assert [answer.label for answer in answers] == ["versicolor", "setosa"]
+    answers = await ask(pipeline, model(**values), model(**values | {"fourth": None}))
+    assert [outputs(answer)[0] for answer in answers] == [0.0, 1.0]
     assert seen.batches[-1].out_of_range == {}
 
 

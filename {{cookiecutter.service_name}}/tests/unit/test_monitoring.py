@@ -143,6 +143,7 @@ def test_rows_are_held_a_second_at_most() -> None:
     """Rows wait to be counted together, until there are enough of them or a second has passed."""
     metrics = Metrics()
     recorder, row = Recorder(metrics), np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
+    recorder.label = lambda one: "yes"
     recorder.drifts["v1"] = Drift("v1", BASELINE, [*BINS], metrics, CapturingLogger())
 
     def seen() -> float:
