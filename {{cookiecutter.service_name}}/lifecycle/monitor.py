@@ -1,7 +1,8 @@
 """How the model does where it serves: what has moved since training, and how often it is right.
 
 Prometheus, a scrape of /metrics, or the log -> rows by bin -> PSI against baseline.json -> table, pictures
-predictions in the log + labels by prediction_id -> accuracy, calibration, confusion by version -> the same
+predictions in the log + truth by prediction_id -> by version, of labels accuracy, calibration and confusion,
+  of values errors -> the same
 """
 
 import csv
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MINIMUM, FLOOR, STABLE, DRIFTED = 300, 0.001, 0.1, 0.2
 PREDICTION = "(prediction)"
 THEN, NOW = "#4878a8", "#d08030"
+MOST_DOTS = 5000  # in a picture
 
 Counts = defaultdict[tuple[str, str], Counter[str]]  # rows by bin, of (version, feature or PREDICTION)
 
@@ -74,7 +76,9 @@ def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Move
     """Every feature of `version`, and what it predicts, beside the baseline."""
     expected = {name: _baseline_counts(feature) for name, feature in baseline["features"].items()}
     found = []
-    for name, then in (expected | {PREDICTION: baseline["labels"]}).items():
+    values = baseline.get("values")  # a regressor's
+    predicted = _baseline_counts(values) if values else Counter(baseline["labels"])
+    for name, then in (expected | {PREDICTION: predicted}).items():
         now = counts[version, name]
         rows, bins = sum(now.values()), list(then)
         shares = [now[bin_] / max(rows, 1e-9) for bin_ in bins]
@@ -237,27 +241,50 @@ class Judged:
         return self.label == self.truth
 
 
-def join(logs: Path, labels: Path | None) -> dict[str, list[Judged]]:
-    """Predictions in the log with their labels, by version; without a file of labels those of feedback."""
-    made: dict[str, tuple[str, str, float]] = {}
+@dataclass(frozen=True)
+class Measured:
+    """A regressor's prediction whose truth is known."""
+
+    value: float
+    truth: float
+
+    @property
+    def error(self) -> float:
+        """By how much it was too large."""
+        return self.value - self.truth
+
+
+def join(logs: Path, labels: Path | None) -> dict[str, list[Judged | Measured]]:
+    """Predictions in the log with the truth, by version; without a file of labels that of feedback."""
+    made: dict[str, tuple[str, dict[str, Any]]] = {}
     truths: dict[str, str] = {}
     for line in _lines(logs):
         for one in line.get("predictions", []) if isinstance(line.get("thresholds"), dict) else []:
-            made[one["prediction_id"]] = (line["model_version"], _label(one["label"]), float(one["score"]))
+            made[one["prediction_id"]] = (line["model_version"], one)
         if line.get("news"):
             truths[line["prediction_id"]] = _label(line["feedback"])
     if not made:
         raise UnusableError(f"{logs}: no predictions in this log; they are logged at APP_LOG_LEVEL=INFO")
     if labels is not None:
         truths = dict(_labels(labels))
-    by_version: defaultdict[str, list[Judged]] = defaultdict(list)
-    for prediction_id, (version, label, score) in made.items():
+    by_version: defaultdict[str, list[Judged | Measured]] = defaultdict(list)
+    for prediction_id, (version, one) in made.items():
         if (truth := truths.get(prediction_id)) is not None:
-            by_version[version].append(Judged(label, truth, score))
+            by_version[version].append(_judged(one, truth))
     if not by_version:
         source = labels or "feedback"
         raise UnusableError(f"none of the {len(made)} predictions in {logs} has a label from {source}")
     return dict(sorted(by_version.items()))
+
+
+def _judged(one: dict[str, Any], truth: str) -> Judged | Measured:
+    if "label" in one:
+        return Judged(_label(one["label"]), truth, float(one["score"]))
+    try:
+        return Measured(float(one["value"]), float(truth))
+    except ValueError:
+        words = f"{one['prediction_id']} has a truth that is no number"
+        raise UnusableError(words) from None
 
 
 def _labels(path: Path) -> Iterator[tuple[str, str]]:
@@ -379,6 +406,53 @@ def quality_picture(version: str, judged: Sequence[Judged]) -> str:
     return picture(530 + side * len(labels), max(290, 80 + 36 * len(labels)), parts)
 
 
+def error_report(version: str, measured: Sequence[Measured]) -> str:
+    """RMSE, MAE and bias of one version, in all and from the least predictions to the largest."""
+    figures = _errors(measured)
+    lines = [
+        f"{version}: {len(measured):,} predictions with a true value, "
+        f"RMSE {figures[0]:.4g}, MAE {figures[1]:.4g}, bias {figures[2]:+.4g}",
+        "",
+        "  predicted                  predictions       RMSE        MAE       bias",
+    ]
+    ordered = sorted(measured, key=lambda one: one.value)
+    tenths = min(10, len(ordered))
+    for tenth in range(tenths):
+        own = ordered[tenth * len(ordered) // tenths : (tenth + 1) * len(ordered) // tenths]
+        figures = _errors(own)
+        lines.append(
+            f"  {own[0].value:>10.4g} to {own[-1].value:<10.4g}  {len(own):>12,} {figures[0]:>10.4g} "
+            f"{figures[1]:>10.4g} {figures[2]:>+10.4g}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _errors(measured: Sequence[Measured]) -> tuple[float, float, float]:
+    """Root of the mean square, mean of the absolute, and mean of the errors."""
+    errors, count = [one.error for one in measured], len(measured)
+    return (
+        math.sqrt(sum(error * error for error in errors) / count),
+        sum(map(abs, errors)) / count,
+        sum(errors) / count,
+    )
+
+
+def error_picture(version: str, measured: Sequence[Measured]) -> str:
+    """The error of each prediction against its value, as SVG."""
+    values, errors = [one.value for one in measured], [one.error for one in measured]
+    low, wide = min(values), max(max(values) - min(values), 1e-9)
+    most = max(*map(abs, errors), 1e-9)
+    parts = [text(16, 24, f"{version}: predicted less true, against predicted", "start")]
+    parts.append('<path d="M60 50v200h400M60 150h400" fill="none" stroke="#999"/>')
+    parts += [text(54, 58, f"{most:+.3g}", "end"), text(54, 154, "0", "end")]
+    parts += [text(54, 252, f"{-most:+.3g}", "end"), text(60, 268, f"{low:.4g}")]
+    parts.append(text(460, 268, f"{low + wide:.4g}"))
+    for value, error in zip(values[-MOST_DOTS:], errors[-MOST_DOTS:], strict=True):
+        x, y = 60 + 400 * (value - low) / wide, 150 - 96 * error / most
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{THEN}" opacity="0.5"/>')
+    return picture(500, 290, parts)
+
+
 def quality(
     logs: Annotated[Path | None, typer.Option(envvar="LOGS", help="The service's log.")] = None,
     labels: Annotated[
@@ -397,9 +471,15 @@ def quality(
     except UnusableError as error:
         typer.echo(f"quality: {error}", err=True)
         raise typer.Exit(1) from None
-    for version, judged in by_version.items():
-        typer.echo(quality_report(version, judged))
-        _write(pictures / f"quality-{version}", quality_picture(version, judged))
+    for version, known in by_version.items():
+        judged = [one for one in known if isinstance(one, Judged)]
+        measured = [one for one in known if isinstance(one, Measured)]
+        if judged:
+            typer.echo(quality_report(version, judged))
+            _write(pictures / f"quality-{version}", quality_picture(version, judged))
+        if measured:
+            typer.echo(error_report(version, measured))
+            _write(pictures / f"quality-{version}", error_picture(version, measured))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -460,6 +460,26 @@ def test_quality_is_printed_and_drawn(
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"quality-v1.svg", "quality-v2.svg"}
 
 
+def test_errors_of_a_regressor_are_printed_and_drawn(run: Callable[..., Result], tmp_path: Path) -> None:
+    """`make quality` of a regressor: RMSE, MAE and bias, in all and by size, and a picture of the errors."""
+    values = [(n, 10.0 * n, 10.0 * n + (-1) ** n * 3 + 1) for n in range(20)]
+    made = [{"prediction_id": f"id{n}", "value": value, "action": "accept"} for n, value, _ in values]
+    line = {"event": "request", "model_version": "v1", "thresholds": {}, "predictions": made}
+    (tmp_path / "log").write_text(json.dumps(line) + "\n")
+    truths = "".join(f"id{n},{truth}\n" for n, _, truth in values)
+    (tmp_path / "labels").write_text("prediction_id,label\n" + truths)
+    done = run("quality", "--logs", "log", "--labels", "labels", "--pictures", "pictures")
+    assert done.exit_code == 0, done.stderr
+    words = "v1: 20 predictions with a true value, RMSE 3.162, MAE 3, bias -1\n"
+    assert done.stdout.startswith(words)
+    assert ["180", "to", "190", "2", "3.162", "3", "-1"] in [one.split() for one in done.stdout.splitlines()]
+    picture = (tmp_path / "pictures" / "quality-v1.svg").read_text()
+    assert picture.count("<circle") == 20
+    (tmp_path / "labels").write_text("prediction_id,label\nid1,many\n")
+    done = run("quality", "--logs", "log", "--labels", "labels")
+    assert (done.exit_code, done.stderr) == (1, "quality: id1 has a truth that is no number\n")
+
+
 BAD = {
     "no log": (["quality"], "say which log"),
     "a log that is not there": (["quality", "--logs", "nowhere"], "nowhere: No such file"),
