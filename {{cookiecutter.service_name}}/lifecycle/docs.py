@@ -152,7 +152,7 @@ def _api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) ->
     table = "\n".join(_row(one) for one in manifest.inputs)
     feedback = (
         "Sent again, the same label changes nothing. The first label counts: another one for the same "
-        "prediction is refused with 422. An id that no version here can have given out is 404."
+        "prediction is refused with 409. An id that no version here can have given out is 404."
     )
     if contract_outputs()["task"] == "regression":
         feedback = "`label` is the true value. " + feedback

@@ -459,16 +459,16 @@ def test_the_example_request_is_valid() -> None:
 
 def test_documents_say_what_the_contract_says(tmp_path: Path) -> None:
     """Features, answers, examples and the served version's facts stand in the documents as they are."""
-    done = run(ROOT, "lifecycle", "docs", "--check", "--openapi")
+    done = run(ROOT, "lifecycle", "docs", "--check", "--openapi", timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     copied(tmp_path)
     stale = ["README.md", "docs/contract.md", "docs/model_card.md", "docs/example.json"]
     for page in stale:
         text = (tmp_path / page).read_text("utf-8")
         (tmp_path / page).write_text(text.replace(SERVED, "v99").replace(": ", ":  "), "utf-8")
-    done = run(tmp_path, "lifecycle", "docs", "--check")
+    done = run(tmp_path, "lifecycle", "docs", "--check", timeout=300)
     assert (done.returncode, [line.partition(":")[0] for line in done.stderr.splitlines()]) == (1, stale)
-    done = run(tmp_path, "lifecycle", "docs")
+    done = run(tmp_path, "lifecycle", "docs", timeout=300)
     assert (done.returncode, [line.partition(":")[0] for line in done.stdout.splitlines()]) == (0, stale)
     assert (tmp_path / "docs/example.json").read_bytes() == (ROOT / "docs/example.json").read_bytes()
 
