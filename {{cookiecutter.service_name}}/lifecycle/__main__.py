@@ -2,9 +2,12 @@
 
 import typer
 
+from lifecycle.checklist import release_check
+from lifecycle.evaluate import evaluate
 from lifecycle.docs import docs
 from lifecycle.gameday import gameday
 from lifecycle.monitor import drift, quality
+from lifecycle.promote import promote, rollback
 from lifecycle.rollout import canary, compare, shadow
 from lifecycle.runbooks import runbooks
 from lifecycle.sbom import sbom
@@ -23,11 +26,15 @@ commands.command()(shadow)
 commands.command()(canary)
 commands.command()(compare)
 commands.command()(docs)
+commands.command()(evaluate)
+commands.command()(promote)
+commands.command()(rollback)
+commands.command()(release_check)
 
 
 @commands.callback()
 def main() -> None:
-    """What runs outside the service: versions in artifacts/, sizing, runbooks."""
+    """What runs outside the service: versions in artifacts/ and their release, sizing, runbooks."""
 
 
 if __name__ == "__main__":

@@ -306,6 +306,7 @@ esac
 """
 DID_NOT_HAPPEN = ("cannot start", '"status":500', "SIGSEGV")
 SAY_NOTHING = ("echo ", "sed -i", "git checkout ", "git status ")
+ROLES = ("AUTHOR", "COMMITTER")
 KEY = "the key of whoever is on call"
 
 
@@ -386,7 +387,8 @@ def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
         subprocess.run([*git, *arguments], cwd=folder, check=True)
     own = {key: value for key, value in os.environ.items() if not key.startswith(("APP_", "MAKE", "MFLAGS"))}
     path = f"{programs}{os.pathsep}{own['PATH']}"
-    variables = {**own, "PATH": path, "SERVICE_LOG": str(eventful.log), "API_KEY": KEY}
+    somebody = {f"GIT_{who}_{what}": "on-call@example.com" for who in ROLES for what in ("NAME", "EMAIL")}
+    variables = {**own, **somebody, "PATH": path, "SERVICE_LOG": str(eventful.log), "API_KEY": KEY}
     addresses = {"http://127.0.0.1:8000": eventful.url, "http://127.0.0.1:9093": alertmanager}
     return Desk(folder, variables, addresses)
 
@@ -412,7 +414,12 @@ def test_commands_work_when_pasted(path: Path, desk: Desk, eventful: Service) ->
 def test_rolling_back_as_the_runbook_says(desk: Desk) -> None:
     """The commands that roll back make the version before serve, and those that undo it the one after."""
     there, back = (blocks_in(sections(INDEX)[title]) for title in ("Roll back the model", "Rules only"))
-    for pasted, version in ((there[0], "v0"), (back[1], SERVED), (back[0], "v0")):
+    for pasted, version in (
+        (there[0], "v0"),
+        (there[1] + there[0], "v0"),  # pinned, so the release that follows changes nothing
+        (back[1], SERVED),
+        (back[0], "v0"),
+    ):
         assert desk.paste(pasted)[0] == 0
         with serving(desk.folder, workers=1) as service:
             assert service.predict().json()["model_version"] == version
