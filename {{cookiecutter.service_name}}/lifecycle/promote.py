@@ -129,7 +129,7 @@ class Repository:
     def git(self, *arguments: str) -> str:
         """What git answers; raises RefusedError with its complaint."""
         done = subprocess.run(  # noqa: S603  # no words but ours
-            ["git", *arguments],  # noqa: S607  # wherever it is installed
+            ["git", "--no-optional-locks", *arguments],  # noqa: S607  # wherever it is installed
             cwd=self.root, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:

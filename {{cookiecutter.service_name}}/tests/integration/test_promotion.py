@@ -7,6 +7,7 @@ from tests.conftest import run, serving, until
 from tests.unit.test_evaluation import ROOT, git, place, unevaluated
 
 __all__ = ["place", "unevaluated"]  # fixtures
+PATIENCE = 300  # training's libraries take their time to be imported
 CODE = [ROOT / name for name in ("app", "lifecycle", "load")]
 
 
@@ -22,15 +23,15 @@ def test_the_running_service_follows_a_promotion_and_a_rollback(place: Path, tmp
         def serves(version: str) -> bool:
             return bool(service.client.get("/ready").json()["model_version"] == version)
 
-        refused = run(place, "lifecycle", "promote", "v2")
+        refused = run(place, "lifecycle", "promote", "v2", timeout=PATIENCE)
         assert (refused.returncode, refused.stderr) == (
             1, "promote: v2 was never evaluated: make evaluate VERSION=v2\n"
         )  # fmt: skip
         for command in (("evaluate", "v2"), ("promote", "v2")):
-            done = run(place, "lifecycle", *command)
+            done = run(place, "lifecycle", *command, timeout=PATIENCE)
             assert (done.returncode, done.stderr) == (0, ""), done.stdout
         until(lambda: serves("v2"), "v2")
-        assert run(place, "lifecycle", "rollback").returncode == 0
+        assert run(place, "lifecycle", "rollback", timeout=PATIENCE).returncode == 0
         until(lambda: serves("v1"), "v1")
         assert len(service.workers()) == 2
     assert git(place, "log", "--format=%s").splitlines()[:2] == [

@@ -421,7 +421,7 @@ def test_rolling_back_as_the_runbook_says(desk: Desk) -> None:
         (back[0], "v0"),
     ):
         assert desk.paste(pasted)[0] == 0
-        with serving(desk.folder, workers=1) as service:
+        with serving(desk.folder, workers=1, artifacts_dir=desk.folder / "artifacts") as service:
             assert service.predict().json()["model_version"] == version
 
 

@@ -95,7 +95,10 @@ TURNED = SURE[:, ::-1]
         ({"data": {"minimum_rows": 4}}, "rows", SURE, SURE[:3]),
         ({}, "answered rows", SURE, np.vstack([SURE[:3], [[math.nan, 0.1]]])),
         ({"slices": [{"column": "truth", "accuracy": 0.6}]}, "accuracy where truth is no", SURE, ONE_WRONG),
-        ({"slices": [{"column": "truth", "mae": 1, "edges": [2]}]}, "mae where truth is (2, inf]", VALUES, -VALUES),
+        (
+            {"slices": [{"column": "truth", "mae": 1, "edges": [2]}]},
+            "mae where truth is (2, inf]", VALUES, -VALUES,
+        ),
         (
             {"slices": [{"column": "target", "accuracy": {"no": 0.6, "yes": 0.1}}]},
             "accuracy where target is no", SURE, ONE_WRONG,
