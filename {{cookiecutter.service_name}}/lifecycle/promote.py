@@ -20,7 +20,7 @@ from app.core.errors import ArtifactError
 from app.core.manifest import Manifest
 from app.core.store import MANIFEST, RELEASE, Release, read_artifact, read_release
 from lifecycle.evaluate import ROOT, THRESHOLDS, golden_gate, load, sha256, write
-from lifecycle.package import canonical_json
+from lifecycle.package import write_release
 
 CHANGELOG = "CHANGELOG.md"
 CARD = "docs/model_card.md"
@@ -178,7 +178,7 @@ def switch(root: Path, release: Release, text: str) -> dict[Path, bytes]:
     try:
         old = before.get(changelog, b"# Changelog\n").decode()
         write(changelog, with_entry(old, text).encode())
-        write(path, canonical_json(release.model_dump(mode="json")))
+        write_release(root / "artifacts", release)
     except BaseException:
         restore(before)
         raise

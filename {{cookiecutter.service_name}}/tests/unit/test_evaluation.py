@@ -262,7 +262,7 @@ def test_a_row_that_the_model_fails_on_fails_alone() -> None:
     pipeline = Pipeline(artifact, Poisoned(), Quiet(), Policy(batch_max_rows=256, execution="inline"))
     file = [dict(row["features"], truth=truth(row)) for row in rows]
     data = data_of(file)
-    poison = pipeline._run([tuple(data.instances[2].__dict__.values())]).matrix.tolist()[0]
+    poison = pipeline.run([tuple(data.instances[2].__dict__.values())]).matrix.tolist()[0]
     same = [one["features"] == rows[2]["features"] for one in rows]
     found = ask(pipeline, data)
     assert found.known.tolist() == [not one for one in same]
