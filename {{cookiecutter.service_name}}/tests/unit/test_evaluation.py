@@ -35,7 +35,7 @@ from lifecycle.evaluate import (
     typed,
 )
 from lifecycle.promote import promote, rollback
-from tests.conftest import ARTIFACTS, golden_set
+from tests.conftest import ARTIFACTS, SERVED, golden_set
 from tests.integration.test_artifacts import edit, flip, rewrite
 
 ROOT = ARTIFACTS.parent
@@ -299,15 +299,15 @@ def git(root: Path, *arguments: str) -> str:
 def unevaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A service's folder under git: v1 serves, v2 and v3 are the same model, golden rows are the truth."""
     root = tmp_path_factory.mktemp("promotion") / "service"
-    shutil.copytree(ARTIFACTS, root / "artifacts")
-    for version in ("v2", "v3"):
-        folder = Path(shutil.copytree(root / "artifacts" / "v1", root / "artifacts" / version))
+    shutil.copytree(ARTIFACTS / "v0", root / "artifacts" / "v0")
+    for version in ("v1", "v2", "v3"):
+        folder = Path(shutil.copytree(ARTIFACTS / SERVED, root / "artifacts" / version))
         document("manifest.json", version=version)(folder)
     release = {"serving": "v1", "previous": "v0", "shadow": None, "canary": None, "canary_percent": 0}
     (root / "artifacts" / "release.json").write_text(json.dumps(release), "utf-8")
     (root / "evaluation").mkdir()
     (root / CONDITIONS).write_text(OWN, "utf-8")
-    golden = [json.dumps({**row["features"], "truth": truth(row)}) + "\n" for row in golden_set("v1")]
+    golden = [json.dumps({**row["features"], "truth": truth(row)}) + "\n" for row in golden_set(SERVED)]
     (root / ROWS).write_text("".join(golden), "utf-8")
     (root / "docs").mkdir()
     for name in ("CHANGELOG.md", "docs/model_card.md", ".gitignore"):
@@ -374,7 +374,7 @@ def test_an_evaluation_leaves_a_verdict_and_a_report_with_pictures(place: Path) 
 def test_a_version_that_fails_says_which_gates(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A failed gate is a line and the exit code, stands in the verdict, and keeps a version from serving."""
     edit_text(place / "evaluation" / "thresholds.toml", "[data]", "[data]\nminimum_rows = 100000")
-    rows = len(golden_set("v1"))
+    rows = len(golden_set(SERVED))
     line = refused(capsys, evaluate, "v2", root=place)
     assert line == f"evaluate: v2: rows: {rows}, needed: at least 100000"
     assert json.loads((place / "evaluation" / "v2.json").read_bytes())["passed"] is False
