@@ -3,8 +3,8 @@
 import typer
 
 from lifecycle.checklist import release_check
-from lifecycle.evaluate import evaluate
 from lifecycle.docs import docs
+from lifecycle.evaluate import evaluate
 from lifecycle.gameday import gameday
 from lifecycle.monitor import drift, quality
 from lifecycle.promote import promote, rollback
