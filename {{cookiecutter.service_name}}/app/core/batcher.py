@@ -111,12 +111,17 @@ class Batcher:
         """Answer what is here, then end: another model takes what comes."""
         self._retired = True
         if self._draining is None:
-            self.close()
+            self._end()
 
     def close(self) -> None:
         """Let the thread end once its current call has."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _end(self) -> None:
+        """Let go of the model at once: in a cycle with it, it would stay until the collector looks."""
+        self.close()
+        del self._run
 
     def _drain_here(self) -> None:
         """One call each turn of the loop, so that probes and new requests get theirs."""
@@ -124,6 +129,8 @@ class Batcher:
             started = perf_counter()
             self._finish(jobs, started, self._call(jobs))
         self._draining = asyncio.get_running_loop().call_soon(self._drain_here) if self._queue else None
+        if self._retired and self._draining is None:
+            self._end()
 
     async def _drain_in_thread(self, loop: asyncio.AbstractEventLoop, executor: ThreadPoolExecutor) -> None:
         await asyncio.sleep(self._max_wait)  # 0 lets what is ready join
@@ -136,7 +143,7 @@ class Batcher:
             self._finish(jobs, started, batches)
         self._draining = None
         if self._retired:
-            self.close()
+            self._end()
 
     def _take(self) -> list[_Job]:
         """Jobs for one call: at least one, and otherwise no more rows than fit."""

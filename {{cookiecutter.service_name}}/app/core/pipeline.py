@@ -67,7 +67,8 @@ class Pipeline:
         self._runtime, self._observer, self._policy = runtime, observer, policy
         self._labels: list[Any] = list(outputs.labels)
         self._keys = [label_key(label) for label in outputs.labels]
-        self._answer = self._classify if outputs.labels else self._measure
+        # Of the class: a method of this object would keep it, and the model, until the collector looks.
+        self._answer = Pipeline._classify if outputs.labels else Pipeline._measure
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
         # For the record of what was decided by them.
@@ -131,7 +132,7 @@ class Pipeline:
         ready = perf_counter()
         outputs = self._infer(matrix)
         inferred = perf_counter()
-        answers = [self._answer(one, index in outside) for index, one in enumerate(outputs)]
+        answers = [self._answer(self, one, index in outside) for index, one in enumerate(outputs)]
         return Batch(
             answers,
             (ready - start, inferred - ready, perf_counter() - inferred),

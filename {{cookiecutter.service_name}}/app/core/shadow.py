@@ -52,6 +52,7 @@ class Shadow:
         if self._working is not None:
             self._working.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self.pipeline.batcher.retire()
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
