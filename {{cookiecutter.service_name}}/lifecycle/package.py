@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
 from app.core.store import MANIFEST, RELEASE, Release
-from app.schemas.contract import contract_inputs, contract_outputs, served_contract_sha256
+from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features
 
 NAME = "iris"
@@ -34,55 +36,66 @@ def feature_names() -> list[str]:
     return [entry["name"] for entry in contract_inputs()]
 
 
-def labels() -> list[str]:
-    """Labels, in the order of the model's probabilities."""
+def labels() -> list[Any]:
+    """Labels, in the order of the model's probabilities; a regressor has none."""
     return list(contract_outputs()["labels"])
 
 
-def golden_set(rows: Rows, probabilities: Rows) -> bytes:
+def golden_set(rows: Sequence[Sequence[Any]], answers: Rows, tolerance: float = TOLERANCE) -> bytes:
     """JSON lines: the features, and the answer that every later run must give again.
 
-    `probabilities` is [rows, labels] from a source other than the runtime that serves.
+    `answers` is [rows, labels], or [rows, 1] of a regressor, from a source other than the serving runtime.
     """
     lines = []
-    for row, answer in zip(rows.tolist(), probabilities.round(7).tolist(), strict=True):
-        line = {
-            "features": dict(zip(feature_names(), row, strict=True)),
-            "label": labels()[int(np.argmax(answer))],
-            "probabilities": dict(zip(labels(), answer, strict=True)),
-            "tolerance": TOLERANCE,
-        }
+    for row, answer in zip(rows, answers.tolist(), strict=True):
+        line: dict[str, Any] = {"features": dict(zip(feature_names(), row, strict=True))}
+        if labels():
+            keys = [label_key(label) for label in labels()]
+            line["label"] = labels()[int(np.argmax(answer))]
+            line["probabilities"] = dict(zip(keys, (round(one, 7) for one in answer), strict=True))
+        else:
+            (line["value"],) = answer
+        line["tolerance"] = tolerance
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 
 
-def baseline(rows: Rows, probabilities: Rows) -> bytes:
-    """What training looked like, for drift: counts per bin of every feature, of the score, and per label.
+def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
+    """What training looked like, for drift: counts per bin of every feature, and of what was answered.
 
-    Bin `i` holds edges[i-1] < value <= edges[i], the first and last bin are open, so there is always
-    one count more than edges. Edges of a feature are its quantiles, fewer where they coincide; a feature
-    with categories has a bin for each of the commonest.
+    `columns` has the values of each feature, missing ones as None or NaN. Bin `i` holds
+    edges[i-1] < value <= edges[i], the first and last bin are open, so there is always one count more than
+    edges. Edges of a feature are its quantiles, fewer where they coincide; text, booleans and categories have
+    a bin for each of the commonest values.
     """
     features = {}
+    rows = len(answers)
     # Shares of bins that few rows fell in are noise, and noise on both sides looks like drift.
-    bins = min(MAX_BINS, max(2, len(rows) // ROWS_A_BIN))
-    for entry, values in zip(contract_inputs(), rows.T, strict=True):
-        present = values[~np.isnan(values)]
-        if entry["categories"]:
-            counted = _commonest(present, entry["categories"])
+    bins = min(MAX_BINS, max(2, rows // ROWS_A_BIN))
+    for entry, values in zip(contract_inputs(), columns, strict=True):
+        if entry["categories"] or entry["dtype"] in ("string", "bool"):
+            counted = _commonest([value for value in values if value is not None])
         else:
-            quantiles = np.quantile(present, np.linspace(0, 1, bins + 1)[1:-1])
-            counted = _histogram(present, np.unique([float(f"{edge:.7g}") for edge in quantiles]))
-        features[entry["name"]] = counted | {"missing": int(len(values) - len(present))}
-    chosen = probabilities.argmax(axis=1)
-    return canonical_json(
-        {
-            "rows": len(rows),
-            "features": features,
-            "labels": {str(label): int((chosen == index).sum()) for index, label in enumerate(labels())},
-            "scores": _histogram(probabilities.max(axis=1), np.linspace(0.1, 0.9, 9).round(1)),
+            numbers = np.asarray(values, np.float64)
+            numbers = numbers[~np.isnan(numbers)]
+            counted = _histogram(numbers, _quantiles(numbers, bins))
+        features[entry["name"]] = counted | {
+            "missing": rows - sum(counted["counts"]) - counted.get("other", 0)
         }
+    if labels():
+        chosen = answers.argmax(axis=1)
+        counts = {label_key(label): int((chosen == index).sum()) for index, label in enumerate(labels())}
+        scores = _histogram(answers.max(axis=1), np.linspace(0.1, 0.9, 9).round(1))
+        return canonical_json({"rows": rows, "features": features, "labels": counts, "scores": scores})
+    given = answers[:, 0]
+    return canonical_json(
+        {"rows": rows, "features": features, "values": _histogram(given, _quantiles(given, bins))}
     )
+
+
+def _quantiles(values: NDArray[np.float64], bins: int) -> NDArray[np.float64]:
+    quantiles = np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1])
+    return np.unique([float(f"{edge:.7g}") for edge in quantiles])
 
 
 def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[str, Any]:
@@ -92,37 +105,44 @@ def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[
     return {"edges": edges.tolist(), "bins": names, "counts": counts.tolist()}
 
 
-def _commonest(values: NDArray[np.float64], categories: list[Any]) -> dict[str, Any]:
-    counts = {category: int((values == category).sum()) for category in categories}
-    kept = sorted(categories, key=lambda category: -counts[category])[:MAX_BINS]
-    other = len(values) - sum(counts[category] for category in kept)
-    named = {"categories": kept, "bins": [str(category) for category in kept]}
-    return named | {"counts": [counts[category] for category in kept], "other": other}
+def _commonest(values: Sequence[Any]) -> dict[str, Any]:
+    counts = Counter(values)
+    # Ties by name: the order that rows come in is of no meaning.
+    kept = sorted(counts, key=lambda one: (-counts[one], str(one)))[:MAX_BINS]
+    # `missing` and `other` are bins of their own.
+    names = [f"{key}=" if (key := label_key(one)) in ("missing", "other") else key for one in kept]
+    other = len(values) - sum(counts[one] for one in kept)
+    return {"categories": kept, "bins": names, "counts": [counts[one] for one in kept], "other": other}
+
+
+def ranges_of(rows: Rows) -> dict[str, tuple[float, float]]:
+    """The least and the greatest value of each column; `rows` is [rows, features], missing values NaN."""
+    low, high = np.nanmin(rows, axis=0).tolist(), np.nanmax(rows, axis=0).tolist()
+    return dict(zip(feature_names(), zip(low, high, strict=True), strict=True))
 
 
 def pack(
     *,
     version: str,
-    runtime: Literal["onnx", "rules"],
+    runtime: Literal["onnx", "skops", "rules"],
     files: dict[str, bytes],
     outputs: dict[str, Any],
     libraries: dict[str, str],
+    name: str = NAME,
     training: Training | None = None,
-    training_rows: Rows | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    trusted_types: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """The whole folder: `files` and the manifest that signs them.
 
-    `outputs` holds the meaning of the score and the review threshold; inputs and labels come from the
-    contract in `app/schemas/predict.py`.
+    `outputs` holds the meaning of the answer and the review threshold, `ranges` the least and the greatest
+    value in training; inputs and labels come from the contract in `app/schemas/predict.py`.
     """
-    ranges = {}
-    if training_rows is not None:
-        low, high = np.nanmin(training_rows, axis=0).tolist(), np.nanmax(training_rows, axis=0).tolist()
-        ranges = dict(zip(feature_names(), zip(low, high, strict=True), strict=True))
+    ranges = ranges or {}
     schema = Features.model_json_schema()
     example = schema["examples"][0]
     manifest = Manifest(
-        name=NAME,
+        name=name,
         version=version,
         task=contract_outputs()["task"],
         runtime=runtime,
@@ -142,6 +162,7 @@ def pack(
         outputs=Outputs(labels=list(labels()), **outputs),
         training=training,
         libraries=libraries,
+        trusted_types=list(trusted_types),
         contract_sha256=served_contract_sha256(),
     )
     return files | {MANIFEST: canonical_json(manifest.model_dump(mode="json"))}

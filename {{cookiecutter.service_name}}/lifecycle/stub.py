@@ -3,13 +3,15 @@
 Teams integrate against it before a model exists, and it is what a rollback falls back to.
 """
 
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lifecycle.package import Rows, canonical_json, feature_names, golden_set, labels, pack
+from lifecycle.package import TOLERANCE, Rows, canonical_json, feature_names, golden_set, labels, pack
 
 VERSION = "v0"
 
@@ -37,8 +39,34 @@ def stub_files(golden_rows: Rows) -> dict[str, bytes]:
     """The files of v0; its golden set is `golden_rows` and rows exactly on the bounds of the rules."""
     rows = np.vstack([golden_rows, _on_the_bounds(golden_rows[0])])
     answers = np.array([decide(row) for row in rows.tolist()])
-    files = {"rules.json": canonical_json(RULES), "golden.jsonl": golden_set(rows, answers)}
+    files = {"rules.json": canonical_json(RULES), "golden.jsonl": golden_set(rows.tolist(), answers)}
     return pack(version=VERSION, runtime="rules", files=files, outputs=OUTPUTS, libraries={})
+
+
+def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Rows) -> dict[str, bytes]:
+    """The files of v0 for a contract that nobody has written rules for: it says the same to everybody.
+
+    That is what the model answered most, or on average, to the rows that it was judged by: `answers` [rows,
+    labels], or [rows, 1] of a regressor. All of a classifier's answers are for review.
+    """
+    if labels():
+        counts = np.bincount(answers.argmax(axis=1), minlength=len(labels()))
+        chosen = int(counts.argmax())
+        # Rounded up, so that it is more than what the others share.
+        score = min(1.0, math.ceil(100 * counts[chosen] / len(answers) + 1e-9) / 100)
+        tolerance = TOLERANCE
+        verdict: dict[str, Any] = {"label": labels()[chosen], "score": score}
+        row = [(1 - score) / (len(labels()) - 1)] * len(labels())
+        row[chosen] = score
+        outputs: dict[str, Any] = {"score": OUTPUTS["score"], "review_threshold": 1.0}
+    else:
+        value = float(answers.mean())
+        verdict, row = {"value": value}, [value]
+        tolerance = 1e-9 * max(1.0, abs(value))
+        outputs = {"value": "The model's mean answer to its training data, whatever was asked."}
+    golden = golden_set(golden_rows, np.array([row] * len(golden_rows)), tolerance)
+    files = {"rules.json": canonical_json({"rules": [], "otherwise": verdict}), "golden.jsonl": golden}
+    return pack(version=VERSION, name=name, runtime="rules", files=files, outputs=outputs, libraries={})
 
 
 def _on_the_bounds(row: NDArray[np.float64]) -> Rows:

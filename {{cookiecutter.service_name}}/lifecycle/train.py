@@ -37,6 +37,7 @@ from lifecycle.package import (
     labels,
     pack,
     publish,
+    ranges_of,
     start_release,
 )
 from lifecycle.stub import VERSION as STUB_VERSION
@@ -124,8 +125,8 @@ def model_files(version: str, data: Data) -> dict[str, bytes]:
         runtime="onnx",
         files={
             "model.onnx": model,
-            "baseline.json": baseline(data.training, pipeline.predict_proba(data.training)),
-            "golden.jsonl": golden_set(data.holdout, pipeline.predict_proba(data.holdout)),
+            "baseline.json": baseline(list(data.training.T), pipeline.predict_proba(data.training)),
+            "golden.jsonl": golden_set(data.holdout.tolist(), pipeline.predict_proba(data.holdout)),
         },
         outputs=OUTPUTS,
         libraries={name: installed(name) for name in LIBRARIES},
@@ -137,7 +138,7 @@ def model_files(version: str, data: Data) -> dict[str, bytes]:
             # Text mode: the same on a checkout with other line ends.
             code_revision="sha256:" + hashlib.sha256(Path(__file__).read_text("utf-8").encode()).hexdigest(),
         ),
-        training_rows=data.training,
+        ranges=ranges_of(data.training),
     )
 
 

@@ -200,7 +200,7 @@ def test_bins_are_as_many_as_the_rows_support() -> None:
 
     def made(rows: Rows) -> list[dict[str, Any]]:
         probabilities = np.full((len(rows), 3), 1 / 3)
-        return list(json.loads(baseline(rows, probabilities))["features"].values())
+        return list(json.loads(baseline(list(rows.T), probabilities))["features"].values())
 
     random = np.random.default_rng(0)
     for count, bins in ((30, 2), (120, 6), (5000, 10)):
