@@ -6,6 +6,7 @@ from lifecycle.checklist import release_check
 from lifecycle.docs import docs
 from lifecycle.evaluate import evaluate
 from lifecycle.gameday import gameday
+from lifecycle.import_model import import_model
 from lifecycle.monitor import drift, quality
 from lifecycle.promote import promote, rollback
 from lifecycle.rollout import canary, compare, shadow
@@ -30,6 +31,7 @@ commands.command()(evaluate)
 commands.command()(promote)
 commands.command()(rollback)
 commands.command()(release_check)
+commands.command()(import_model)
 
 
 @commands.callback()

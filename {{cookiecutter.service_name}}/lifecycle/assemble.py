@@ -1,0 +1,144 @@
+"""Makes the files of an imported version, with the contract that they are for in place of the served one.
+
+    repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, result.json
+    -> golden set, baseline, manifest, v0 -> the service's own check of them -> openapi.json, documents
+
+`python -m lifecycle.assemble FOLDER`, started by `make import-model` in FOLDER/repository: there Python finds
+the `app` with the new contract, so that everything here is made for it.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from app.core.errors import ArtifactError
+from app.core.manifest import Training
+from app.core.pipeline import Pipeline, Policy
+from app.core.runtimes import load_runtime
+from app.core.store import RELEASE, read_artifact
+from app.observability.metrics import Metrics, Recorder
+from app.schemas.contract import contract_inputs
+from lifecycle.convert import ANSWERS, REQUEST, RESULT, SAMPLE
+from lifecycle.docs import documents, snapshot
+from lifecycle.package import baseline, golden_set, labels, pack, publish, start_release
+from lifecycle.stub import VERSION as STUB
+from lifecycle.stub import ignorant_stub
+from lifecycle.tables import read_sample
+
+GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
+SCORE = "The model's probability of the label; not calibrated beyond training."
+
+
+def main(folder: Path) -> None:
+    """Write into folder/repository; a version that the service would refuse ends as a line in result.json."""
+    request = json.loads((folder / REQUEST).read_bytes())
+    result = json.loads((folder / RESULT).read_bytes())
+    root = folder / "repository"
+    made = version_files(folder, request, result, read_sample(folder / SAMPLE), np.load(folder / ANSWERS))
+    for name, files in made.items():
+        publish(root / "artifacts", name, files)
+    if STUB in made:
+        (root / "artifacts" / RELEASE).unlink(missing_ok=True)
+        start_release(root / "artifacts", serving=request["version"], previous=STUB)
+    try:
+        for name in made:
+            check(root / "artifacts", name)
+        for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
+            (root / path).write_text(text, "utf-8", newline="\n")
+    except (ArtifactError, ValueError) as error:  # a document may lack a heading
+        result["refused"] = f"what was made is not fit to be served: {error}"
+        (folder / RESULT).write_text(json.dumps(result), "utf-8")
+
+
+def check(root: Path, version: str) -> None:
+    """Raise ArtifactError unless the service takes the version, and answers its golden set as recorded."""
+    artifact = read_artifact(root, version)
+    Pipeline(artifact, load_runtime(artifact), Recorder(Metrics()), Policy(execution="inline")).replay()
+
+
+def version_files(
+    folder: Path, request: dict[str, Any], result: dict[str, Any], sample: Any, answers: Any
+) -> dict[str, dict[str, bytes]]:
+    """The files of the new version, and of v0 where the contract is new."""
+    names = list(inputs())
+    chosen = golden_rows(sample, answers)
+    rows = [list(row.values()) for row in sample.select(names).take(chosen).to_pylist()]
+    model = f"model.{result['runtime']}"
+    outputs: dict[str, Any] = {"score": SCORE, "review_threshold": request["review_threshold"]}
+    if not labels():
+        outputs = {
+            "value": f"The model's estimate of {request['target']}.",
+            "feedback_tolerance": request["feedback_tolerance"] or float(f"{answers.std() / 10:.2g}"),
+        }
+    files = {
+        model: (folder / model).read_bytes(),
+        "baseline.json": baseline([values(sample.column(name)) for name in names], answers),
+        "golden.jsonl": golden_set(rows, answers[chosen], result["tolerance"]),
+    }
+    packed = pack(
+        version=request["version"],
+        name=request["name"],
+        runtime=result["runtime"],
+        files=files,
+        outputs=outputs,
+        libraries=result["libraries"],
+        training=Training(**request["training"]),
+        ranges={name: (low, high) for name, (low, high) in request["ranges"].items()},
+        trusted_types=result["trusted_types"],
+    )
+    made = {request["version"]: packed}
+    if request["new_contract"]:
+        made[STUB] = ignorant_stub(request["name"], rows, answers)
+    return made
+
+
+def inputs() -> Mapping[str, dict[str, Any]]:
+    """The contract's inputs by name."""
+    return {entry["name"]: entry for entry in contract_inputs()}
+
+
+def values(column: Any) -> Sequence[Any]:
+    """A column of the sample: numbers as an array, missing ones NaN; anything else as a list, with None."""
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        return pc.cast(column, pa.float64()).to_numpy()  # type: ignore[no-any-return]
+    return column.to_pylist()  # type: ignore[no-any-return]
+
+
+def golden_rows(sample: Any, answers: Any) -> list[int]:
+    """Which rows to hold every later run to: some of each answer, and the first with each peculiarity.
+
+    Peculiar is a missing value of a column, and a category.
+    """
+    strata = strata_of(answers)
+    groups = [np.flatnonzero(strata == one) for one in np.unique(strata)]
+    share = max(1, GOLDEN_ROWS // len(groups))
+    draw = np.random.default_rng(0)
+    chosen: dict[int, None] = {}
+    for rows in groups:
+        chosen.update(dict.fromkeys(draw.permutation(rows)[:share].tolist()))
+    for name, entry in inputs().items():
+        column = sample.column(name)
+        firsts = [
+            pc.index(pc.is_null(column), True),
+            *(pc.index(column, one) for one in entry["categories"] or ()),
+        ]
+        chosen.update(dict.fromkeys(first.as_py() for first in firsts if first.as_py() >= 0))
+    return sorted(list(chosen)[:MAX_GOLDEN_ROWS])
+
+
+def strata_of(answers: Any) -> Any:
+    """A number for each row: of the answer's label, or of the tenth of all values that it is in."""
+    if labels():
+        return answers.argmax(axis=1)
+    values = answers[:, 0]
+    return np.searchsorted(np.quantile(values, np.linspace(0.1, 0.9, 9)), values)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

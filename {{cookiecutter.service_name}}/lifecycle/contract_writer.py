@@ -1,0 +1,172 @@
+"""Writes app/schemas/predict.py: the contract as Python that a person reads and edits.
+
+    features, labels, example -> source(...) -> text of the module
+
+Units, descriptions and bounds are a person's to add; an import keeps those of columns that stay.
+"""
+
+import json
+import keyword
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+_TYPES = {"float64": "float", "int64": "int", "bool": "bool", "string": "str"}
+# What the module itself calls by these names.
+_TAKEN = {*_TYPES.values(), "dict", "dataclass", "Annotated", "Literal", "BaseModel", "ConfigDict", "Field"}
+LINE = 110
+
+HEAD = '''"""What a client sends for a prediction and what comes back. Yours to edit.
+
+Written by `make import-model`, and left alone by it as long as the inputs and labels stay the same. There
+is more to say of a feature: `Annotated[float, Field(ge=0, description="Height.", json_schema_extra={"unit":
+"cm"})]`. The order of `Features` is the order of the model's columns. A change here that the model does not
+follow is caught at start: every artifact carries the signature of the contract it was made for. After one,
+run the import again: it makes a version for the contract as you changed it.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+'''
+
+CLASSIFIER = '''@dataclass(slots=True)
+class Prediction:
+    """One answer."""
+
+    prediction_id: Annotated[str, Field(description="Names this prediction in logs and in feedback.")]
+    model_version: Annotated[str, Field(description="The artifact that answered.", examples=["v1"])]
+    label: Annotated[Label, Field(description="The most probable class.")]
+    score: Annotated[
+        float,
+        Field(ge=0, le=1, description="The model's probability of `label`; not calibrated beyond training."),
+    ]
+    probabilities: Annotated[
+        dict[str, float], Field(description="Every class with its probability; they sum to 1.")
+    ]
+    action: Annotated[
+        Action,
+        Field(
+            description="`review`: a person should look, because the score is below the review threshold "
+            "or a value lies outside the range seen in training."
+        ),
+    ]
+'''
+
+REGRESSOR = '''@dataclass(slots=True)
+class Prediction:
+    """One answer."""
+
+    prediction_id: Annotated[str, Field(description="Names this prediction in logs and in feedback.")]
+    model_version: Annotated[str, Field(description="The artifact that answered.", examples=["v1"])]
+    value: Annotated[float, Field(description=VALUE)]
+    action: Annotated[
+        Action,
+        Field(
+            description="`review`: a person should look, because a value lies outside the range seen in "
+            "training."
+        ),
+    ]
+'''
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column, as the contract has it."""
+
+    name: str
+    dtype: str
+    nullable: bool
+    categories: list[str] | None = None
+    unit: str | None = None
+    description: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+def field_names(names: Sequence[str]) -> list[str]:
+    """A Python name for each column: the column's own where it is one that a field may have."""
+    found: list[str] = []
+    for index, name in enumerate(names, 1):
+        own = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", name)).strip("_") or f"column_{index}"
+        if own[0].isdigit():
+            own = f"column_{own}"
+        if keyword.iskeyword(own) or own in _TAKEN or hasattr(BaseModel, own) or own.startswith("model_"):
+            own += "_"
+        free, number = own, 2
+        while free in found or (free != name and free in names):
+            free, number = f"{own}_{number}", number + 1
+        found.append(free)
+    return found
+
+
+def source(
+    features: Sequence[Feature], labels: Sequence[Any], examples: Sequence[dict[str, Any]], target: str
+) -> str:
+    """The module: for a classifier with `labels`, for a regressor without."""
+    names = [feature.name for feature in features]
+    fields = [_field(own, one) for own, one in zip(field_names(names), features, strict=True)]
+    label = f"Literal[{', '.join(map(_literal, labels))}]" if labels else "float"
+    parts = [
+        HEAD,
+        f"Label = {label}\n",
+        'Action = Literal["accept", "review"]\n\n\n',
+        "class Features(BaseModel):\n",
+        f'    """The {len(names)} columns that the model takes."""\n\n' if len(names) > 1 else
+        '    """The column that the model takes."""\n\n',
+        '    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, '
+        f'json_schema_extra={{"examples": {[_Source(one) for one in examples]!r}}})\n\n',
+        *fields,
+        "\n\n",
+        CLASSIFIER if labels else REGRESSOR.replace("VALUE", _literal(f"The model's estimate of {target}.")),
+    ]  # fmt: skip
+    return formatted("".join(parts))
+
+
+class _Source(dict[str, Any]):
+    """A JSON object that shows itself as Python."""
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(value)}" for key, value in self.items()) + "}"
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Python, text in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _field(own: str, feature: Feature) -> str:
+    kind = _TYPES[feature.dtype]
+    if feature.categories:
+        kind = f"Literal[{', '.join(map(_literal, feature.categories))}]"
+    if feature.nullable:
+        kind += " | None"
+    words = [f"alias={_literal(feature.name)}"] if own != feature.name else []
+    for name, bound in (("ge", feature.minimum), ("le", feature.maximum)):
+        if bound is not None:
+            words.append(f"{name}={bound:.17g}" if bound == int(bound) else f"{name}={bound!r}")
+    if feature.description:
+        words.append(f"description={_literal(feature.description)}")
+    if feature.unit:
+        words.append(f'json_schema_extra={{"unit": {_literal(feature.unit)}}}')
+    return f"    {own}: Annotated[{kind}, Field({', '.join(words)})]\n" if words else f"    {own}: {kind}\n"
+
+
+def formatted(text: str) -> str:
+    """Python as `make fix` would leave it."""
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", f"--line-length={LINE}"]
+    done = subprocess.run(  # noqa: S603  # the formatter of this environment
+        [*command, "--stdin-filename", "predict.py", "-"],
+        input=text.encode(),
+        capture_output=True,
+        check=True,
+    )
+    return done.stdout.decode()

@@ -1,0 +1,351 @@
+"""A model as it was given: what it takes, what it answers, and how to ask it.
+
+    .joblib, .pkl -> an estimator, unpickled: runs whatever code the file holds | .onnx -> a session
+    rows of the sample, as pandas would have read them -> answers [rows, labels], or [rows, 1] of a regressor
+
+Whatever makes it unfit for serving is a Refusal, in one line.
+"""
+
+import hashlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.core.manifest import Input
+from app.core.runtimes import OnnxRuntime
+from lifecycle.tables import Refusal
+
+SCORE_TOLERANCE = 1e-5
+ROWS_A_CALL = 8_192
+
+Answers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass
+class Original:
+    """The model as it was given: what it takes, what it answers, and how to ask it."""
+
+    task: str
+    labels: list[Any]
+    names: list[str]
+    described: str
+    answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
+    libraries: set[str]
+    estimator: Any = None
+    content: bytes = b""  # of an ONNX file
+
+
+def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -> Original:
+    """A pickled or joblib-dumped estimator, or a torch module; raises Refusal."""
+    estimator = unpickle(path)
+    from sklearn.base import is_classifier, is_regressor
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
+
+    kind = type(estimator).__name__
+    if not hasattr(estimator, "predict"):
+        raise Refusal(f"{path.name}: holds a {kind}, not an estimator with `predict`")
+    try:
+        check_is_fitted(estimator)
+    except (NotFittedError, TypeError):
+        raise Refusal(f"{path.name}: the {kind} is not fitted") from None
+    if is_classifier(estimator):
+        task = "classification"
+        if not hasattr(estimator, "predict_proba"):
+            raise Refusal(
+                f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; "
+                "wrap it in CalibratedClassifierCV and fit again"
+            )
+    elif is_regressor(estimator):
+        task = "regression"
+    else:
+        raise Refusal(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
+    named = getattr(estimator, "feature_names_in_", None)
+    names = [str(name) for name in named] if named is not None else list(inputs)
+    if lacking := [name for name in names if name in unusable] if named is not None else list(unusable):
+        raise Refusal(f"column {lacking[0]!r} {unusable[lacking[0]]}")
+    if missing := [name for name in names if name not in inputs]:
+        raise Refusal(
+            f"model and data columns differ: the model takes {_quoted(missing)}, and the data has "
+            f"{_quoted([name for name in inputs if name not in names])}"
+        )
+    if len(names) != (count := getattr(estimator, "n_features_in_", len(names))):
+        raise Refusal(
+            f"model and data columns differ: the model takes {count} columns without names, and the data has "
+            f"{len(names)} beside the target: {_quoted(names)}"
+        )
+    labels = labels_of(path, estimator) if task == "classification" else []
+    columns = [inputs[name] for name in names]
+
+    def answer(part: Any) -> Answers:
+        rows = frame(part, columns) if named is not None else plain(part, columns)
+        if task == "regression":
+            values = np.asarray(estimator.predict(rows), np.float64)
+            if values.size != len(values):
+                raise Refusal(f"{path.name}: predicts {values.shape[1]} values a row; one can be served")
+            return values.reshape(-1, 1)
+        scores = np.asarray(estimator.predict_proba(rows), np.float64)
+        _same_choice(path, estimator, rows, scores)
+        return scores
+
+    return Original(task, labels, names, describe(estimator), answer, libraries_in_use(), estimator)
+
+
+def unpickle(path: Path) -> Any:
+    """Whatever the file holds; raises Refusal, with what to install where that is the reason."""
+    if path.suffix in (".pt", ".pth", ".ts"):
+        raise Refusal(
+            f"{path.name}: export torch modules to ONNX where torch is installed: torch.onnx.export(module, "
+            "example, 'model.onnx'), with the probabilities as the last output; and import that file"
+        )
+    import joblib
+    from sklearn.exceptions import InconsistentVersionWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", InconsistentVersionWarning)
+            return joblib.load(path)
+    except InconsistentVersionWarning as warning:
+        made, here = warning.original_sklearn_version, warning.current_sklearn_version
+        raise Refusal(
+            f"{path.name}: was made with scikit-learn {made}, and {here} is installed: install "
+            f"scikit-learn=={made} here, or fit and save the model again with {here}"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise Refusal(f"{path.name}: needs the module {error.name}: install what provides it") from None
+    except AttributeError as error:
+        name = str(error).partition("attribute ")[2].split(" on ")[0] or str(error)
+        raise Refusal(
+            f"{path.name}: is made of {name}, which is not where it was when the model was saved; a class or "
+            "function from a notebook has to move into a module that can be imported here"
+        ) from None
+    except OSError as error:
+        raise Refusal(f"{path.name}: {error.strerror or 'cannot be read'}") from None
+    except Exception as error:  # whatever a broken pickle makes of itself
+        raise Refusal(
+            f"{path.name}: cannot be read as a model saved by joblib or pickle ({type(error).__name__})"
+        ) from None
+
+
+def labels_of(path: Path, estimator: Any) -> list[Any]:
+    """The classes, as JSON has them."""
+    classes = getattr(estimator, "classes_", None)
+    if classes is None or isinstance(classes, list):
+        raise Refusal(f"{path.name}: has several targets; one is what can be served")
+    labels: list[Any] = np.asarray(classes).tolist()
+    if all(isinstance(label, float) and label.is_integer() for label in labels):
+        labels = [int(label) for label in labels]
+    if not all(isinstance(label, str | int) for label in labels) or len({type(one) for one in labels}) > 1:
+        raise Refusal(
+            f"{path.name}: its labels are {type(labels[0]).__name__}, and only text, integers or booleans "
+            "can be served"
+        )
+    if len(labels) < 2:
+        raise Refusal(f"{path.name}: knows only the label {labels[0]!r}")
+    return labels
+
+
+def _same_choice(path: Path, estimator: Any, rows: Any, scores: Answers) -> None:
+    """Raise Refusal where `predict` is not the most probable label: clients get the latter."""
+    classes = np.asarray(estimator.classes_)
+    chosen = np.searchsorted(classes, np.asarray(estimator.predict(rows)).ravel())
+    own = scores[np.arange(len(scores)), chosen]
+    if differing := int((scores.max(axis=1) - own > SCORE_TOLERANCE).sum()):
+        raise Refusal(
+            f"{path.name}: `predict` and `predict_proba` of {_final(estimator)} choose different labels in "
+            f"{differing:,} of {len(scores):,} rows; a service answers with the most probable one. Fit it so "
+            "that they agree (for SVC: CalibratedClassifierCV in place of probability=True)"
+        )
+
+
+def _final(estimator: Any) -> str:
+    while hasattr(estimator, "steps"):
+        estimator = estimator.steps[-1][1]
+    return type(estimator).__name__
+
+
+def describe(estimator: Any) -> str:
+    """The kinds of its steps."""
+    if hasattr(estimator, "steps"):
+        return f"{type(estimator).__name__}({', '.join(describe(step) for _, step in estimator.steps)})"
+    if hasattr(estimator, "transformers_"):
+        inner = [describe(step) for _, step, _ in estimator.transformers_ if hasattr(step, "get_params")]
+        return f"{type(estimator).__name__}({', '.join(inner)})"
+    return type(estimator).__name__
+
+
+def libraries_in_use() -> set[str]:
+    """The packages that the model brought along: their versions decide on what it answers."""
+    names = metadata.packages_distributions()
+    return {"scikit-learn"} | {names[name][0] for name in ("xgboost", "lightgbm") if name in sys.modules}
+
+
+def _quoted(names: Sequence[str]) -> str:
+    listed = ", ".join(map(repr, names[:8])) or "nothing else"
+    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# --- asking ----------------------------------------------------------------------------------------------
+
+
+def parts(table: Any) -> Iterator[Any]:
+    """A table in pieces of ROWS_A_CALL rows."""
+    for start in range(0, table.num_rows, ROWS_A_CALL):
+        yield table.slice(start, ROWS_A_CALL)
+
+
+def column(part: Any, entry: Input) -> Any:
+    """A column as pandas would have read it."""
+    array = part.column(entry.name)
+    if entry.dtype == "string":
+        found = np.empty(len(array), object)
+        found[:] = [np.nan if value is None else value for value in array.to_pylist()]
+        return found
+    if entry.dtype == "bool" and entry.nullable:
+        return np.array([np.nan if value is None else value for value in array.to_pylist()], object)
+    if entry.dtype == "int64" and not entry.nullable:
+        return array.to_numpy()
+    if entry.dtype == "bool":
+        return array.to_numpy().astype(bool)
+    return array.cast("float64").to_numpy().astype(np.float64)
+
+
+def frame(part: Any, entries: Sequence[Input]) -> Any:
+    """Rows as a DataFrame."""
+    import pandas as pd
+
+    columns = {entry.name: column(part, entry) for entry in entries}
+    texts = {name for name, values in columns.items() if values.dtype == object}
+    return pd.DataFrame(
+        {
+            name: pd.Series(values, dtype=object) if name in texts else values
+            for name, values in columns.items()
+        }
+    )
+
+
+def plain(part: Any, entries: Sequence[Input]) -> Any:
+    """Rows as an array: of float64, or of objects where there is text."""
+    columns = [column(part, entry) for entry in entries]
+    if all(values.dtype != object for values in columns):
+        return np.column_stack([values.astype(np.float64) for values in columns])
+    rows = np.empty((len(columns[0]), len(columns)), object)
+    for index, values in enumerate(columns):
+        rows[:, index] = values
+    return rows
+
+
+def as_served(part: Any, entries: Sequence[Input], dtype: Any) -> Any:
+    """Rows as the service hands them to a runtime."""
+    columns = [part.column(entry.name) for entry in entries]
+    if dtype is not np.object_:
+        return np.column_stack([one.cast("float64").to_numpy().astype(dtype) for one in columns])
+    rows = np.empty((part.num_rows, len(columns)), object)
+    for index, one in enumerate(columns):
+        rows[:, index] = one.to_pylist()
+    return rows
+
+
+def original_answers(original: Original, table: Any, entries: Sequence[Input]) -> Answers:
+    """What the original says to every row of the sample; raises Refusal."""
+    found, began = [], time.monotonic()
+    for part in parts(table):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found.append(original.answer(part))
+        except Refusal:
+            raise
+        except Exception as error:  # an estimator may raise anything about rows it does not like
+            kinds = ", ".join(f"{one.name} ({one.dtype})" for one in entries[:5])
+            words = " ".join(str(error).split())[:160]
+            raise Refusal(
+                f"the model cannot predict the data's own rows: {type(error).__name__}: {words} "
+                f"[columns: {kinds}{', ...' if len(entries) > 5 else ''}]"
+            ) from None
+        if not np.isfinite(found[-1]).all():
+            row = int(np.flatnonzero(~np.isfinite(found[-1]).all(axis=1))[0])
+            before = sum(map(len, found[:-1]))
+            raise Refusal(f"the model answers row {before + row + 1} with something that is no number")
+        began = tell(began, f"the model has answered {sum(map(len, found)):,} of {table.num_rows:,} rows")
+    return np.concatenate(found)
+
+
+def tell(since: float, what: str) -> float:
+    """Say what is going on, every five seconds; the time of the last such line."""
+    if time.monotonic() - since < 5:
+        return since
+    print(f"import-model: {what}", file=sys.stderr, flush=True)
+    return time.monotonic()
+
+
+def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target_name: str) -> Original:
+    """An ONNX file: nothing to unpickle and nothing to convert, but for a ZipMap, which is taken off."""
+    import onnx
+    import onnxruntime
+
+    try:
+        model = onnx.load_from_string(path.read_bytes())
+        without_zipmap(model)
+        content = bytes(model.SerializeToString())
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except OSError as error:
+        raise Refusal(f"{path.name}: {error.strerror or 'cannot be read'}") from None
+    except Exception as error:  # whatever onnx and its runtime find wrong
+        raise Refusal(f"{path.name}: cannot be read as an ONNX model ({type(error).__name__})") from None
+    taken = session.get_inputs()
+    names = list(inputs)
+    if len(taken) > 1:
+        names = [one.name for one in taken]
+        if missing := [name for name in names if name not in inputs]:
+            raise Refusal(f"model and data columns differ: the data lacks {_quoted(missing)}")
+    elif taken[0].shape[-1] != len(names):
+        raise Refusal(
+            f"model and data columns differ: the model takes {taken[0].shape[-1]} columns, and the data has "
+            f"{len(names)} beside the target: {_quoted(names)}"
+        )
+    entries = [inputs[name] for name in names]
+    runtime = OnnxRuntime(onnxruntime, content, len(names))
+    target = table.column(target_name).drop_null()
+    width = len(runtime.infer(as_served(table.slice(0, 1), entries, runtime.dtype))[0])
+    labels: list[Any] = []
+    if width > 1:
+        labels = sorted(target.unique().to_pylist())
+        if len(labels) != width:
+            there = f"{target_name!r} has {len(labels)} values"
+            raise Refusal(f"{path.name}: answers with {width} probabilities, and {there}")
+    elif len(session.get_outputs()) > 1 or str(target.type) not in ("double", "int64"):
+        raise Refusal(
+            f"{path.name}: its last output has to be the probabilities [rows, labels], or the value [rows]"
+        )
+
+    def answer(part: Any) -> Answers:
+        return np.asarray(runtime.infer(as_served(part, entries, runtime.dtype)), np.float64)
+
+    task = "classification" if labels else "regression"
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    return Original(task, labels, names, f"an ONNX model ({digest})", answer, set(), content=content)
+
+
+def without_zipmap(model: Any) -> None:
+    """Take the ZipMap nodes off, which turn probabilities into a list of maps."""
+    for node in [one for one in model.graph.node if one.op_type == "ZipMap"]:
+        for output in model.graph.output:
+            if output.name == node.output[0]:
+                output.CopyFrom(onnx_scores(node.input[0]))
+        model.graph.node.remove(node)
+
+
+def onnx_scores(name: str) -> Any:
+    """An output [rows, labels] of float32."""
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None])
