@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/pyth
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-faults test-image check fix files bake benchmark lock setup
+.PHONY: help demo test test-faults test-models test-image check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -19,10 +19,13 @@ demo: .venv/render.stamp ## render with defaults into build/, run the service, s
 	$(BIN)/python -m scripts.demo
 
 test: .venv/dev.stamp ## render every option, then check, test and run what was rendered
-	$(PYTEST) -m "not image and not faults" $(ARGS)
+	$(PYTEST) -m "not image and not faults and not models" $(ARGS)
 
 test-faults: .venv/dev.stamp ## kill, block and restart the rendered service under load: minutes
 	$(PYTEST) -m faults $(ARGS)
+
+test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
+	$(PYTEST) -m models $(ARGS)
 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)
@@ -48,6 +51,7 @@ benchmark: .venv/render.stamp ## measure the service against reference servers: 
 lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with UPGRADE=--upgrade
 	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/dev.txt requirements/dev.in
 	$(LOCK) --constraints requirements/dev.txt --output-file requirements/render.txt requirements/render.in
+	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/models.txt requirements/models.in
 
 setup: .venv/dev.stamp ## the template's environment, in .venv
 

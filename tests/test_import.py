@@ -1,0 +1,282 @@
+"""Bring your own model: imported into a rendered service, served, and equal to the original row by row."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.demo import free_port
+from scripts.render import ROOT
+from tests.conftest import ENVIRONMENT, Render, commit, run
+
+pytestmark = pytest.mark.models
+
+BIN = Path(".venv", "Scripts" if os.name == "nt" else "bin")
+PATIENCE_SECONDS = 120
+# Each kind of model with what is special about it; tests/models.py fits them.
+KINDS = [
+    "logistic", "forest", "boosting", "pipeline", "line", "wide", "lightgbm", "lightgbm_regressor", "xgboost",
+    "onnx",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(render: Render) -> Path:
+    """A default render under git, with its development environment and what models are fitted with."""
+    folder = render().folder
+    setup = run("make", "setup", cwd=folder)
+    assert setup.returncode == 0, setup.stdout
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--require-hashes",
+        "--requirement",
+        ROOT / "requirements" / "models.txt",
+    ]
+    if uv := shutil.which("uv"):
+        command: list[str | Path] = [uv, "pip", "install", "--python", folder / BIN / "python", *install[3:]]
+    else:
+        command = [folder / BIN / "python", *install]
+    installed = run(*command, cwd=folder)
+    assert installed.returncode == 0, installed.stdout
+    commit(folder, "As rendered")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every model with its data and answers, as a user would have them lying about."""
+    folder = tmp_path_factory.mktemp("fitted")
+    made = run(base / BIN / "python", "-W", "ignore", ROOT / "tests" / "models.py", folder, cwd=folder)
+    assert made.returncode == 0, made.stdout
+    return folder
+
+
+@pytest.fixture
+def project(base: Path, tmp_path: Path) -> Path:
+    """A copy of the render with its history; the environment is shared."""
+    folder = tmp_path / base.name
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(".venv", "__pycache__", ".*_cache"))
+    (folder / ".venv").symlink_to(base / ".venv")
+    return folder
+
+
+def data_of(folder: Path) -> Path:
+    """The training data beside a model."""
+    (path,) = folder.glob("train.*")
+    return path
+
+
+def bring(
+    project: Path, model: Path, data: Path, target: str, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m lifecycle import-model`; the output has both streams."""
+    given = ["--model", model, "--data", data, "--target", target]
+    return run(project / BIN / "python", "-m", "lifecycle", "import-model", *given, *more, cwd=project)
+
+
+def bring_case(project: Path, case: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The import of what `tests/models.py` left in a folder."""
+    (model,) = case.glob("model.*")
+    return bring(project, model, data_of(case), expected(case)["target"], *more)
+
+
+def expected(case: Path) -> Any:
+    """What the original estimator answers."""
+    return json.loads((case / "expected.json").read_text("utf-8"))
+
+
+def status(project: Path) -> list[str]:
+    """Files that git finds changed or new."""
+    return run(
+        "git", "-c", "core.quotepath=off", "status", "--short", "-uall", cwd=project
+    ).stdout.splitlines()
+
+
+@contextmanager
+def serving(project: Path, *command: str | Path, **variables: str) -> Iterator[str]:
+    """The service, with one worker, at an address, once it is ready."""
+    port = free_port()
+    own = {"APP_HOST": "127.0.0.1", "APP_PORT": str(port), "APP_WORKERS": "1", **variables}
+    command = command or (project / BIN / "gunicorn", "--config", "gunicorn.conf.py", "app.main:create_app()")
+    log = project / "build" / "service.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=project, env={**ENVIRONMENT, **own}, stdout=output, stderr=subprocess.STDOUT
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while not ready(address):
+            assert process.poll() is None, log.read_text("utf-8")
+            assert time.monotonic() < give_up, log.read_text("utf-8")
+            time.sleep(0.05)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_SECONDS)
+
+
+def ready(address: str) -> bool:
+    """Whether /ready gives 200."""
+    try:
+        with urllib.request.urlopen(f"{address}/ready", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def post(address: str, body: Any) -> Any:
+    """The parsed answer."""
+    request = urllib.request.Request(
+        address, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def assert_as_original(answers: list[Any], wanted: Any, tolerance: float) -> None:
+    """Every answer is the original's: the label and its type, every probability or the value."""
+    assert len(answers) == len(wanted["rows"])
+    for index, answer in enumerate(answers):
+        if "values" in wanted:
+            assert answer["value"] == pytest.approx(wanted["values"][index], abs=tolerance), index
+            continue
+        label = wanted["predicted"][index]
+        assert (answer["label"], type(answer["label"])) == (label, type(label)), index
+        keys = [one if isinstance(one, str) else json.dumps(one) for one in wanted["labels"]]
+        probabilities = dict(zip(keys, wanted["probabilities"][index], strict=True))
+        assert answer["probabilities"] == pytest.approx(probabilities, abs=tolerance), index
+
+
+def assert_served(project: Path, case: Path, version: str = "v2") -> None:
+    """The served model answers over HTTP, in batches and without a server as the original does."""
+    wanted = expected(case)
+    golden = (project / "artifacts" / version / "golden.jsonl").read_text("utf-8").splitlines()
+    tolerance = json.loads(golden[0])["tolerance"]
+    with serving(project) as address:
+        singles = [post(f"{address}/v1/predict", row) for row in wanted["rows"]]
+        batch = post(f"{address}/v1/predict/batch", {"instances": wanted["rows"]})
+    assert batch["model_version"] == version
+    assert_as_original(singles, wanted, tolerance)
+    assert_as_original(batch["predictions"], wanted, tolerance)
+    (project / "build" / "rows.json").write_text(json.dumps({"instances": wanted["rows"]}), "utf-8")
+    offline = subprocess.run(
+        [project / BIN / "python", "-m", "app", "predict", "build/rows.json"],
+        cwd=project, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", check=True,
+    )  # fmt: skip
+    assert_as_original(list(map(json.loads, offline.stdout.splitlines())), wanted, tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_imported_model_answers_as_the_original(project: Path, fitted: Path, kind: str) -> None:
+    """Imported in one command, it answers single, in batches and offline as the original, row by row."""
+    ended = bring_case(project, fitted / kind)
+    assert ended.returncode == 0, ended.stdout
+    assert_served(project, fitted / kind)
+
+
+def test_model_without_onnx_form_is_served_by_skops(project: Path, fitted: Path) -> None:
+    """HistGradientBoosting is refused with the command that serves it through skops, and that works."""
+    refused = bring_case(project, fitted / "histogram")
+    assert refused.returncode == 1
+    assert "--runtime skops" in refused.stdout.splitlines()[-1]
+    assert not status(project)
+    ended = bring_case(project, fitted / "histogram", "--runtime", "skops")
+    assert ended.returncode == 0, ended.stdout
+    assert_served(project, fitted / "histogram")
+
+
+def test_one_command_imports_and_serves(project: Path, fitted: Path) -> None:
+    """`make run MODEL=... DATA=... TARGET=...` serves exactly the imported version."""
+    case = fitted / "logistic"
+    given = [f"MODEL={case / 'model.joblib'}", f"DATA={data_of(case)}", f"TARGET={expected(case)['target']}"]
+    for stamp in ("dev", "runtime"):
+        (project / ".venv" / f"{stamp}.stamp").touch()
+    with serving(project, "make", "run", *given) as address:
+        answer = post(f"{address}/v1/predict", expected(case)["rows"][0])
+    assert (answer["model_version"], answer["label"]) == ("v2", "setosa")
+
+
+def test_importing_again_changes_nothing(project: Path, fitted: Path) -> None:
+    """The same inputs give the same bytes: `unchanged`, and --check agrees until a committed file differs."""
+    case = fitted / "pipeline"
+    assert bring_case(project, case).returncode == 0
+    commit(project, "A model of our own")
+    again = bring_case(project, case)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.splitlines()[-1].endswith("unchanged")
+    assert not status(project)
+    assert bring_case(project, case, "--check").returncode == 0
+    (project / "docs" / "example.json").write_text("{}\n", "utf-8")
+    checked = bring_case(project, case, "--check")
+    assert checked.returncode == 1
+    assert "docs/example.json" in checked.stdout.splitlines()[-1]
+    assert status(project) == [" M docs/example.json"]
+
+
+def test_same_contract_adds_a_version_beside_the_served_one(project: Path, fitted: Path) -> None:
+    """A model for the contract that is served becomes the next version; what serves stays."""
+    case = fitted / "lightgbm"
+    assert bring_case(project, case).returncode == 0
+    commit(project, "A model of our own")
+    ended = bring(
+        project, fitted / "histogram" / "model.joblib", data_of(case), "weather", "--runtime", "skops"
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert {line[3:].split("/")[1] for line in status(project)} == {"v3"}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "target", "said"),
+    [
+        ("good/model.joblib", "good/train.csv", "species", "has no column 'species'"),
+        ("good/model.joblib", "a column less.csv", "espèce", "model and data columns differ"),
+        ("good/model.joblib", "empty.csv", "espèce", "is empty"),
+        ("good/model.joblib", "no rows.csv", "espèce", "has no rows"),
+        ("good/model.joblib", "nothing in a column.csv", "espèce", "'Sepal Length' has no value in any row"),
+        ("good/model.joblib", "twice.csv", "espèce", "2 columns are called 'Sepal Length'"),
+        ("good/model.joblib", "nowhere.csv", "espèce", "there is no such file"),
+        ("torn.joblib", "good/train.csv", "espèce", "cannot be read as a model"),
+        ("text.pkl", "good/train.csv", "espèce", "cannot be read as a model"),
+        ("dictionary.pkl", "good/train.csv", "espèce", "not an estimator"),
+        ("scaler.joblib", "good/train.csv", "espèce", "not an estimator"),
+        ("unfitted.joblib", "good/train.csv", "espèce", "is not fitted"),
+        ("no scores.joblib", "good/train.csv", "espèce", "no `predict_proba`"),
+        ("old.pkl", "good/train.csv", "espèce", "install scikit-learn==0.9.9"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    project: Path, fitted: Path, model: str, data: str, target: str, said: str
+) -> None:
+    """What no service can be made of is refused in one clear line, and nothing changes on disk."""
+    ended = bring(project, fitted / "bad" / model, fitted / "bad" / data, target)
+    assert ended.returncode == 1, ended.stdout
+    *progress, line = ended.stdout.splitlines()
+    assert said in line
+    assert all(one.startswith("import-model: ") for one in (*progress, line)), ended.stdout
+    assert not status(project)
+
+
+def test_a_full_disk_leaves_everything_as_it_was(project: Path, fitted: Path) -> None:
+    """When a file cannot be written, the import says so in a line, and the repository is as before."""
+    case = fitted / "wide"
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from lifecycle.__main__ import commands; commands(sys.argv[1:])"
+    )
+    given = ["--model", case / "model.joblib", "--data", data_of(case), "--target", "digit"]
+    ended = run(project / BIN / "python", "-c", program, "import-model", *given, cwd=project)
+    assert ended.returncode == 1, ended.stdout
+    assert "nothing was changed" in ended.stdout.splitlines()[-1]
+    assert not status(project)
