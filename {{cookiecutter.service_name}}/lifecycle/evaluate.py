@@ -240,8 +240,8 @@ def read_rows(path: Path) -> Rows:
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, restkey="", strict=True)
+                names = list(reader.fieldnames or [])
                 rows = list(reader)
-            names = list(reader.fieldnames or [])
             if twice := [name for name, times in Counter(names).items() if times > 1]:
                 raise EvaluationError(f"{path}: has the column {twice[0]!r} twice")
             for number, row in enumerate(rows, 1):
@@ -251,6 +251,8 @@ def read_rows(path: Path) -> Rows:
             raise EvaluationError(f"{path}: is no .csv, .jsonl or .parquet file")
     except OSError as error:
         raise EvaluationError(f"{path}: {error.strerror or 'cannot be read'}") from None
+    except ImportError:
+        raise EvaluationError(f"{path}: needs pyarrow, which is not installed; or give a .csv") from None
     except (ValueError, csv.Error) as error:
         raise EvaluationError(f"{path}: {' '.join(str(error).split())[:160]}") from None
     if not rows:

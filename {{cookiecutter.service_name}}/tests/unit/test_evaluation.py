@@ -1,5 +1,6 @@
 """Gates of a release: each can fail, and what fails is refused in one line, with nothing changed on disk."""
 
+import csv
 import json
 import math
 import shutil
@@ -30,6 +31,7 @@ from lifecycle.evaluate import (
     judge,
     measure,
     parts,
+    read_rows,
     slices,
     truths,
     typed,
@@ -495,6 +497,42 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert line.startswith("evaluate: ")
     assert reason in line
     assert contents(place) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("rows.csv", "", "has no rows"),
+        ("rows.csv", "a,b\n", "has no rows"),
+        ("rows.csv", "a,a\n1,2\n", "has the column 'a' twice"),
+        ("rows.csv", "a,b\n1,2\n3\n", "row 2 has not 2 values"),
+        ("rows.csv", "a,b\n1,2,3\n", "row 1 has not 2 values"),
+        ("rows.jsonl", "{\n", "rows.jsonl: "),
+        ("rows.xlsx", "a", "is no .csv, .jsonl or .parquet file"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    """Empty files, columns that come twice, and rows of another length are each said in a line."""
+    (tmp_path / name).write_text(content, "utf-8")
+    with pytest.raises(EvaluationError, match=reason):
+        read_rows(tmp_path / name)
+
+
+def test_rows_from_elsewhere_are_named_without_their_place(place: Path, tmp_path: Path) -> None:
+    """DATA and TARGET take another file, CSV too; the verdict is the same, without a path of a machine."""
+    evaluate("v2", root=place)
+    verdict = json.loads((place / "evaluation" / "v2.json").read_bytes())
+    found = [json.loads(line) for line in (place / ROWS).read_text("utf-8").splitlines()]
+    with (tmp_path / "other.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*found[0].keys() - {"truth"}, "what it was"])
+        writer.writeheader()
+        writer.writerows(
+            {("what it was" if name == "truth" else name): row[name] for name in row} for row in found
+        )
+    evaluate("v2", data=tmp_path / "other.csv", target="what it was", root=place)
+    other = json.loads((place / "evaluation" / "v2.json").read_bytes())
+    assert (other["data"]["file"], other["data"]["target"]) == ("other.csv", "what it was")
+    assert (other["metrics"], other["passed"]) == (verdict["metrics"], True)
 
 
 def test_a_promotion_is_one_commit_of_its_own_files(
