@@ -13,27 +13,27 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.conftest import ARTIFACTS, Service, golden_set, run, serving, until
+from tests.conftest import INPUTS, Service, copied_artifacts, golden_set, run, serving, until
+from tests.conftest import SERVED as RELEASED
 from tests.integration.test_artifacts import edit, rewrite
 from tests.integration.test_release import FAILURES, Start, add, events, misremember
 
-SERVED = json.loads((ARTIFACTS / "release.json").read_bytes())["serving"]
-ROWS = [line["features"] for line in golden_set(SERVED)]
-EXAMPLE = {one["name"]: one["example"] for one in json.loads(
-    (ARTIFACTS / SERVED / "manifest.json").read_bytes())["inputs"]}  # fmt: skip
-# A number in which a row differs from the example, so that a rule can tell them apart.
+SERVED = "v1"
+USUAL = {one["name"]: one["example"] for one in INPUTS.values()}
+# A row that a rule can tell from the manifest's example, and the feature by which.
 FEATURE, ODD = next(
-    (name, row)
-    for row in ROWS
-    for name, value in row.items()
-    if type(value) in (int, float) and value > EXAMPLE[name]
+    (name, row["features"])
+    for row in golden_set(RELEASED)
+    for name, value in row["features"].items()
+    if value is not None and value != USUAL[name]
 )
+ROWS = [row["features"] for row in golden_set(RELEASED)]
 
 
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Path:
-    """Artifacts of one's own."""
-    return Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts"))
+    """Artifacts of one's own, in which v1 serves."""
+    return copied_artifacts(tmp_path)
 
 
 def release(root: Path, **change: object) -> None:
@@ -55,15 +55,15 @@ def ruled(root: Path, version: str, change: Callable[[dict[str, Any]], object]) 
 
 
 def erring(rules: dict[str, Any]) -> None:
-    """Anything but a number for what lies beyond the example."""
+    """No number for a row that is not the example."""
     broken = {key: float("nan") if key in ("score", "value") else value
               for key, value in rules["otherwise"].items()}  # fmt: skip
-    rules["rules"].insert(0, {"when": {FEATURE: {">": EXAMPLE[FEATURE]}}, **broken})
+    rules["rules"].insert(0, {"when": {FEATURE: {"==": ODD[FEATURE]}}, **broken})
 
 
 def laborious(rules: dict[str, Any]) -> None:
     """Many rules that never hold."""
-    never = {"when": {FEATURE: {"<": -1e300, ">": 1e300}}, **rules["otherwise"]}
+    never = {"when": {FEATURE: {"==": ODD[FEATURE], ">": ODD[FEATURE]}}, **rules["otherwise"]}
     rules["rules"] = [never] * 10_000 + rules["rules"]
 
 
@@ -89,9 +89,11 @@ def shadowed(service: Service, version: str) -> Counter[str]:
     return counts
 
 
-def answer_of(document: Any) -> Any:
-    """What was predicted."""
-    return document.get("label", document.get("value"))
+def alike(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
+    """Whether two answers agree."""
+    if "label" in one:
+        return bool(one["label"] == other["label"])
+    return bool(abs(one["value"] - other["value"]) <= tolerance)
 
 
 def test_a_shadow_is_counted_and_never_seen(start: Start, artifacts: Path, tmp_path: Path) -> None:
@@ -103,8 +105,10 @@ def test_a_shadow_is_counted_and_never_seen(start: Start, artifacts: Path, tmp_p
     assert {answer["model_version"] for answer in answers} == {SERVED}
     (tmp_path / "rows.json").write_text(json.dumps({"instances": ROWS}))
     alone = run(tmp_path, "app", "predict", "rows.json", model_version="v0", artifacts_dir=artifacts)
-    own = [answer_of(json.loads(line)) for line in alone.stdout.splitlines()]
-    agreed = sum(answer_of(answer) == one for answer, one in zip(answers, own, strict=True))
+    own = [json.loads(line) for line in alone.stdout.splitlines()]
+    outputs = json.loads((artifacts / "v0" / "manifest.json").read_bytes())["outputs"]
+    tolerance = outputs.get("feedback_tolerance", 0)
+    agreed = sum(alike(answer, one, tolerance) for answer, one in zip(answers, own, strict=True))
     found = until(
         lambda: counts if (counts := shadowed(service, "v0")).total() == len(ROWS) else None,
         "every row's count",
@@ -162,7 +166,7 @@ def test_a_client_keeps_its_version(start: Start, artifacts: Path, tmp_path: Pat
         until(lambda: events(service, "canary", "v2") == 2, "the canary in both workers")
         until(lambda: events(replica, "canary", "v2") == 1, "the canary in the replica")
         asked = [
-            {at: ask(where, EXAMPLE, at)[1]["model_version"] for at in sessions}
+            {at: ask(where, USUAL, at)[1]["model_version"] for at in sessions}
             for where in (service, service, replica)
         ]
     assert asked[0] == asked[1] == asked[2]
@@ -176,7 +180,7 @@ def test_a_client_keeps_its_version(start: Start, artifacts: Path, tmp_path: Pat
         assert metrics[f'canary_failures_total{{model_version="{version}"}}'] == 0
     assert metrics["canary_percent"] == 30
     # Without the header it is the key or the address that counts.
-    assert len({ask(service, EXAMPLE)[1]["model_version"] for _ in range(20)}) == 1
+    assert len({ask(service, USUAL)[1]["model_version"] for _ in range(20)}) == 1
     assert service.client.get("/ready").json()["model_version"] == SERVED
 
 
@@ -231,11 +235,11 @@ def test_a_bad_version_comes_beside_nobody(
     line = next(line for line in service.lines() if line["event"] == "release refused")
     assert (line["role"], reason in line["reason"]) == (role, True)
     assert service.metrics()[FAILURES] >= 1
-    assert service.predict(EXAMPLE).json()["model_version"] == SERVED
+    assert service.predict(USUAL).json()["model_version"] == SERVED
     shutil.rmtree(artifacts / "v2", ignore_errors=True)
     add(artifacts, "v2")
     until(lambda: events(service, role, "v2"), "v2, mended")
-    assert service.predict(EXAMPLE).json()["model_version"] == ("v2" if role == "canary" else SERVED)
+    assert service.predict(USUAL).json()["model_version"] == ("v2" if role == "canary" else SERVED)
 
 
 @pytest.mark.parametrize(
@@ -243,19 +247,22 @@ def test_a_bad_version_comes_beside_nobody(
     [lambda folder: (folder / "manifest.json").write_text("{"), misremember],
     ids=["no manifest", "wrong answers"],
 )
-def test_a_bad_start_falls_back(start: Start, artifacts: Path, spoil: Callable[[Path], object]) -> None:
+def test_a_bad_start_falls_back(
+    start: Start, artifacts: Path, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
     """With APP_FALLBACK_VERSION another version stands in for a bad one, and says so; mended, it serves."""
+    shutil.copytree(artifacts / SERVED, tmp_path / "good")
     spoil(artifacts / SERVED)
     service = start(artifacts_dir=artifacts, fallback_version="v0")
     until(lambda: events(service, "fallback serves", "v0") == 2, "both workers")
     line = next(line for line in service.lines() if line["event"] == "fallback serves")
     assert line["level"] == "error"
     assert SERVED in line["reason"]
-    assert service.predict(EXAMPLE).json()["model_version"] == "v0"
+    assert service.predict(USUAL).json()["model_version"] == "v0"
     assert service.client.get("/ready").json()["model_version"] == "v0"
     assert service.metrics()["model_fallback"] == 1
     shutil.rmtree(artifacts / SERVED)
-    shutil.copytree(ARTIFACTS / SERVED, artifacts / SERVED)
+    shutil.copytree(tmp_path / "good", artifacts / SERVED)
     until(lambda: events(service, "ready", SERVED) == 2, "the mended version")
-    assert service.predict(EXAMPLE).json()["model_version"] == SERVED
+    assert service.predict(USUAL).json()["model_version"] == SERVED
     assert service.metrics()["model_fallback"] == 0

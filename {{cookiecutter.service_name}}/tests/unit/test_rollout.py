@@ -15,9 +15,7 @@ from app.core.release import Wanted, wanted
 from app.core.store import Release
 from lifecycle.__main__ import commands
 from lifecycle.rollout import sides, table
-from tests.conftest import ARTIFACTS
-
-SERVED = json.loads((ARTIFACTS / "release.json").read_bytes())["serving"]
+from tests.conftest import ARTIFACTS, SERVED
 
 
 class Stub:
