@@ -15,9 +15,10 @@ from app.schemas.predict import Features
 from lifecycle.__main__ import commands
 from lifecycle.monitor import DRIFTED, STABLE
 from lifecycle.train import load
+from lifecycle.watching import Watch
 from tests.conftest import SETOSA, VIRGINICA, Service, run, serving, until
 from tests.integration.test_observability import total
-from tests.watching import Watch, watching
+from tests.watching import watching
 
 Start = Callable[..., Service]
 NAMES = list(Features.model_fields)
