@@ -21,7 +21,7 @@ from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
 from lifecycle.watching import alertmanager_flags, compressed, queries, running
 from ops.alertmanager.receiver import Receiver, show
-from tests.conftest import ROOT, serving, until
+from tests.conftest import ARTIFACTS, ROOT, serving, until
 from tests.unit.test_docs import blocks, metrics_in
 from tests.watching import prepare, program, traffic, watching
 
@@ -214,9 +214,11 @@ def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
     """After real traffic every panel has data, and each metric in a rule, panel or runbook is one there is.
 
     Either the running service shows it in /metrics, or a rule records it; and Prometheus takes every query.
+    A release while it runs is marked in the dashboards, and both versions stand side by side.
     """
+    release = Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts")) / "release.json"
     with ExitStack() as stack:
-        service = stack.enter_context(serving(tmp_path))
+        service = stack.enter_context(serving(tmp_path, artifacts_dir=release.parent))
         watch = stack.enter_context(watching(tmp_path, service.url))
         start = watch.now()
 
@@ -236,6 +238,36 @@ def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
         recorded = {rule["record"] for rule in rules("record")}
         assert named - emitted - recorded == {"up", "ALERTS"}
         assert {one["metric"]["__name__"] for one in watch.query('{__name__=~".+:.+"}')} == recorded
+
+        def marked(mark: str) -> bool:
+            return "v0" in versions(watch.query(mark, start))
+
+        new = release.with_suffix(".new")
+        new.write_text(release.read_text("utf-8").replace('"serving": "v1"', '"serving": "v0"'), "utf-8")
+        new.replace(release)
+        for path in BOARDS:
+            (mark,) = [one["expr"] for one in board(path)["annotations"]["list"] if one["name"] == "Releases"]
+            until(partial(marked, mark), "the mark of the release")
+        (side_by_side,) = [
+            panel["targets"][0]["expr"]
+            for path in BOARDS
+            for panel in board(path)["panels"]
+            if panel["title"] == "Predictions by version"
+        ]
+
+        def both() -> bool:
+            traffic(service)
+            return versions(watch.query(side_by_side.replace("$__rate_interval", "4s"), start)) == {
+                "v0",
+                "v1",
+            }
+
+        until(both, "both versions")
+
+
+def versions(series: list[dict[str, Any]]) -> set[str]:
+    """The versions that series are of."""
+    return {one["metric"].get("version") or one["metric"]["model_version"] for one in series}
 
 
 def test_failures_are_counted_by_problem() -> None:

@@ -30,6 +30,7 @@ from lifecycle import monitor
 from lifecycle.__main__ import commands
 from lifecycle.package import MAX_BINS, ROWS_A_BIN, Rows, baseline, feature_names, labels
 from lifecycle.train import ARTIFACTS
+from tests.watching import program
 
 RULES = Path(__file__).resolve().parents[2] / "ops" / "prometheus" / "drift_rules.yml"
 BASELINE = (ARTIFACTS / "v1" / "baseline.json").read_bytes()
@@ -250,6 +251,27 @@ def rule_test(observed: dict[str, int], minutes: int, *, window: str = "1h") -> 
     }  # fmt: skip
 
 
+PREDICTION_TEST = {  # three of four are yes, accepted or not, where training had two
+    "interval": "1m",
+    "input_series": [
+        {"series": 'prediction_baseline_ratio{model_version="v1",label="yes"}', "values": "0.5x60"},
+        {"series": 'prediction_baseline_ratio{model_version="v1",label="no"}', "values": "0.5x60"},
+        {"series": 'predictions_total{model_version="v1",label="yes",action="accept"}', "values": "0+10x60"},
+        {"series": 'predictions_total{model_version="v1",label="yes",action="review"}', "values": "0+5x60"},
+        {"series": 'predictions_total{model_version="v1",label="no",action="accept"}', "values": "0+5x60"},
+        {"series": 'predictions_total{model_version="v2",label="no",action="accept"}', "values": "0+4x60"},
+    ],
+    "promql_expr_test": [
+        {
+            "expr": f"round(prediction:psi:{window}, 0.0001)",
+            "eval_time": "60m",
+            "exp_samples": [{"labels": '{model_version="v1"}', "value": round(0.25 * float(np.log(3)), 4)}],
+        }
+        for window in ("1h", "24h")
+    ],
+}
+
+
 def test_the_rules_compute_the_index(tmp_path: Path) -> None:
     """promtool: PSI is right over two instances, finite with an empty bin, absent below the minimum."""
     tests = [
@@ -259,12 +281,13 @@ def test_the_rules_compute_the_index(tmp_path: Path) -> None:
         rule_test({"low": 20}, 60),
         rule_test({"low": 10, "high": 10, "missing": 20}, 60),
         rule_test({"low": 1, "high": 1}, 60),  # 240 rows
+        PREDICTION_TEST,
     ]
     document = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(document), "utf-8")
     for command in (["check", "rules", str(RULES)], ["test", "rules", "tests.yml"]):
         done = subprocess.run(
-            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+            [program("promtool"), *command], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
