@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -438,6 +439,9 @@ def gameday(
     keep: Annotated[Path | None, typer.Option(help="Keep logs and configurations in this folder.")] = None,
 ) -> None:
     """Inject every fault; show that each alert fires, has its runbook, and resolves. Ten minutes."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # leave by the usual way, which ends what it began
     program("prometheus"), program("alertmanager")  # rather now than after the model was made slow
     slo = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
     day, began = Day(), time.monotonic()
