@@ -1,7 +1,8 @@
 """Measures the rendered service against reference servers: `make benchmark`, ARGS="--model tiny --rounds 1".
 
 render -> environment -> a copy with the medium model -> the harness: all servers, rounds interleaved
-       -> processor time of cold starts -> build/benchmark/results/*.json -> benchmarks/results.md
+       -> processor time of cold starts -> this service with and without observation
+       -> build/benchmark/results/*.json -> benchmarks/results.md
 
 Parts add up: a later run with --only adds its servers to the report, each compared with this service in the
 run where both were measured. The harness and its environments are found through PEERS_DIR and PEERS_HOME.
@@ -25,7 +26,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scripts.demo import free_port, say
 from scripts.render import ROOT, render
@@ -44,12 +45,19 @@ FRAMEWORKS = [
 SERVERS = [RAW, SEED, *FRAMEWORKS, "mosec-batch"]
 START_SECONDS = 60
 MANY = 64
+# What observation may leave of the requests/s, by model; the second is the tiny one, slowed.
+BARE, KEPT = "unobserved", {"tiny": 0.70, "millisecond": 0.95}
+SLOWED = (
+    "from pathlib import Path; from lifecycle.gameday import release, slowed, version_of, width_for; "
+    "root = Path('artifacts'); version_of(root, 'v101', slowed(width_for(root, 0.001))); "
+    "release(root, 'v101')"
+)
 
 
-def command() -> list[str]:
+def command(app: str = "app.main") -> list[str]:
     """How the service is started, with the environment of requirements/runtime.txt alone."""
     gunicorn = WORK / "tiny" / ".venv" / "bin" / "gunicorn"
-    return [str(gunicorn), "--config", "gunicorn.conf.py", "app.main:create_app()"]
+    return [str(gunicorn), "--config", "gunicorn.conf.py", f"{app}:create_app()"]
 
 
 def clean(folder: Path) -> Path:
@@ -61,40 +69,76 @@ def clean(folder: Path) -> Path:
     return folder
 
 
-def prepare(models: list[str]) -> None:
-    """Renders the service as the template stands now, installs it, and makes the other model."""
+def prepare(models: list[str], parts: list[str]) -> None:
+    """Renders the service as the template stands now, installs it, and makes the other models."""
     tiny, medium, quiet = clean(WORK / "tiny"), WORK / "medium", {**os.environ, "PIP_QUIET": "1"}
     say("Rendering the service and installing what it needs to serve")
     render(WORK, "service_name=tiny", "ci=none")
     subprocess.run(["make", "--silent", ".venv/runtime.stamp"], cwd=tiny, env=quiet, check=True)
-    if "medium" in models:
-        say("Making the medium model in a copy (its environment takes a minute the first time)")
+    if "medium" in models or "cost" in parts:
+        say("Making the other models in copies (their environment takes a minute the first time)")
         skip = shutil.ignore_patterns(".venv")
         shutil.copytree(tiny, clean(medium), ignore=skip, dirs_exist_ok=True)
         subprocess.run(["make", "--silent", ".venv/dev.stamp"], cwd=medium, env=quiet, check=True)
         python = medium / ".venv" / "bin" / "python"
-        subprocess.run([python, ROOT / "benchmarks" / "medium.py", medium], check=True)
+        if "cost" in parts:
+            shutil.copytree(tiny, clean(WORK / "millisecond"), ignore=skip, dirs_exist_ok=True)
+            subprocess.run([python, "-c", SLOWED], cwd=WORK / "millisecond", check=True)
+        if "medium" in models:
+            subprocess.run([python, ROOT / "benchmarks" / "medium.py", medium], check=True)
     # A cold start must not be the one that compiles.
     folders = [tiny / ".venv" / "lib", *(WORK / model / "app" for model in models)]
     subprocess.run([tiny / ".venv" / "bin" / "python", "-m", "compileall", "-qq", *folders], check=False)
 
 
-def harness(options: argparse.Namespace, model: str) -> None:
+class Target(NamedTuple):
+    """A server of ours: what starts it, in which folder, with which variables."""
+
+    command: list[str]
+    folder: Path
+    variables: dict[str, str]
+
+
+def servers(options: argparse.Namespace, model: str) -> None:
+    """This service and the reference servers."""
+    peers = list(dict.fromkeys([RAW, SEED, *options.only]))
+    harness(options, model, model, f"1,{MANY}", peers, {OURS: Target(command(), WORK / model, {})})
+
+
+def cost(options: argparse.Namespace) -> None:
+    """This service as it is, and with nothing recorded and no line written."""
+    unobserved = {"PYTHONPATH": str(ROOT / "benchmarks"), "APP_LOG_LEVEL": "ERROR"}
+    for model in KEPT:
+        folder = WORK / model
+        both = {OURS: Target(command(), folder, {}), BARE: Target(command(BARE), folder, unobserved)}
+        harness(options, "tiny", f"cost-{model}", str(MANY), [], both)
+
+
+def harness(
+    options: argparse.Namespace,
+    model: str,
+    name: str,
+    connections: str,
+    peers: list[str],
+    targets: dict[str, Target],
+) -> None:
     """Runs the harness; what it has measured is in its file even when it is interrupted."""
-    port = free_port()
-    settings = {"APP_HOST": "127.0.0.1", "APP_PORT": port, "APP_WORKERS": options.workers}
     body = options.peers_home / "data" / f"{model}-record.body.json"
     line = [
         options.peers_home / "venvs" / "base" / "bin" / "python",
         options.peers / "run.py",
-        *("--only", ",".join(dict.fromkeys([RAW, SEED, *options.only]))),
-        *("--model", model, "--workers", options.workers, "--rounds", options.rounds),
-        *("--duration", options.duration, "--concurrency", f"1,{MANY}"),
-        *("--target", f"{OURS}=http://127.0.0.1:{port}/v1/predict,{body}"),
-        *("--target-cmd", f"{OURS}={shlex.join(command())}", "--target-cwd", f"{OURS}={WORK / model}"),
-        *(part for name, value in settings.items() for part in ("--target-env", f"{OURS}={name}={value}")),
-        *("--out", RESULTS / f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"),
+        *("--only", ",".join(peers), "--model", model, "--workers", options.workers),
+        *("--rounds", options.rounds, "--duration", options.duration, "--concurrency", connections),
+        *("--out", RESULTS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"),
     ]
+    for server, target in targets.items():
+        port = free_port()
+        settings = {"APP_HOST": "127.0.0.1", "APP_PORT": port, "APP_WORKERS": options.workers}
+        line += ["--target", f"{server}=http://127.0.0.1:{port}/v1/predict,{body}"]
+        line += ["--target-cmd", f"{server}={shlex.join(target.command)}"]
+        line += ["--target-cwd", f"{server}={target.folder}"]
+        for variable, value in {**settings, **target.variables}.items():
+            line += ["--target-env", f"{server}={variable}={value}"]
     process = subprocess.Popen(
         [str(part) for part in line], env=environment(options), stdout=subprocess.DEVNULL
     )
@@ -282,7 +326,28 @@ def report(results: Path) -> str:
             lines += ["", f"{title}: {found}; ratio {ratio:.2f}."]
         lines += ["", "| aim | measured |", "|---|--:|"]
         lines += [f"| {aim} | {figure} |" for aim, figure in aims(model, runs, seconds)]
+    both = {model: Runs(results, f"cost-{model}") for model in KEPT}
+    if both := {model: runs for model, runs in both.items() if runs.servers()}:
+        lines += costs(both)
     return "\n".join(lines) + "\n"
+
+
+def costs(both: dict[str, Runs]) -> list[str]:
+    """What observation costs, by model."""
+    rate = at(MANY, "rps")
+    lines = [
+        *("", "## What observation costs", ""),
+        f"This service, and the same with nothing recorded and no line written (`benchmarks/{BARE}.py`), in "
+        f"turns, at {MANY} connections. `millisecond` is the tiny model slowed to a millisecond a row.",
+        *("", *setup(next(iter(both.values())))),
+        f"| model | requests/s | {BARE} | kept | aim |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for model, runs in both.items():
+        cells = [f"{runs.median(OURS, rate):,.0f}", f"{runs.median(BARE, rate):,.0f}"]
+        cells += [f"{runs.median(OURS, rate, base=BARE):.2f}", f"at least {KEPT[model]:.2f}"]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return lines
 
 
 def setup(runs: Runs) -> list[str]:
@@ -351,7 +416,7 @@ def parse() -> argparse.Namespace:
         "--only", default=",".join(SERVERS), help=f"servers; {RAW} and {SEED} always are there"
     )
     parser.add_argument(
-        "--parts", default="load,cold", help="load, cold, or neither to write the report anew"
+        "--parts", default="load,cold,cost", help="load, cold, cost, or none to write the report anew"
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -361,7 +426,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     for name in ("model", "only", "parts"):
         setattr(options, name, [word for word in getattr(options, name).split(",") if word])
-    if unknown := set(options.model) - set(MODELS) or set(options.parts) - {"load", "cold"}:
+    if unknown := set(options.model) - set(MODELS) or set(options.parts) - {"load", "cold", "cost"}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     options.peers, options.peers_home = options.peers.resolve(), options.peers_home.resolve()
     return options
@@ -379,7 +444,7 @@ def main() -> None:
         shutil.rmtree(RESULTS, ignore_errors=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if options.parts:
-        prepare(options.model)
+        prepare(options.model, options.parts)
     try:
         for model in options.model:
             if "cold" in options.parts:
@@ -387,7 +452,10 @@ def main() -> None:
                 cold_starts(options, model)
             if "load" in options.parts:
                 say(f"Servers of the {model} model: {options.rounds} rounds")
-                harness(options, model)
+                servers(options, model)
+        if "cost" in options.parts:
+            say(f"This service with and without observation: {options.rounds} rounds")
+            cost(options)
     finally:
         REPORT.write_text(report(RESULTS), encoding="utf-8")
         print(f"\n{REPORT.read_text(encoding='utf-8')}\nbenchmark: report in {REPORT.relative_to(ROOT)}")

@@ -28,6 +28,7 @@ SLUG = rf"(?=.{{3,40}}$)(?!({RESERVED})$)[a-z][a-z0-9]*(-[a-z0-9]+)*"
 SENTENCE = r"(?=.{1,200}$)[^\s{}]([^{}]*[^\s{}])?"
 TEAM = r"(?=.{1,60}$)@?\w([\w .@/&-]*\w)?"
 ADDRESS = r"(?=.{1,200}$)https://[A-Za-z0-9-]+([.][A-Za-z0-9-]+)*(:[0-9]+)?(/[A-Za-z0-9._~%+@-]+)*"
+GRAFANA = ADDRESS.replace("https", "https?")
 # A default may refer to another answer; any other template text in an answer would run as code.
 REFERENCE = r"\{\{ cookiecutter\.(\w+) \}\}"
 TEMPLATE_TEXT = r"\{[{%#]"
@@ -75,6 +76,11 @@ def address(text: str) -> str:
     return text if re.fullmatch(ADDRESS, text) else "https://git.example.com/my-service"
 
 
+def local(_text: str) -> str:
+    """Gives the address of the Grafana that Compose starts."""
+    return "http://127.0.0.1:3000"
+
+
 def one_of(choices: list[str]) -> Rule:
     """Makes the rule of a question that has only these answers."""
 
@@ -100,6 +106,7 @@ def rules(choices: dict[str, list[str]]) -> dict[str, Rule]:
         **{name: one_of(allowed) for name, allowed in choices.items()},
         "repo_url": link,
         "runbook_base_url": link,
+        "dashboard_base_url": Rule(GRAFANA, link.advice.replace("an https", "an http:// or https"), local),
     }
 
 

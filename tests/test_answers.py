@@ -62,6 +62,10 @@ REFUSED = {
         {"runbook_base_url": "javascript:alert(1)"},
         "runbook_base_url=https://git.example.com/my-service",
     ),
+    "query in an address": (
+        {"dashboard_base_url": "http://grafana.example.com/?orgId=1"},
+        "dashboard_base_url=http://127.0.0.1:3000",
+    ),
     "quote in an address": (
         {"repo_url": 'https://example.com/"x'},
         "repo_url=https://git.example.com/my-service",

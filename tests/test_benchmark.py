@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.run import OURS, RAW, SEED, report
+from benchmarks.run import BARE, OURS, RAW, SEED, report
 from scripts.demo import serving
 from scripts.render import ROOT
 from tests.conftest import Render, run
@@ -68,10 +68,10 @@ def measured(rate: float, p99: float) -> dict[str, Any]:
     return {"points": points, "loaded": {"pss_mb": 100.0}}
 
 
-def recorded(folder: Path, run: str, *rounds: dict[str, Any]) -> None:
+def recorded(folder: Path, run: str, *rounds: dict[str, Any], model: str = "tiny") -> None:
     """Writes a result as the harness does."""
     setup = {"workers": 2, "cpus": 2, "duration_s": 8, "started": "2026-01-01 00:00:00"}
-    (folder / f"tiny-{run}.json").write_text(json.dumps({"setup": setup, "rounds": rounds}))
+    (folder / f"{model}-{run}.json").write_text(json.dumps({"setup": setup, "rounds": rounds}))
 
 
 def test_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
@@ -94,6 +94,13 @@ def test_parts_measured_later_are_added(tmp_path: Path) -> None:
     assert f"| at least 0.40 of the requests/s of `{RAW}` at 64 | 1.00 |" in text
     assert f"| at least 7 times the requests/s of `{SEED}` at 64 | 5.00 |" in text
     assert "| litserve | 0 | - |" in text
+
+
+def test_observation_is_weighed_against_none(tmp_path: Path) -> None:
+    """What observation costs is the service against itself without it, in the same round."""
+    rounds = [{OURS: measured(0.8 * rate, 9), BARE: measured(rate, 9)} for rate in (1000, 10, 500)]
+    recorded(tmp_path, "1", *rounds, model="cost-tiny")
+    assert "| tiny | 400 | 500 | 0.80 | at least 0.70 |" in report(tmp_path)
 
 
 def test_without_the_harness_there_is_one_line() -> None:

@@ -94,13 +94,14 @@ def test_service_level_reaches_the_settings(service: Path, bake: Bake, slo: str)
             "slo": "relaxed",
             "owner_team": "@org/ml-team",
             "runbook_base_url": "https://wiki.example.com/~on-call",
+            "dashboard_base_url": "https://grafana.example.com:3000/team",
         },
         {"owner_team": "yes", "service_name": "test", "repo_url": "https://example.com:8443/iris%20model"},
     ],
     ids=["strict", "relaxed", "odd names"],
 )
 def test_alerts_follow_the_answers(service: Path, render: Render, answers: dict[str, str]) -> None:
-    """Whatever was answered, Prometheus and Alertmanager accept it; alerts name team, runbook, promises."""
+    """Whatever was answered, Prometheus and Alertmanager accept it; alerts name team, promises and pages."""
     folder = render(**answers).folder
     checks = "accepts or promise or says or goes"
     ended = run(
@@ -116,6 +117,11 @@ def test_alerts_follow_the_answers(service: Path, render: Render, answers: dict[
     base = answers.get("runbook_base_url") or (
         f"{answers.get('repo_url', f'https://git.example.com/{folder.name}')}/blob/main/docs/runbooks"
     )
+    boards = answers.get("dashboard_base_url", "http://127.0.0.1:3000")
+    assert {alert["annotations"]["dashboard_url"] for alert in alerts} == {
+        f"{boards}/d/inference-overview",
+        f"{boards}/d/inference-model",
+    }
     assert {alert["annotations"]["runbook_url"] for alert in alerts} == {
         f"{base}/{alert['alert']}.md" for alert in alerts
     }

@@ -1,34 +1,31 @@
 """Breaks the service on purpose, and shows that every alert fires, finds its runbook and resolves.
 
     service + Prometheus + Alertmanager + receiver, with time compressed -> faults, one after the other
-    -> alerts as they arrive at the receiver -> a line for each alert of ops/prometheus -> exit code
+    -> alerts as they arrive at the receiver, panels -> a line for each alert of ops/prometheus -> exit code
 
 All durations in the rules and in the routing are divided by the same factor; nothing else in them changes.
 The service, its metrics, the rules, Prometheus and Alertmanager are the real ones, on free ports of loopback.
 """
 
 import http.client
-import http.server
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import socket
-import subprocess
+import sys
 import tempfile
 import threading
 import time
 import tomllib
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx2
 import numpy as np
 import typer
 
@@ -36,19 +33,20 @@ from app.core.runtimes import load_runtime
 from app.core.store import RELEASE, read_artifact, read_release
 from lifecycle.package import canonical_json
 from lifecycle.traffic import usual
-from lifecycle.trial import Trouble, add_trial, number_of
+from lifecycle.trial import SOUND, Trouble, add_trial, number_of
+from lifecycle.watching import Watch, program, queries, watching
 from load.profile import workers_of
 from load.run import Running, service
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = 120  # an hour of the rules passes in 30 s
+SAMPLE_MS = 500
 PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
 CLIENTS, PAUSE_SECONDS = 2, 0.08
 FLOOD = 60
 HOURS_OF_TICKET = 1
 SINES = 400
-FAILING, SLOW, ABSENT = "v101", "v102", "v999"  # versions that exist on this day only
-_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+FAILING, SLOW, BAD = "v101", "v102", "v103"  # versions that exist on this day only
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Seen:
     fired: float
     fault: str
     began: float
-    labels: dict[str, str]
+    labels: list[dict[str, str]]  # of each series that fired
     annotations: dict[str, str]
     resolved: float | None = None
 
@@ -85,20 +83,21 @@ class Day:
         self.fault, self.began = fault, time.monotonic()
         typer.echo(f"gameday: {fault}")
 
-    def notify(self, notification: dict[str, Any]) -> None:
+    def notify(self, _path: str, message: dict[str, Any]) -> None:
         """Alertmanager's message to a receiver."""
-        for one in notification["alerts"]:
+        for one in message["alerts"]:
             labels = one["labels"]
             alert = alert_of(labels)
             known = self.seen.get(alert)
             if one["status"] == "firing":
                 if known is None:
                     self.seen[alert] = Seen(
-                        time.monotonic(), self.fault, self.began, labels, one["annotations"]
+                        time.monotonic(), self.fault, self.began, [labels], one["annotations"]
                     )
                     typer.echo(f"gameday:   fires: {alert.name} ({alert.severity})")
                 else:
                     known.resolved = None
+                    known.labels.append(labels)
             elif known is not None and known.resolved is None:
                 known.resolved = time.monotonic()
                 typer.echo(f"gameday:   resolved: {alert.name} ({alert.severity})")
@@ -152,18 +151,6 @@ def call(host: str, path: str, body: dict[str, Any]) -> Any:
         connection.close()
 
 
-def compressed(text: str, speed: int = SPEED) -> str:
-    """Rules or routing with every duration divided by `speed`: ranges, `for`, `interval`, `group_wait`."""
-
-    def shorter(match: re.Match[str]) -> str:
-        return f"{match[1]}{max(1, round(int(match[2]) * _DURATIONS[match[3]] * 1000 / speed))}ms{match[4]}"
-
-    text = re.sub(r"(\[)(\d+)([smhd])(\])", shorter, text)
-    return re.sub(
-        r"((?:for|interval|group_wait|group_interval|repeat_interval): )(\d+)([smhd])()", shorter, text
-    )
-
-
 def width_for(root: Path, seconds: float) -> int:
     """With which width a slow model takes so long for a row on this machine."""
     trial, width = "v100", 4096
@@ -187,50 +174,6 @@ def release(root: Path, version: str) -> None:
     (root / "release.new").replace(root / RELEASE)
 
 
-def program(*names: str) -> str:
-    """The first of these programs that is installed."""
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise typer.BadParameter(
-        f"{names[0]} is not installed; on Debian: apt-get install prometheus prometheus-alertmanager",
-        param_hint="PATH",
-    )
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(command: list[str], log: Path, ready: str) -> Iterator[None]:
-    """A program until the end of the block, once `ready` answers."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603  # our own
-    try:
-        until(lambda: answers(ready), f"{command[0]}: see {log}")
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def answers(address: str) -> bool:
-    """Whether GET gives 200."""
-    with suppress(OSError), urllib.request.urlopen(address, timeout=5) as response:  # noqa: S310  # loopback
-        return bool(response.status == 200)
-    return False
-
-
-def get(address: str) -> Any:
-    """The parsed answer to a GET."""
-    with urllib.request.urlopen(address, timeout=30) as response:  # noqa: S310  # loopback
-        return json.load(response)
-
-
 def until(condition: Callable[[], object], what: str, seconds: float = 90) -> bool:
     """Whether `condition` held in time; without it the day goes on, and the table says what is missing."""
     give_up = time.monotonic() + seconds
@@ -242,70 +185,16 @@ def until(condition: Callable[[], object], what: str, seconds: float = 90) -> bo
     return True
 
 
-@contextmanager
-def receiver(day: Day) -> Iterator[str]:
-    """The address of a web server that takes notifications."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            day.notify(json.loads(body))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def configure(folder: Path, target: str, alertmanager: int, told: str) -> None:
-    """The configurations of ops/ with time compressed, and with the addresses of this day."""
-    for rules in (ROOT / "ops" / "prometheus").glob("*rules.yml"):
-        (folder / rules.name).write_text(compressed(rules.read_text("utf-8")), "utf-8")
-    prometheus = compressed((ROOT / "ops/prometheus/prometheus.yml").read_text("utf-8"))
-    prometheus = re.sub(r"(scrape_interval|evaluation_interval): \S+", r"\1: 500ms", prometheus)
-    prometheus = re.sub(r'"alertmanager:\d+"', f'"127.0.0.1:{alertmanager}"', prometheus)
-    prometheus = re.sub(r'"api:\d+"', f'"{target}"', prometheus)
-    (folder / "prometheus.yml").write_text(prometheus, "utf-8")
-    routing = compressed((ROOT / "ops/alertmanager/alertmanager.yml").read_text("utf-8"))
-    routing = re.sub(r"url: https?://[^/\s]+", f"url: {told}", routing)
-    (folder / "alertmanager.yml").write_text(routing, "utf-8")
-
-
-def firing(prometheus: str) -> set[Alert]:
-    """The alerts that fire now, told or not."""
-    alerts = get(f"{prometheus}/api/v1/alerts")["data"]["alerts"]
-    return {alert_of(one["labels"]) for one in alerts if one["state"] == "firing"}
-
-
 def alert_of(labels: dict[str, str]) -> Alert:
     """The rule that an alert with these labels comes from."""
     return Alert(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
 
 
-def alerts_of(prometheus: str) -> set[Alert]:
-    """Every alert that ships, as the running Prometheus knows it."""
-    groups = get(f"{prometheus}/api/v1/rules?type=alert")["data"]["groups"]
-    return {
-        alert_of({"alertname": rule["name"], **rule["labels"]}) for group in groups for rule in group["rules"]
-    }
-
-
 class GameDay:
     """The faults, each with what it breaks and how it is mended."""
 
-    def __init__(self, day: Day, prometheus: str, own: Running, artifacts: Path, slow_seconds: float) -> None:
-        self._day, self._prometheus, self._artifacts = day, prometheus, artifacts
-        self._shipped = alerts_of(prometheus)
+    def __init__(self, day: Day, watch: Watch, own: Running, artifacts: Path, slow_seconds: float) -> None:
+        self._day, self._watch, self._artifacts = day, watch, artifacts
         self._address, self._pid = own.address, own.pid
         self._host = own.address.removeprefix("http://")
         self._served = read_release(artifacts).serving
@@ -324,6 +213,21 @@ class GameDay:
         add_trial(artifacts, self._served, FAILING, Trouble(fails_above=limit), golden=number is not None)
         slow = Trouble(sines=SINES, width=width_for(artifacts, slow_seconds))
         add_trial(artifacts, self._served, SLOW, slow)
+        add_trial(artifacts, self._served, BAD, SOUND)
+        with (artifacts / BAD / "model.onnx").open("ab") as file:
+            file.write(b"changed")
+        version, first = {"model_version": self._served}, manifest.inputs[0].name
+        culprits = {
+            "HighInvalidInputRate": {"field": first},
+            "FeatureDrift": {"feature": number.name if number else first, **version},
+            **dict.fromkeys(("PredictionShift", "LowConfidence", "AccuracyDrop"), version),
+        }
+        self.shipped = {  # with the labels that each must have; a regressor has no confidence to be low
+            alert_of({"alertname": rule["name"], **rule["labels"]}): rule["labels"]
+            | culprits.get(rule["name"], {})
+            for rule in watch.shipped()
+            if self._labels or rule["name"] != "LowConfidence"
+        }
 
     def usual(self) -> Iterator[dict[str, Any]]:
         """What training looked like."""
@@ -349,13 +253,14 @@ class GameDay:
 
     def _fires(self, *names: str) -> None:
         """Wait for these alerts. A page inhibits the ticket of its name: only Prometheus knows of it yet."""
-        due = {one for one in self._shipped if one.name in names}
+        due = {one for one in self.shipped if one.name in names}
         paged = {one.name for one in due if one.severity == "page"}
         told = {one for one in due if one.severity == "page" or one.name not in paged}
         known: set[Alert] = set()
 
         def all_known() -> bool:
-            known.update(firing(self._prometheus))
+            alerts = self._watch.alerts()
+            known.update(alert_of(one["labels"]) for one in alerts if one["state"] == "firing")
             return due <= known and told <= self._day.seen.keys()
 
         until(all_known, ", ".join(names))
@@ -363,7 +268,10 @@ class GameDay:
     def _released(self, version: str) -> None:
         release(self._artifacts, version)
         until(
-            lambda: {get(f"{self._address}/ready").get("model_version") for _ in range(10)} == {version},
+            lambda: (
+                {httpx2.get(f"{self._address}/ready").json().get("model_version") for _ in range(10)}
+                == {version}
+            ),
             f"{version} to serve",
         )
 
@@ -405,8 +313,8 @@ class GameDay:
         self._fires("WorkerRestarts")
 
     def _bad_artifact(self) -> None:
-        self._day.begin("a release that names no version")
-        release(self._artifacts, ABSENT)
+        self._day.begin("a released version whose model was changed")
+        release(self._artifacts, BAD)
         self._fires("ModelReloadFailed")
         release(self._artifacts, self._served)
 
@@ -450,26 +358,30 @@ class GameDay:
             os.kill(worker, signal.SIGCONT)
 
 
-def table(day: Day, shipped: set[Alert]) -> tuple[list[str], bool]:
+def table(day: Day, shipped: dict[Alert, dict[str, str]]) -> tuple[list[str], bool]:
     """A line for each alert that ships, and whether all is as it should be."""
     lines = [
-        "| alert | severity | team | fault | fired after | runbook | resolved after |",
-        "|---|---|---|---|--:|---|--:|",
+        "| alert | fault | fired after | labels | runbook | resolved after |",
+        "|---|---|--:|---|---|--:|",
     ]
     good = True
-    for alert in sorted(shipped, key=lambda one: (one.name, one.severity, one.sign)):
-        name = alert.name + (f" ({alert.sign})" if alert.sign else "")
+    for alert, expected in sorted(shipped.items(), key=lambda one: astuple(one[0])):
+        name = f"{alert.name} ({', '.join(filter(None, (alert.severity, alert.sign)))})"
         if (seen := day.seen.get(alert)) is None:
             good = False
-            lines.append(f"| {name} | {alert.severity} | | | never | | |")
+            lines.append(f"| {name} | | never | | | |")
             continue
         page = seen.annotations.get("runbook_url", "").rpartition("/")[2]
         found = bool(page) and (ROOT / "docs" / "runbooks" / page).is_file()
+        right = any(expected.items() <= labels.items() for labels in seen.labels)
+        good = good and found and right and seen.resolved is not None
+        told = ", ".join(
+            f"{key}={value}" for key, value in expected.items() if key not in ("severity", "sign")
+        )
         resolved = "never" if seen.resolved is None else f"{seen.resolved - seen.began:.0f} s"
-        good = good and found and seen.resolved is not None and bool(seen.labels.get("team"))
         lines.append(
-            f"| {name} | {alert.severity} | {seen.labels.get('team')} | {seen.fault} "
-            f"| {seen.fired - seen.began:.0f} s | {'found' if found else 'missing'} | {resolved} |"
+            f"| {name} | {seen.fault} | {seen.fired - seen.began:.0f} s | {'' if right else 'not '}{told} "
+            f"| {'found' if found else 'missing'} | {resolved} |"
         )
     return lines, good
 
@@ -478,7 +390,10 @@ def gameday(
     keep: Annotated[Path | None, typer.Option(help="Keep logs and configurations in this folder.")] = None,
 ) -> None:
     """Inject every fault; show that each alert fires, has its runbook, and resolves. Ten minutes."""
-    prometheus, alertmanager = program("prometheus"), program("alertmanager", "prometheus-alertmanager")
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # leave by the usual way, which ends what it began
+    program("prometheus"), program("alertmanager")  # rather now than after the model was made slow
     slo = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
     day, began = Day(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gameday-") as temporary:
@@ -492,37 +407,26 @@ def gameday(
             "APP_BATCH_MAX_ROWS": "8",
             "APP_METRICS_ENABLED": "true",
         }
-        ports = free_port(), free_port()
-        with service(**settings) as own, receiver(day) as told:
-            configure(folder, own.address.removeprefix("http://"), ports[1], told)
-            typer.echo(f"gameday: an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
-            prometheus_address = f"http://127.0.0.1:{ports[0]}"
-            with (
-                running(
-                    [alertmanager, f"--config.file={folder}/alertmanager.yml",
-                     f"--storage.path={folder}/alertmanager", "--cluster.listen-address=",
-                     f"--web.listen-address=127.0.0.1:{ports[1]}"],
-                    folder / "alertmanager.log", f"http://127.0.0.1:{ports[1]}/-/ready",
-                ),
-                running(
-                    [prometheus, f"--config.file={folder}/prometheus.yml",
-                     f"--storage.tsdb.path={folder}/prometheus", "--rules.alert.resend-delay=1s",
-                     f"--query.lookback-delta={300_000 // SPEED}ms",
-                     f"--web.listen-address=127.0.0.1:{ports[0]}"],
-                    folder / "prometheus.log", f"{prometheus_address}/-/ready",
-                ),
-            ):  # fmt: skip
-                shipped = alerts_of(prometheus_address)
-                game = GameDay(day, prometheus_address, own, artifacts, 2 * slo["latency_p95_ms"] / 1000)
-                game.run()
-                day.begin("none: waiting until all is resolved")
-                with Traffic(own.address, game.usual(), CLIENTS):
-                    until(
-                        lambda: all(one in day.seen and day.seen[one].resolved for one in shipped),
-                        "every alert to resolve",
-                        PATIENCE_SECONDS,
-                    )
-    lines, good = table(day, shipped)
+        typer.echo(f"gameday: an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
+        with (
+            service(**settings) as own,
+            watching(folder, own.address, SPEED, SAMPLE_MS, tell=day.notify) as watch,
+        ):
+            start = watch.now()
+            game = GameDay(day, watch, own, artifacts, 2 * slo["latency_p95_ms"] / 1000)
+            game.run()
+            day.begin("none: waiting until all is resolved")
+            with Traffic(own.address, game.usual(), CLIENTS):
+                until(
+                    lambda: all(one in day.seen and day.seen[one].resolved for one in game.shipped),
+                    "every alert to resolve",
+                    PATIENCE_SECONDS,
+                )
+            empty = [query for query in queries() if not watch.has_data(query, start)]
+    lines, good = table(day, game.shipped)
     typer.echo("\n".join(["", *lines, ""]))
+    for query in empty:
+        typer.echo(f"gameday: a panel shows nothing: {query}", err=True)
+    good = good and not empty
     typer.echo(f"gameday: {'passed' if good else 'FAILED'} in {time.monotonic() - began:.0f} s")
     raise typer.Exit(0 if good else 1)

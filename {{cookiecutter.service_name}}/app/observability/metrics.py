@@ -34,6 +34,7 @@ STAGES = ("preprocess", "inference", "postprocess")
 SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
 FAILURES = ("model_error", "non_finite_output", "internal_error")
 AGREEMENTS = ("agree", "disagree", "error", "dropped")
+SIGNS = ("proxy", "key")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STAGE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0)
@@ -122,7 +123,7 @@ class Metrics:
             "rate_limit_fallbacks_total", "Hits that a worker counted alone, its Redis being away."
         )
         # Prometheus sees a first increment only where there was a 0 before it.
-        for children, values in ((self.shed, SHED), (self.failures, FAILURES)):
+        for children, values in ((self.shed, SHED), (self.failures, FAILURES), (self.retried, SIGNS)):
             for value in values:
                 children.labels(value)
 

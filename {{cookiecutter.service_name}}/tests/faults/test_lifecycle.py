@@ -90,7 +90,7 @@ def test_a_body_that_never_ends_does_not_hold_up_the_end(start: Start, fault: Fa
         connection.send(PREDICTION[:10])
         service.process.terminate()
         answer = connection.getresponse()
-        assert (answer.status, json.loads(answer.read())["code"]) == (503, "model_timeout")
+        assert (answer.status, "did not arrive" in json.loads(answer.read())["detail"]) == (503, True)
         assert service.process.wait(60) == 0
     assert ended_well(service) == 2
     fault("SIGTERM with half a body that never ends", sent=1, answered=0, refused=1)
@@ -318,7 +318,7 @@ def test_a_retry_by_a_gateway_is_recognised(fault: Fault, tmp_path: Path) -> Non
         assert again == first != set()
         assert {line["prediction_id"] for line in lines} == {identity}
         assert good.metrics()['requests_retried_total{sign="proxy"}'] == len(again)
-        assert late.metrics()['requests_retried_total{sign="proxy"}'] == 0
+        assert late.metrics().get('requests_retried_total{sign="proxy"}', 0) == 0
     fault("a replica answers 503, Envoy tries the other", sent=requests, answered=requests)
 
 

@@ -1,10 +1,12 @@
 """Who may call, how often, and from where: decided from the headers alone."""
 
 import json
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from hashlib import sha256
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from app.api.security import FAILURES, MAX_CLIENTS, Guard, Limit, Windows
 from app.settings import Settings
-from tests.conftest import EXAMPLE, PATIENCE_SECONDS, Service
+from tests.conftest import EXAMPLE, PATIENCE_SECONDS, Service, until
 from tests.integration.test_http import assert_problem
 
 KEYS = ("first key", "second key")
@@ -32,6 +34,19 @@ def test_a_key_opens_either_way(guarded: Service) -> None:
     for key in KEYS:
         assert guarded.predict(headers={"x-api-key": key}).status_code == 200
         assert guarded.predict(headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_key_is_replaced_without_a_restart(start: Start, tmp_path: Path) -> None:
+    """With the keys in `.env`, SIGHUP takes a change over: the new key opens, the old one no longer does."""
+    first, second = (f"APP_API_KEYS={digest}" for digest in DIGESTS.split(","))
+    old, new = ({"x-api-key": key} for key in KEYS)
+    (tmp_path / ".env").write_text(first)
+    service = start(workers=1)
+    assert [service.predict(headers=one).status_code for one in (old, new)] == [200, 403]
+    (tmp_path / ".env").write_text(second)
+    service.process.send_signal(signal.SIGHUP)
+    until(lambda: service.predict(headers=old).status_code == 403, "the old key to be of no use")
+    assert service.predict(headers=new).status_code == 200
 
 
 def test_no_key_is_401_and_a_wrong_one_403(guarded: Service) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lifecycle.__main__ import commands
 from lifecycle.monitor import DRIFTED, STABLE
 from lifecycle.traffic import usual
+from lifecycle.watching import Watch
 from tests.conftest import (
     ANSWER,
     ARTIFACTS,
@@ -37,7 +38,7 @@ from tests.conftest import (
     until,
 )
 from tests.integration.test_observability import total
-from tests.watching import Watch, watching
+from tests.watching import watching
 
 Start = Callable[..., Service]
 # What feedback says when the answer to `EXAMPLE` was wrong.

@@ -6,21 +6,25 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import tomllib
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
+from lifecycle.watching import alertmanager_flags, compressed, queries, running
+from ops.alertmanager.receiver import Receiver, show
 from tests.conftest import ARTIFACTS, ROOT, serving, until
 from tests.integration.test_artifacts import edit
 from tests.unit.test_docs import blocks, metrics_in
-from tests.watching import Watch, prepare, program, traffic, watching
+from tests.watching import prepare, program, traffic, watching
 
 PROMETHEUS = ROOT / "ops" / "prometheus"
 BOARDS = sorted((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))
@@ -90,6 +94,51 @@ def test_an_alert_goes_to_who_must_act(ops: Path, severity: str, own: bool, rece
     assert said.strip() == receiver
 
 
+def test_what_says_more_holds_back_what_says_less(
+    ops: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not ready holds back its own latency, and nothing else; the sample receiver prints the rest.
+
+    Alertmanager is the real one, with waits that are a hundredth as long.
+    """
+    config = Path(shutil.copytree(ops / "alertmanager", tmp_path / "alertmanager")) / "alertmanager.yml"
+    text = compressed(config.read_text("utf-8"), 100)
+    (team,) = set(re.findall(r'team="([^"]*)"', text))
+    own, other = "own", "other"
+    alerts = {
+        ("ServiceNotReady", "page", own): "page",
+        ("LatencyBudgetBurn", "page", own): None,
+        ("LatencyBudgetBurn", "ticket", own): None,
+        ("NoTraffic", "page", own): None,
+        ("Saturation", "ticket", own): None,
+        ("WorkerRestarts", "ticket", own): "ticket",
+        ("LatencyBudgetBurn", "page", other): "page",
+        ("LatencyBudgetBurn", "ticket", other): None,  # paged already
+        ("AvailabilityBudgetBurn", "ticket", other): "ticket",
+    }
+    names = ("alertname", "severity", "service")
+    told: set[tuple[str, ...]] = set()
+
+    def heard() -> bool:
+        lines = map(json.loads, capsys.readouterr().out.splitlines())
+        told.update((*(line[name] for name in names), line["to"]) for line in lines)
+        return len(told) >= len([to for to in alerts.values() if to])
+
+    with ExitStack() as stack:
+        receiver = stack.enter_context(Receiver(("127.0.0.1", 0), show))
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        stack.callback(receiver.shutdown)
+        config.write_text(text.replace("receiver:9095", f"127.0.0.1:{receiver.server_port}"), "utf-8")
+        url = stack.enter_context(running(tmp_path, "alertmanager", *alertmanager_flags(tmp_path)))
+        labels = [{**dict(zip(names, alert, strict=True)), "team": team} for alert in alerts]
+        httpx2.post(f"{url}/api/v2/alerts", json=[{"labels": one} for one in labels]).raise_for_status()
+        until(heard, "those that are not held back")
+        known = httpx2.get(f"{url}/api/v2/alerts").json()
+    assert told == {(*alert, to) for alert, to in alerts.items() if to}
+    held = {tuple(one["labels"][name] for name in names) for one in known if one["status"]["inhibitedBy"]}
+    assert held == {alert for alert, to in alerts.items() if not to}
+
+
 def test_every_alert_fires_when_it_should(ops: Path) -> None:
     """`promtool test rules`: faults, their absence and little traffic; each alert has a case of each kind."""
     tests = ops / "prometheus" / "rules_test.yml"
@@ -139,13 +188,6 @@ def test_every_alert_says_what_to_do() -> None:
     }  # fmt: skip
 
 
-def queries(path: Path) -> set[str]:
-    """What a dashboard asks Prometheus, its releases and alerts included."""
-    content = board(path)
-    asked = [target["expr"] for panel in content["panels"] for target in panel["targets"]]
-    return {*asked, *(one["expr"] for one in content["annotations"]["list"])}
-
-
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
 def test_a_dashboard_works_where_it_is_put(path: Path) -> None:
     """It has a fixed address, asks nothing when imported, fits a screen, and its links lead somewhere."""
@@ -173,39 +215,63 @@ def test_what_is_asked_for_is_there(tmp_path: Path) -> None:
     """After real traffic every panel has data, and each metric in a rule, panel or runbook is one there is.
 
     Either the running service shows it in /metrics, or a rule records it; and Prometheus takes every query.
-    The rules run beside the model, as shadow and as canary.
+    The rules run beside the model, as shadow and as canary. A release while it runs is marked in the
+    dashboards, and both versions stand side by side.
     """
-    artifacts = Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts"))
+    release = Path(shutil.copytree(ARTIFACTS, tmp_path / "artifacts")) / "release.json"
     beside = {"shadow": "v0", "canary": "v0", "canary_percent": 50}
-    edit(artifacts / "release.json", lambda release: release.update(beside))
+    edit(release, lambda document: document.update(beside))
     with ExitStack() as stack:
-        service = stack.enter_context(serving(tmp_path, artifacts_dir=artifacts))
+        service = stack.enter_context(serving(tmp_path, artifacts_dir=release.parent))
         watch = stack.enter_context(watching(tmp_path, service.url))
         start = watch.now()
 
         def shown(query: str) -> bool:
             traffic(service)
-            return has_data(watch, query, start)
+            return watch.has_data(query, start)
 
-        for query in sorted(set().union(*map(queries, BOARDS))):
+        panels = sorted(queries())
+        for query in panels:
             until(partial(shown, query), f"data for {query}")
         runbooks = {query for path in RUNBOOKS.iterdir() for query in blocks(path, "promql")}
         for query in runbooks:
             watch.query(query)
         asked = [*runbooks, *(rule["expr"] for kind in ("record", "alert") for rule in rules(kind))]
-        named = set().union(
-            *map(metrics_in, asked), *(metrics_in(one) for path in BOARDS for one in queries(path))
-        )
+        named = set().union(*map(metrics_in, [*asked, *panels]))
         emitted = {re.split(r"[{ ]", name)[0] for name in service.metrics()}
         recorded = {rule["record"] for rule in rules("record")}
         assert named - emitted - recorded == {"up", "ALERTS"}
         assert {one["metric"]["__name__"] for one in watch.query('{__name__=~".+:.+"}')} == recorded
 
+        def marked(mark: str) -> bool:
+            return "v0" in versions(watch.query(mark, start))
 
-def has_data(watch: Watch, query: str, start: float) -> bool:
-    """Whether there was a number to show at some time since `start`."""
-    query = query.replace("$__rate_interval", "4s")
-    return any(value != "NaN" for series in watch.query(query, start) for _, value in series["values"])
+        new = release.with_suffix(".new")
+        new.write_text(release.read_text("utf-8").replace('"serving": "v1"', '"serving": "v0"'), "utf-8")
+        new.replace(release)
+        for path in BOARDS:
+            (mark,) = [one["expr"] for one in board(path)["annotations"]["list"] if one["name"] == "Releases"]
+            until(partial(marked, mark), "the mark of the release")
+        (side_by_side,) = [
+            panel["targets"][0]["expr"]
+            for path in BOARDS
+            for panel in board(path)["panels"]
+            if panel["title"] == "Predictions by version"
+        ]
+
+        def both() -> bool:
+            traffic(service)
+            return versions(watch.query(side_by_side.replace("$__rate_interval", "4s"), start)) == {
+                "v0",
+                "v1",
+            }
+
+        until(both, "both versions")
+
+
+def versions(series: list[dict[str, Any]]) -> set[str]:
+    """The versions that series are of."""
+    return {one["metric"].get("version") or one["metric"]["model_version"] for one in series}
 
 
 def test_failures_are_counted_by_problem() -> None:

@@ -26,6 +26,7 @@ from app.schemas.predict import Features
 from app.settings import PREFIX, Settings
 from lifecycle.docs import _api
 from lifecycle.runbooks import anchor, broken, headings, prose
+from lifecycle.watching import alertmanager_flags, running
 from tests.conftest import (
     EXAMPLE,
     SERVED,
@@ -36,7 +37,7 @@ from tests.conftest import (
     serving,
     until,
 )
-from tests.watching import prepare, program, running
+from tests.watching import prepare, program
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -135,18 +136,45 @@ def test_queries_use_metrics_that_the_service_declares(path: Path) -> None:
 
 
 def test_every_panel_finds_its_data_source() -> None:
-    """The dashboard asks the data source that Grafana is given, and Prometheus scrapes the service's port."""
+    """The dashboard asks the data source that Grafana is given."""
     provisioning = ROOT / "ops" / "grafana" / "provisioning" / "datasources" / "prometheus.yaml"
     (source,) = yaml.safe_load(provisioning.read_text("utf-8"))["datasources"]
     assert {target["datasource"]["uid"] for panel in panels() for target in panel["targets"]} == {
         source["uid"]
     }
-    (job,) = yaml.safe_load((ROOT / "ops/prometheus/prometheus.yml").read_text("utf-8"))["scrape_configs"]
-    compose = (ROOT / "compose.yaml").read_text("utf-8")
-    assert job["static_configs"] == [{"targets": ["api:8000"]}]
-    assert re.search(
-        r"^  api:\n(    .*\n)*?    ports:\n      - \"127\.0\.0\.1:.*:8000\"$", compose, re.MULTILINE
-    )
+
+
+def services() -> dict[str, Any]:
+    """What Compose starts."""
+    text = re.sub(r"\{\{ *([\w.]+) *\}\}", r"\1", (ROOT / "compose.yaml").read_text("utf-8"))
+    found: dict[str, Any] = yaml.safe_load(text)["services"]
+    return found
+
+
+def test_services_find_each_other() -> None:
+    """Who asks or tells another in Compose names a service at the port it listens on; mounted files exist."""
+    listening = {
+        f"{name}:{port.rpartition(':')[2]}"
+        for name, one in services().items()
+        for port in one.get("ports", [])
+    } | {f"receiver:{services()['receiver']['command'][-1]}"}
+    asked: set[str] = set()
+    for path in ("prometheus/prometheus.yml", "alertmanager/alertmanager.yml"):
+        text = re.sub(r"#.*", "", (ROOT / "ops" / path).read_text("utf-8"))
+        asked |= set(re.findall(r"[a-z.\d]+:\d{4,5}\b", text))
+    source = (ROOT / "ops/grafana/provisioning/datasources/prometheus.yaml").read_text("utf-8")
+    asked |= set(re.findall(r"url: http://(.*)", source))
+    assert asked == {"api:8000", "alertmanager:9093", "receiver:9095", "prometheus:9090"}
+    assert asked <= listening
+    for one in services().values():
+        mounts = dict(volume.split(":")[:2] for volume in one.get("volumes", []) if volume.startswith("."))
+        assert all((ROOT / host).exists() for host in mounts)
+        inside = {container: ROOT / host for host, container in mounts.items()}
+        for file in re.findall(
+            r"/[\w./]+\.(?:yml|json|py)", json.dumps([one.get("command"), one.get("environment")])
+        ):
+            mount = max((at for at in inside if file.startswith(at)), key=len)
+            assert Path(f"{inside[mount]}{file.removeprefix(mount)}").is_file(), file
 
 
 def test_every_alert_has_its_runbook() -> None:
@@ -355,9 +383,8 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real Alertmanager; `amtool` comes with it."""
     folder = tmp_path_factory.mktemp("alertmanager")
-    config = prepare(folder) / "alertmanager" / "alertmanager.yml"
-    flags = (f"--config.file={config}", f"--storage.path={folder}/data", "--cluster.listen-address=")
-    with running(folder, "alertmanager", *flags) as url:
+    program("alertmanager")
+    with running(folder, "alertmanager", *alertmanager_flags(prepare(folder))) as url:
         yield url
 
 
@@ -530,15 +557,13 @@ def test_the_engine_is_sent_what_the_image_copies() -> None:
 
 def test_containers_get_no_rights() -> None:
     """Compose takes rights away and opens ports on this machine only; the image is nobody's, by hash."""
-    text = (ROOT / "compose.yaml").read_text("utf-8")
-    services = yaml.safe_load(re.sub(r"\{\{ *([\w.]+) *\}\}", r"\1", text))["services"]
-    for service in services.values():
+    for service in services().values():
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["mem_limit"]
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         assert not {"privileged", "cap_add", "network_mode", "pid", "devices"} & service.keys()
-    api = services["api"]
+    api = services()["api"]
     assert (api["read_only"], api["tmpfs"]) == (True, ["/tmp"])  # noqa: S108  # in the container
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", api["user"])
     assert api["pids_limit"]

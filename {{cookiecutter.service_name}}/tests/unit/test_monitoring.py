@@ -28,6 +28,7 @@ from app.observability.drift import LINE_ROWS, MISSING, OTHER, Drift
 from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
 from lifecycle import monitor
 from lifecycle.__main__ import commands
+from lifecycle.package import MAX_BINS, ROWS_A_BIN
 from tests.conftest import ANSWER, ARTIFACTS, SERVED, prediction
 from tests.watching import program
 
@@ -180,11 +181,13 @@ def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
         then = np.array(counts) / document["rows"]
         now = random.multinomial(monitor.MINIMUM, then, 20_000) / monitor.MINIMUM
         assert false_alarms(then, now) < 0.001
-    # Training is a sample as well: where both come from one population, it is still fewer than 1 %.
-    for rows, bins in ((120, 6), (200, 10), (1000, 10)):
+    # Training is a sample as well: from 60 rows on, with the bins that they give, still fewer than 1 %.
+    for bins in range(3, MAX_BINS + 1):
         even = np.full(bins, 1 / bins)
-        then, now = (random.multinomial(n, even, 20_000) / n for n in (rows, monitor.MINIMUM))
-        assert false_alarms(then, now) < (0.01 if rows != 200 else 0.03)
+        then, now = (
+            random.multinomial(rows, even, 20_000) / rows for rows in (bins * ROWS_A_BIN, monitor.MINIMUM)
+        )
+        assert false_alarms(then, now) < 0.01, bins
     # The minimum is needed: a third of it would not do.
     even = np.full(10, 0.1)
     assert (
@@ -248,6 +251,27 @@ def rule_test(observed: dict[str, int], minutes: int, *, window: str = "1h") -> 
     }  # fmt: skip
 
 
+PREDICTION_TEST = {  # three of four are yes, accepted or not, where training had two
+    "interval": "1m",
+    "input_series": [
+        {"series": 'prediction_baseline_ratio{model_version="v1",label="yes"}', "values": "0.5x60"},
+        {"series": 'prediction_baseline_ratio{model_version="v1",label="no"}', "values": "0.5x60"},
+        {"series": 'predictions_total{model_version="v1",label="yes",action="accept"}', "values": "0+10x60"},
+        {"series": 'predictions_total{model_version="v1",label="yes",action="review"}', "values": "0+5x60"},
+        {"series": 'predictions_total{model_version="v1",label="no",action="accept"}', "values": "0+5x60"},
+        {"series": 'predictions_total{model_version="v2",label="no",action="accept"}', "values": "0+4x60"},
+    ],
+    "promql_expr_test": [
+        {
+            "expr": f"round(prediction:psi:{window}, 0.0001)",
+            "eval_time": "60m",
+            "exp_samples": [{"labels": '{model_version="v1"}', "value": round(0.25 * float(np.log(3)), 4)}],
+        }
+        for window in ("1h", "24h")
+    ],
+}
+
+
 def test_the_rules_compute_the_index(tmp_path: Path) -> None:
     """promtool: PSI is right over two instances, finite with an empty bin, absent below the minimum."""
     tests = [
@@ -257,6 +281,7 @@ def test_the_rules_compute_the_index(tmp_path: Path) -> None:
         rule_test({"low": 20}, 60),
         rule_test({"low": 10, "high": 10, "missing": 20}, 60),
         rule_test({"low": 1, "high": 1}, 60),  # 240 rows
+        PREDICTION_TEST,
     ]
     document = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(document), "utf-8")
