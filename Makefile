@@ -25,7 +25,7 @@ test-faults: .venv/dev.stamp ## kill, block and restart the rendered service und
 	$(PYTEST) -m faults $(ARGS)
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
-	$(PYTEST) -m models $(ARGS)
+	$(PYTEST) --dist load -m models $(ARGS)
 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)
