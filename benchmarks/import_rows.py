@@ -61,8 +61,15 @@ def measure(service: Path, size: int) -> tuple[float, float, str]:
     """Seconds, MiB of the largest process, and what was said of the rows compared."""
     project = WORK / f"project-{size}"
     shutil.copytree(service, project, ignore=shutil.ignore_patterns(".venv"))
-    command = [service / ".venv" / "bin" / "python", "-m", "lifecycle", "import-model"]
-    given = ["--model", WORK / "model.joblib", "--data", WORK / f"{size}.parquet", "--target", "benign"]
+    command: list[str | Path] = [service / ".venv" / "bin" / "python", "-m", "lifecycle", "import-model"]
+    given: list[str | Path] = [
+        "--model",
+        WORK / "model.joblib",
+        "--data",
+        WORK / f"{size}.parquet",
+        "--target",
+        "benign",
+    ]
     began = time.perf_counter()
     with (WORK / f"{size}.log").open("wb") as log:
         process = subprocess.Popen([*command, *given], cwd=project, stdout=log, stderr=log)

@@ -34,19 +34,12 @@ def base(render: Render) -> Path:
     folder = render().folder
     setup = run("make", "setup", cwd=folder)
     assert setup.returncode == 0, setup.stdout
-    install = [
-        "-m",
-        "pip",
-        "install",
-        "--require-hashes",
-        "--requirement",
-        ROOT / "requirements" / "models.txt",
-    ]
-    if uv := shutil.which("uv"):
-        command: list[str | Path] = [uv, "pip", "install", "--python", folder / BIN / "python", *install[3:]]
-    else:
-        command = [folder / BIN / "python", *install]
-    installed = run(*command, cwd=folder)
+    python, models = folder / BIN / "python", ROOT / "requirements" / "models.txt"
+    uv = shutil.which("uv")
+    pip: list[str | Path] = (
+        [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+    )
+    installed = run(*pip, "--require-hashes", "--requirement", models, cwd=folder)
     assert installed.returncode == 0, installed.stdout
     commit(folder, "As rendered")
     return folder
@@ -80,7 +73,7 @@ def bring(
     project: Path, model: Path, data: Path, target: str, *more: str
 ) -> subprocess.CompletedProcess[str]:
     """`python -m lifecycle import-model`; the output has both streams."""
-    given = ["--model", model, "--data", data, "--target", target]
+    given: list[str | Path] = ["--model", model, "--data", data, "--target", target]
     return run(project / BIN / "python", "-m", "lifecycle", "import-model", *given, *more, cwd=project)
 
 
@@ -275,7 +268,7 @@ def test_a_full_disk_leaves_everything_as_it_was(project: Path, fitted: Path) ->
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
         "from lifecycle.__main__ import commands; commands(sys.argv[1:])"
     )
-    given = ["--model", case / "model.joblib", "--data", data_of(case), "--target", "digit"]
+    given: list[str | Path] = ["--model", case / "model.joblib", "--data", data_of(case), "--target", "digit"]
     ended = run(project / BIN / "python", "-c", program, "import-model", *given, cwd=project)
     assert ended.returncode == 1, ended.stdout
     assert "nothing was changed" in ended.stdout.splitlines()[-1]
