@@ -230,10 +230,10 @@ def child(name: str, work: Path, cwd: Path = ROOT) -> None:
     """Run a step in a process of its own; raises Refusal if it does not come to an end."""
     own = {key: value for key, value in os.environ.items() if not key.upper().startswith("APP_")}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The converter goes through sets, whose order would otherwise differ each time, and with it the bytes.
+    own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", f"lifecycle.{name}", str(work)]
-    done = subprocess.run(  # noqa: S603  # this package's own steps
-        command, cwd=cwd, env=own | {"PYTHONPATH": os.pathsep.join(paths)}, check=False
-    )
+    done = subprocess.run(command, cwd=cwd, env=own, check=False)  # noqa: S603  # this package's own steps
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
         raise Refusal(f"the step `{name}` ended with {how}; nothing was changed")
