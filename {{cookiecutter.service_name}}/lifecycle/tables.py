@@ -100,7 +100,10 @@ def batches(path: Path) -> Iterator[Batch]:
 def _without_values(error: Exception) -> str:
     """The first words of a library's message: what follows may quote the data."""
     words = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return words.partition(": ")[2].partition(": ")[0] if words.startswith("CSV parse error") else words[:120]
+    if words.startswith("CSV parse error"):
+        found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", words)
+        return found[0] if found else "CSV parse error"
+    return words[:120]
 
 
 def _distinct(path: Path, names: list[str]) -> list[str]:
