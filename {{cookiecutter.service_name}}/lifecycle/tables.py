@@ -10,6 +10,7 @@ takes it for, because that is what most estimators were fitted on.
 
 import csv
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
