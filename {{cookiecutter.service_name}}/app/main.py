@@ -346,9 +346,9 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline | None, _: Wan
     admission.expect(pipeline.seconds_per_row)
     pipeline.batcher.on_call = admission.learn
     _know(service, metrics, pipeline)
-    service.recorder.flush()
     service.pipeline = pipeline
     _watch(service)
+    service.recorder.flush()
     service.flight.version(pipeline.version)
     service.log.info(
         "ready",
