@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 import urllib.request
@@ -104,7 +105,12 @@ def serving(project: Path, *command: str | Path, **variables: str) -> Iterator[s
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=project, env={**ENVIRONMENT, **own}, stdout=output, stderr=subprocess.STDOUT
+            command,
+            cwd=project,
+            env={**ENVIRONMENT, **own},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -115,7 +121,7 @@ def serving(project: Path, *command: str | Path, **variables: str) -> Iterator[s
             time.sleep(0.05)
         yield address
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # make does not hand a signal on
         process.wait(PATIENCE_SECONDS)
 
 
