@@ -11,6 +11,7 @@ import http.client
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -41,6 +42,8 @@ from load.run import Running, service
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = 120  # an hour of the rules passes in 30 s
 SAMPLE_MS = 500
+RULES = "v0"
+SESSION = "X-Session-ID"  # which sends one of two requests to a canary
 PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
 CLIENTS, PAUSE_SECONDS = 2, 0.08
 FLOOD = 60
@@ -145,7 +148,8 @@ def call(host: str, path: str, body: dict[str, Any]) -> Any:
     """The parsed answer to a POST, whatever its status."""
     connection = http.client.HTTPConnection(host, timeout=60)
     try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", SESSION: secrets.token_hex(8)}
+        connection.request("POST", path, json.dumps(body), headers)
         return json.loads(connection.getresponse().read() or b"{}")
     finally:
         connection.close()
@@ -167,9 +171,9 @@ def width_for(root: Path, seconds: float) -> int:
     return math.ceil(width * seconds / min(times))
 
 
-def release(root: Path, version: str) -> None:
-    """Let `version` serve: the running service follows the file."""
-    document = json.loads((root / RELEASE).read_bytes()) | {"serving": version}
+def release(root: Path, **changes: Any) -> None:
+    """Change what is released: the running service follows the file."""
+    document = json.loads((root / RELEASE).read_bytes()) | changes
     (root / "release.new").write_bytes(canonical_json(document))
     (root / "release.new").replace(root / RELEASE)
 
@@ -241,6 +245,7 @@ class GameDay:
             quiet = sorted(alert.name for alert in self._day.seen)
             if quiet:
                 typer.echo(f"gameday:   fired without a fault: {', '.join(quiet)}", err=True)
+            self._beside()
             self._feedback_comes(traffic)
             self._invalid(traffic)
             self._killed()
@@ -266,7 +271,7 @@ class GameDay:
         until(all_known, ", ".join(names))
 
     def _released(self, version: str) -> None:
-        release(self._artifacts, version)
+        release(self._artifacts, serving=version)
         until(
             lambda: (
                 {httpx2.get(f"{self._address}/ready").json().get("model_version") for _ in range(10)}
@@ -274,6 +279,12 @@ class GameDay:
             ),
             f"{version} to serve",
         )
+
+    def _beside(self) -> None:
+        self._day.begin("none: the rules beside the model, as its shadow and as a canary")
+        release(self._artifacts, shadow=RULES, canary=RULES, canary_percent=50)
+        time.sleep(20)  # the dashboards show rates
+        release(self._artifacts, shadow=None, canary=None, canary_percent=0)
 
     def _feedback_comes(self, traffic: Traffic) -> None:
         self._feedback(traffic, 30, wrong=False)
@@ -314,9 +325,9 @@ class GameDay:
 
     def _bad_artifact(self) -> None:
         self._day.begin("a released version whose model was changed")
-        release(self._artifacts, BAD)
+        release(self._artifacts, serving=BAD)
         self._fires("ModelReloadFailed")
-        release(self._artifacts, self._served)
+        release(self._artifacts, serving=self._served)
 
     def _drift(self, traffic: Traffic) -> None:
         self._day.begin("inputs beyond those of training")
@@ -406,6 +417,7 @@ def gameday(
             "APP_WORKERS": "2",
             "APP_BATCH_MAX_ROWS": "8",
             "APP_METRICS_ENABLED": "true",
+            "APP_CANARY_HEADER": SESSION,
         }
         typer.echo(f"gameday: an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
         with (

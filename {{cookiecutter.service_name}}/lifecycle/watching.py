@@ -68,7 +68,7 @@ class Watch:
         if start is None:
             path, more = "query", {}
         else:
-            path, more = "query_range", {"start": str(start), "end": str(self.now()), "step": "1"}
+            path, more = "query_range", {"start": str(start), "end": str(self.now()), "step": "0.25"}
         body = self._asked(path, query=expression, **more)
         if body["status"] != "success":
             raise ValueError(f"{expression}: {body.get('error')}")
