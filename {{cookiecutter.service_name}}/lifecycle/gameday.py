@@ -245,7 +245,7 @@ class GameDay:
             quiet = sorted(alert.name for alert in self._day.seen)
             if quiet:
                 typer.echo(f"gameday:   fired without a fault: {', '.join(quiet)}", err=True)
-            self._beside()
+            self._beside(traffic)
             self._feedback_comes(traffic)
             self._invalid(traffic)
             self._killed()
@@ -280,11 +280,14 @@ class GameDay:
             f"{version} to serve",
         )
 
-    def _beside(self) -> None:
+    def _beside(self, traffic: Traffic) -> None:
         self._day.begin("none: the rules beside the model, as its shadow and as a canary")
         release(self._artifacts, shadow=RULES, canary=RULES, canary_percent=50)
         time.sleep(20)  # the dashboards show rates
         release(self._artifacts, shadow=None, canary=None, canary_percent=0)
+        # Labels that come next are to be the served version's.
+        until(lambda: {one["model_version"] for one in traffic.answers[-50:]} == {self._served}, "it alone")
+        traffic.answers = []
 
     def _feedback_comes(self, traffic: Traffic) -> None:
         self._feedback(traffic, 30, wrong=False)
