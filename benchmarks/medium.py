@@ -75,8 +75,8 @@ def build(folder: Path) -> None:
     train.prove_parity(model, onnx, rows)
     files = {
         "model.onnx": onnx,
-        "baseline.json": package.baseline(rows, model.predict_proba(rows)),
-        "golden.jsonl": package.golden_set(rows[:GOLDEN_ROWS], model.predict_proba(rows[:GOLDEN_ROWS])),
+        "baseline.json": package.baseline(list(rows.T), model.predict_proba(rows)),
+        "golden.jsonl": package.golden_set(rows[:GOLDEN_ROWS].tolist(), model.predict_proba(rows[:GOLDEN_ROWS])),
     }
     training = manifest.Training(
         data_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
@@ -92,7 +92,7 @@ def build(folder: Path) -> None:
         outputs={"score": "The share of the trees that say so.", "review_threshold": 0.6},
         libraries={name: version(name) for name in train.LIBRARIES},
         training=training,
-        training_rows=rows,
+        ranges=package.ranges_of(rows),
     )
     artifacts = folder / "artifacts"
     shutil.rmtree(artifacts)  # its versions were made for another contract
