@@ -76,7 +76,9 @@ def build(folder: Path) -> None:
     files = {
         "model.onnx": onnx,
         "baseline.json": package.baseline(list(rows.T), model.predict_proba(rows)),
-        "golden.jsonl": package.golden_set(rows[:GOLDEN_ROWS].tolist(), model.predict_proba(rows[:GOLDEN_ROWS])),
+        "golden.jsonl": package.golden_set(
+            rows[:GOLDEN_ROWS].tolist(), model.predict_proba(rows[:GOLDEN_ROWS])
+        ),
     }
     training = manifest.Training(
         data_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),

@@ -17,7 +17,9 @@ from scripts.render import copy_template
 
 # Under `make`, a make that a test starts would take over the flags and the job server of the outer one.
 ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if not name.startswith(("ARGS", "MAKE", "MFLAGS", "APP_"))
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("ARGS", "MAKE", "MFLAGS", "APP_"))
 }
 
 
