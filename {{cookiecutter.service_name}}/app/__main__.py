@@ -43,9 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m app", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("config", help="print the effective configuration, secrets redacted")
-    ask = commands.add_parser(
-        "predict", help="predict without a server: JSON in, a line of JSON per instance out"
-    )
+    ask = commands.add_parser("predict", help="without a server: JSON in, a line of JSON an instance out")
     ask.add_argument("file", nargs="?", type=Path, help="a JSON document; standard input if absent")
     arguments = parser.parse_args()
     try:

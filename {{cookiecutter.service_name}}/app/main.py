@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ctypes import c_int
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -21,7 +21,6 @@ from zlib import crc32
 
 from fastapi import FastAPI, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_fastapi_instrumentator import Instrumentator
@@ -32,7 +31,7 @@ from starlette.types import ASGIApp
 from app.api.call import Service
 from app.api.docs import add_docs, openapi
 from app.api.errors import handle
-from app.api.middleware import ServiceMiddleware
+from app.api.middleware import CrossOrigin, ServiceMiddleware
 from app.api.routes import inference, operations
 from app.api.routing import JSONRoute
 from app.api.security import SCHEMES, Guard
@@ -46,7 +45,7 @@ from app.core.release import Follower, Role, Wanted
 from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
 from app.core.shadow import BUSY, Shadow
-from app.core.store import Artifact, read_artifact, read_release
+from app.core.store import Artifact, read_artifact, read_manifest, read_release
 from app.observability import flight
 from app.observability.drift import Drift
 from app.observability.logging import LineWriter, configure_logging
@@ -139,9 +138,16 @@ def _fall_back(settings: Settings, error: Exception) -> Artifact:
 def _feedback(settings: Settings) -> Feedback:
     place, versions = settings.artifacts_dir, None
     if isinstance(place, Path):
-        versions = [path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
+        found = [path for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
+        versions = {path.name: _tolerance(path) for path in found}
     given = inheritance.given if inheritance else Given()
     return Feedback(contract_outputs()["labels"], versions, served_contract_sha256(), given)
+
+
+def _tolerance(folder: Path) -> float:
+    with suppress(ArtifactError):
+        return read_manifest(folder).outputs.feedback_tolerance
+    return 0.0  # of what will not serve either
 
 
 def prepare_workers(settings: Settings, workers: int) -> None:
@@ -200,7 +206,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         all_loaded=lambda: inheritance is None or inheritance.all_loaded,
         tracing=tracing,
     )
-
     service.recorder.label = partial(_label, service.recorder.drifts)
 
     @asynccontextmanager
@@ -261,22 +266,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # Outermost, so that a prediction passes none of the layers that know nothing of it.
     stack: ASGIApp = ServiceMiddleware(app.build_middleware_stack(), service, direct, features)
     if settings.cors_origins:
-        headers = (
-            "authorization",
-            "content-type",
-            "idempotency-key",
-            "traceparent",
-            "x-api-key",
-            "x-request-id",
-            *([settings.canary_header] if settings.canary_header else ()),
-        )
-        stack = CORSMiddleware(
-            stack,
-            settings.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=headers,
-            expose_headers=("retry-after", "x-request-id"),
-        )
+        headers = ["authorization", "content-type", "idempotency-key", "traceparent", "x-api-key"]
+        headers += ["x-request-id", *filter(None, [settings.canary_header])]
+        exposed = ("retry-after", "x-request-id")
+        stack = CrossOrigin(stack, settings.cors_origins, ("GET", "POST"), headers, expose_headers=exposed)
     app.middleware_stack = stack
     return app
 
@@ -363,8 +356,7 @@ def _know(service: Service, metrics: Metrics, pipeline: Pipeline) -> None:
     """Labels may come back for what `pipeline` answers."""
     for outcome in ("correct", "incorrect"):
         metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
-    tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance
-    service.feedback.know(pipeline.version, tolerance)
+    service.feedback.know(pipeline.version, pipeline.artifact.manifest.outputs.feedback_tolerance)
 
 
 def _watch(service: Service) -> None:

@@ -12,7 +12,10 @@ import re
 from time import perf_counter
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.call import Call, Service
@@ -171,3 +174,14 @@ def _session(scope: Scope, header: str | None) -> str:
     """What the header says that keeps clients with a canary; nothing if there is none."""
     wanted = header.lower().encode() if header else b""
     return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
+
+
+class CrossOrigin(CORSMiddleware):
+    """Stands around the service, which therefore sees no preflight: those get their id here."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """See Starlette."""
+        response, given = super().preflight_response(request_headers), request_headers.get("x-request-id", "")
+        kept = _REQUEST_ID.fullmatch(given.encode("latin-1"))
+        response.headers["x-request-id"] = given if kept else os.urandom(16).hex()
+        return response

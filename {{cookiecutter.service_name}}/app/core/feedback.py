@@ -10,7 +10,7 @@ a table that the master makes and all workers share, which forgets the oldest wh
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -32,18 +32,19 @@ class Feedback:
     def __init__(
         self,
         labels: Iterable[Any],
-        versions: Iterable[str] | None,
+        versions: Mapping[str, float] | None,
         contract_sha256: str,
         given: "Given | None" = None,
     ) -> None:
         self._labels = list(labels)
         self._indices = {label: index for index, label in enumerate(self._labels)}
-        # They become a metric's label, which forged ids must not multiply: only these, or only so many.
-        self._versions: dict[int, str] = {}
+        # They become a metric's label, which forged ids must not multiply: only these, or only so many. Each
+        # has its tolerance; one that is known by its number alone has that of the version known last.
+        self._versions: dict[int, tuple[str, float]] = {}
         self._bits = _LABEL_BITS if self._labels else _VALUE_BITS
         self._tolerance = 0.0
-        for version in versions or ():
-            self.know(version)
+        for version, tolerance in (versions or {}).items():
+            self.know(version, tolerance)
         self._open = versions is None
         self._salt = crc32(contract_sha256.encode())  # under another contract labels mean something else
         self._given = given or Given()
@@ -51,7 +52,7 @@ class Feedback:
 
     def know(self, version: str, tolerance: float = 0.0) -> None:
         """Labels for this version are taken from now on; a value is right if it is so close to the truth."""
-        self._versions[self._number(version)] = version
+        self._versions[self._number(version)] = version, tolerance
         self._tolerance = tolerance
 
     def _number(self, version: str) -> int:
@@ -74,24 +75,25 @@ class Feedback:
         marked, number = prediction_id[:-4], int(prediction_id[STEM_DIGITS:-4], 16)
         predicted, sound = number & (2**self._bits - 1), prediction_id == marked + self._check(marked)
         known = not self._labels or predicted < len(self._labels)
-        version = self._version(number >> self._bits) if sound and known else None
-        if version is None:
+        found = self._version(number >> self._bits) if sound and known else None
+        if found is None:
             raise ServiceError("not_found", "this service made no prediction with this id")
+        version, tolerance = found
         if self._labels:
             index = self._indices[label] + 1  # 0 is an empty entry's
             correct = index == predicted + 1
         else:
             index = crc32(str(label).encode()) % 0xFFFF + 1
             (value,) = _FLOAT.unpack(_UINT.pack(predicted))
-            correct = abs(value - label) <= self._tolerance
+            correct = abs(value - label) <= tolerance
         before = self._given.put(prediction_id, index)
         if before not in (None, index):
             raise ServiceError("conflict", "another label was given before, and the first one counts")
         return version, correct, before is None
 
-    def _version(self, number: int) -> str | None:
+    def _version(self, number: int) -> tuple[str, float] | None:
         if self._open and len(self._versions) < _MAX_VERSIONS:
-            self._versions.setdefault(number, f"v{number}")
+            self._versions.setdefault(number, (f"v{number}", self._tolerance))
         return self._versions.get(number)
 
     def _check(self, marked: str) -> str:

@@ -45,9 +45,7 @@ class Outputs(_Strict):
 
     labels: list[bool | int | str] = []
     score: str = ""  # what the score means, in a sentence
-    value: Annotated[str, Field(exclude_if=operator.not_)] = (
-        ""  # what a regressor's value means, and its unit
-    )
+    value: Annotated[str, Field(exclude_if=operator.not_)] = ""  # what a regressor's value means, its unit
     review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     # How far a regressor's value may be from the truth that feedback gives, to count as correct.
     feedback_tolerance: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0

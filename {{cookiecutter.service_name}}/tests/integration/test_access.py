@@ -1,6 +1,7 @@
 """Who may call, how often, and from where: decided from the headers alone."""
 
 import json
+import re
 import signal
 import socket
 import sys
@@ -239,7 +240,7 @@ def test_production_hides_the_documentation(start: Start) -> None:
 
 
 def test_a_browser_may_call_from_the_origins_named(start: Start) -> None:
-    """CORS is answered for APP_CORS_ORIGINS, on answers and errors, and for nobody else."""
+    """CORS is answered for APP_CORS_ORIGINS only, on answers and errors; a preflight has a request id too."""
     service = start(workers=1, cors_origins="https://shop.example,https://desk.example")
     ours, other = {"origin": "https://desk.example"}, {"origin": "https://evil.example"}
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
@@ -247,4 +248,8 @@ def test_a_browser_may_call_from_the_origins_named(start: Start) -> None:
     assert preflight.status_code == 200
     for answer in (preflight, service.predict(headers=ours), service.predict({}, headers=ours)):
         assert answer.headers["access-control-allow-origin"] == ours["origin"]
+        assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+    for given, kept in (("shop-1", True), ("not well formed", False)):
+        marked = service.client.options("/v1/predict", headers=other | asked | {"x-request-id": given})
+        assert (marked.headers["x-request-id"] == given) is kept
     assert "access-control-allow-origin" not in service.predict(headers=other).headers

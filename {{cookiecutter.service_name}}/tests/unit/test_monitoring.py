@@ -294,14 +294,14 @@ def test_the_rules_compute_the_index(tmp_path: Path) -> None:
 
 CONTRACT = "c" * 64
 LABELS = ["yes", "no", "maybe"]
-IDS = Feedback(LABELS, ["v0", "v1", "v20261121"], CONTRACT)
+IDS = Feedback(LABELS, dict.fromkeys(["v0", "v1", "v20261121"], 0.0), CONTRACT)
 STEMS = st.text("0123456789abcdef", min_size=STEM_DIGITS, max_size=STEM_DIGITS)
 
 
 @given(stem=STEMS, version=st.sampled_from(["v0", "v1", "v20261121"]), chosen=st.sampled_from(LABELS))
 def test_an_id_says_what_was_predicted(stem: str, version: str, chosen: str) -> None:
     """Any process can read from an id which version gave which label: no database, no time limit."""
-    elsewhere = Feedback(LABELS, ["v20261121", "v1", "v0"], CONTRACT)
+    elsewhere = Feedback(LABELS, dict.fromkeys(["v20261121", "v1", "v0"], 0.0), CONTRACT)
     prediction_id = IDS.identify(stem, version, chosen)
     assert re.fullmatch("[0-9a-f]{32}", prediction_id)
     assert elsewhere.judge(prediction_id, chosen) == (version, True, True)
@@ -313,8 +313,8 @@ def test_an_id_that_was_not_given_out_is_not_found(noise: str, stem: str, at: in
     """Invented ids, mistyped ones, those of another version or another contract are refused."""
     good = IDS.identify(stem, "v1", "yes")
     mistyped = good[:at] + ("0" if good[at] != "0" else "1") + good[at + 1 :]
-    other = Feedback(LABELS, ["v1"], "d" * 64).identify(stem, "v1", "yes")
-    unknown = Feedback(LABELS, ["v2"], CONTRACT).identify(stem, "v2", "yes")
+    other = Feedback(LABELS, {"v1": 0}, "d" * 64).identify(stem, "v1", "yes")
+    unknown = Feedback(LABELS, {"v2": 0}, CONTRACT).identify(stem, "v2", "yes")
     for wrong in (noise, mistyped, other, unknown):
         with pytest.raises(ServiceError, match="not_found"):
             IDS.judge(wrong, "yes")
@@ -324,14 +324,18 @@ def test_an_id_that_was_not_given_out_is_not_found(noise: str, stem: str, at: in
 def test_a_value_is_right_when_it_is_close_to_the_truth(stem: str, value: float, off: float) -> None:
     """A regressor's id holds its value: feedback counts as correct within the tolerance of the manifest."""
     for truth, right in ((value + off, True), (value + 3, False)):
-        ids = Feedback([], ["v1"], CONTRACT)
-        ids.know("v2", tolerance=1.5)
-        assert ids.judge(ids.identify(stem, "v2", value), truth) == ("v2", right, True)
+        ids = Feedback([], {"v1": 1.5}, CONTRACT)
+        ids.know("v2", tolerance=0.0)  # a canary, which is judged by its own
+        assert ids.judge(ids.identify(stem, "v1", value), truth) == ("v1", right, True)
+        assert ids.judge(ids.identify(stem, "v2", value), value + 1) == ("v2", False, True)
+    elsewhere = Feedback([], None, CONTRACT)  # of a version that it has no folder of
+    elsewhere.know("v2", tolerance=1.5)
+    assert elsewhere.judge(ids.identify(stem, "v1", value), value + off) == ("v1", True, True)
 
 
 def test_the_first_label_counts() -> None:
     """The same label again is no news; another one for the same prediction is refused and changes nothing."""
-    ids = Feedback(LABELS, ["v1"], CONTRACT)
+    ids = Feedback(LABELS, {"v1": 0}, CONTRACT)
     one = ids.identify("ab" * 9, "v1", "yes")
     assert ids.judge(one, "no") == ("v1", False, True)
     with pytest.raises(ServiceError, match="conflict"):
