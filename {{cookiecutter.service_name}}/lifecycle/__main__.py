@@ -1,37 +1,48 @@
-"""`python -m lifecycle COMMAND`: one command a module."""
+"""`python -m lifecycle COMMAND`: one command a function, its module imported when somebody asks for it."""
+
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from lifecycle.checklist import release_check
-from lifecycle.docs import docs
-from lifecycle.evaluate import evaluate
-from lifecycle.gameday import gameday
-from lifecycle.import_model import import_model
-from lifecycle.monitor import drift, quality
-from lifecycle.promote import promote, rollback
-from lifecycle.rollout import canary, compare, shadow
-from lifecycle.runbooks import runbooks
-from lifecycle.sbom import sbom
-from lifecycle.size import size
-from lifecycle.train import train
+MODULES = {  # by command; some import training libraries, which takes seconds
+    "train": "train",
+    "size": "size",
+    "sbom": "sbom",
+    "runbooks": "runbooks",
+    "drift": "monitor",
+    "quality": "monitor",
+    "gameday": "gameday",
+    "shadow": "rollout",
+    "canary": "rollout",
+    "compare": "rollout",
+    "docs": "docs",
+    "evaluate": "evaluate",
+    "promote": "promote",
+    "rollback": "promote",
+    "release-check": "checklist",
+    "import-model": "import_model",
+}
 
-commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-commands.command()(train)
-commands.command()(size)
-commands.command()(sbom)
-commands.command()(runbooks)
-commands.command()(drift)
-commands.command()(quality)
-commands.command()(gameday)
-commands.command()(shadow)
-commands.command()(canary)
-commands.command()(compare)
-commands.command()(docs)
-commands.command()(evaluate)
-commands.command()(promote)
-commands.command()(rollback)
-commands.command()(release_check)
-commands.command()(import_model)
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """See click."""
+        return [*MODULES]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """See click."""
+        if cmd_name not in MODULES:
+            return None
+        module, own = import_module(f"lifecycle.{MODULES[cmd_name]}"), typer.Typer(add_completion=False)
+        own.command(cmd_name)(getattr(module, cmd_name.replace("-", "_")))
+        return typer.main.get_command(own)
+
+
+commands = typer.Typer(
+    cls=_Commands, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True
+)
 
 
 @commands.callback()

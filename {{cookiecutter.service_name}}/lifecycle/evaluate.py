@@ -24,15 +24,6 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sklearn.metrics import (
-    accuracy_score,
-    brier_score_loss,
-    confusion_matrix,
-    mean_absolute_error,
-    r2_score,
-    roc_auc_score,
-    root_mean_squared_error,
-)
 
 from app.core.batcher import Batch
 from app.core.errors import ArtifactError, ServiceError
@@ -406,20 +397,22 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> dict
 
     `calibration` is the expected calibration error, `auc` the mean over labels of each against the rest.
     """
+    from sklearn import metrics  # here, because it takes seconds, and a rollback has none to lose
+
     if not len(truths):
         return {}
     if not labels:
         found = {
-            "rmse": root_mean_squared_error(truths, values),
-            "mae": mean_absolute_error(truths, values),
+            "rmse": metrics.root_mean_squared_error(truths, values),
+            "mae": metrics.mean_absolute_error(truths, values),
             "bias": float(np.mean(values - truths)),
         }
         if len(truths) > 1 and np.ptp(truths) > 0:
-            found["r2"] = r2_score(truths, values)
+            found["r2"] = metrics.r2_score(truths, values)
         return {name: float(value) for name, value in found.items()}
     positions = range(len(labels))
     found = {
-        "accuracy": accuracy_score(truths, values.argmax(axis=1)),
+        "accuracy": metrics.accuracy_score(truths, values.argmax(axis=1)),
         "calibration": sum(
             count * abs(score - right) for _, count, score, right in reliability(truths, values)
         )
@@ -428,9 +421,9 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> dict
     if len(labels) > 1:
         # Rounded to float32 they sum to 1 nearly; rules and other models need not even do that.
         shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-9)
-        found["brier"] = brier_score_loss(truths, shares, labels=[*positions], scale_by_half=False)
+        found["brier"] = metrics.brier_score_loss(truths, shares, labels=[*positions], scale_by_half=False)
     areas = [
-        roc_auc_score(truths == index, values[:, index])
+        metrics.roc_auc_score(truths == index, values[:, index])
         for index in positions
         if 0 < (truths == index).sum() < len(truths)
     ]
@@ -742,6 +735,7 @@ def draw(found: Evaluation, folder: Path) -> list[str]:
     """Write the pictures as PNG; their names."""
     # Here, because it takes a second and no other command needs it.
     from matplotlib.figure import Figure
+    from sklearn.metrics import confusion_matrix
 
     known = found.answers.known
     truths, values, labels = found.data.truths[known], found.answers.values[known], found.data.labels
