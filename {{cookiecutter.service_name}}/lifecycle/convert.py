@@ -13,10 +13,11 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import numpy as np
 from app.core.manifest import Input
 from app.core.runtimes import OnnxRuntime, SkopsRuntime, skops_types
 from lifecycle.original import (
+    OPSET,
     SCORE_TOLERANCE,
     Answers,
+    Form,
     Original,
     as_served,
     open_model,
@@ -36,10 +39,11 @@ from lifecycle.original import (
     tell,
 )
 from lifecycle.tables import Refusal, read_sample
+from lifecycle.torch_module import SUFFIXES, open_torch
 
 REQUEST, RESULT, ANSWERS, SAMPLE = "request.json", "result.json", "answers.npy", "sample.arrow"
+ROWS_ALONE = 20  # asked one at a time, because an answer may not depend on the rows beside it
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
-OPSET = {"": 18, "ai.onnx.ml": 3}
 # Types that estimators of these libraries are made of; anything else is for the person to trust.
 KNOWN = ("sklearn.", "numpy.", "scipy.", "xgboost.", "lightgbm.", "pandas.")
 KNOWN_BUILTINS = {
@@ -67,11 +71,12 @@ def convert(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     table = read_sample(folder / SAMPLE)
     inputs = {entry["name"]: Input(**entry) for entry in request["inputs"]}
     path = Path(request["model"])
-    original = (
-        open_onnx(path, inputs, table, request["target"])
-        if path.suffix == ".onnx"
-        else open_model(path, inputs, request["unusable"])
-    )
+    if path.suffix == ".onnx":
+        original = open_onnx(path, inputs, table, request["target"])
+    elif path.suffix in SUFFIXES:
+        original = open_torch(path, inputs, request["unusable"], table, request["target"])
+    else:
+        original = open_model(path, inputs, request["unusable"])
     chosen = [inputs[name] for name in original.names]
     rows = table.select(original.names)
     answers = original_answers(original, rows, chosen)
@@ -82,8 +87,8 @@ def convert(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     proof = Proof(rows, chosen, answers, tolerance, bool(original.labels))
     tries: list[str] = []
     found = None
-    if original.content:
-        found = proven(proof, [("as it is", lambda: original.content)], tries)
+    if original.forms:
+        found = proven(proof, original.forms, tries)
     elif request["runtime"] != "skops":
         found = proven(proof, onnx_forms(original, chosen), tries)
     result: dict[str, Any] = {
@@ -94,10 +99,10 @@ def convert(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     libraries = {"numpy", "onnx", "onnxruntime", *original.libraries}
     if found:
         content, result["form"], result["gap"] = found
-        if not original.content:
+        if not original.forms:
             libraries |= {"skl2onnx"}
-    elif original.content:
-        raise Refusal(f"the ONNX model cannot be served: {tries[-1]}")
+    elif original.forms:
+        raise Refusal(f"the model cannot be served as ONNX: {'; '.join(tries)}")
     else:
         content = skops_content(original)
         types = sorted(skops_types(content))
@@ -155,7 +160,8 @@ class Proof:
     def gap(self, runtime: Any) -> float:
         """How far its answers are from the original's at most; raises Refusal beyond the tolerance."""
         worst, row, began = 0.0, 0, time.monotonic()
-        for part in parts(self.table):
+        alone = [self.table.slice(at, 1) for at in range(min(ROWS_ALONE, self.table.num_rows))]
+        for part in chain(alone, parts(self.table.slice(len(alone)))):
             given = np.asarray(runtime.infer(as_served(part, self.entries, runtime.dtype)), np.float64)
             wanted = self.answers[row : row + len(given)]
             if given.shape != wanted.shape:
@@ -172,9 +178,6 @@ class Proof:
             worst, row = max(worst, float(gaps.max())), row + len(given)
             began = tell(began, f"the converted model agrees on {row:,} of {self.table.num_rows:,} rows")
         return worst
-
-
-Form = tuple[str, Callable[[], bytes]]
 
 
 def proven(proof: Proof, forms: Sequence[Form], tries: list[str]) -> tuple[bytes, str, float] | None:

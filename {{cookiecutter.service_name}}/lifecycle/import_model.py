@@ -71,7 +71,7 @@ class Wish:
 
 def import_model(
     model: Annotated[
-        Path, typer.Option(help="A fitted estimator saved by joblib or pickle, or an ONNX file.")
+        Path, typer.Option(help="A fitted estimator from joblib or pickle, a torch module, or an ONNX file.")
     ],
     data: Annotated[Path, typer.Option(help="Its training data: .csv, .parquet, .jsonl or .arrow.")],
     target: Annotated[str, typer.Option(help="The column that the model predicts.")],

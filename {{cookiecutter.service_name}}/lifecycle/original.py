@@ -1,6 +1,7 @@
 """A model as it was given: what it takes, what it answers, and how to ask it.
 
     .joblib, .pkl -> an estimator, unpickled: runs whatever code the file holds | .onnx -> a session
+    .pt, .pt2 -> a torch module (lifecycle/torch_module.py)
     rows of the sample, as pandas would have read them -> answers [rows, labels], or [rows, 1] of a regressor
 
 Whatever makes it unfit for serving is a Refusal, in one line.
@@ -23,9 +24,11 @@ from app.core.runtimes import OnnxRuntime
 from lifecycle.tables import Refusal
 
 SCORE_TOLERANCE = 1e-5
+OPSET = {"": 18, "ai.onnx.ml": 3}
 ROWS_A_CALL = 8_192
 
 Answers = np.ndarray[Any, np.dtype[np.float64]]
+Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
 
 
 @dataclass
@@ -39,11 +42,11 @@ class Original:
     answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
     libraries: set[str]
     estimator: Any = None
-    content: bytes = b""  # of an ONNX file
+    forms: Sequence[Form] = ()  # as ONNX, of what is no estimator
 
 
 def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -> Original:
-    """A pickled or joblib-dumped estimator, or a torch module; raises Refusal."""
+    """A pickled or joblib-dumped estimator; raises Refusal."""
     estimator = unpickle(path)
     from sklearn.base import is_classifier, is_regressor
     from sklearn.exceptions import NotFittedError
@@ -98,13 +101,8 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
     return Original(task, labels, names, describe(estimator), answer, libraries_in_use(), estimator)
 
 
-def unpickle(path: Path) -> Any:
+def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
     """Whatever the file holds; raises Refusal, with what to install where that is the reason."""
-    if path.suffix in (".pt", ".pth", ".ts"):
-        raise Refusal(
-            f"{path.name}: export torch modules to ONNX where torch is installed: torch.onnx.export(module, "
-            "example, 'model.onnx'), with the probabilities as the last output; and import that file"
-        )
     import joblib
     from sklearn.exceptions import InconsistentVersionWarning
 
@@ -112,7 +110,7 @@ def unpickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", InconsistentVersionWarning)
-            return joblib.load(path)
+            return (load or joblib.load)(path)
     except InconsistentVersionWarning as warning:
         made, here = warning.original_sklearn_version, warning.current_sklearn_version
         raise Refusal(
@@ -120,7 +118,10 @@ def unpickle(path: Path) -> Any:
             f"scikit-learn=={made} here, or fit and save the model again with {here}"
         ) from None
     except ModuleNotFoundError as error:
-        raise Refusal(f"{path.name}: needs the module {error.name}: install what provides it") from None
+        raise Refusal(
+            f"{path.name}: needs the module {error.name}: install what provides it, or name its folder in "
+            "PYTHONPATH"
+        ) from None
     except AttributeError as error:
         name = str(error).partition("attribute ")[2].split(" on ")[0] or str(error)
         raise Refusal(
@@ -130,8 +131,9 @@ def unpickle(path: Path) -> Any:
     except OSError as error:
         raise Refusal(f"{path.name}: {error.strerror or 'cannot be read'}") from None
     except Exception as error:  # whatever a broken pickle makes of itself
+        saved_by = "torch" if load else "joblib or pickle"
         raise Refusal(
-            f"{path.name}: cannot be read as a model saved by joblib or pickle ({type(error).__name__})"
+            f"{path.name}: cannot be read as a model saved by {saved_by} ({type(error).__name__})"
         ) from None
 
 
@@ -140,7 +142,11 @@ def labels_of(path: Path, estimator: Any) -> list[Any]:
     classes = getattr(estimator, "classes_", None)
     if classes is None or isinstance(classes, list):
         raise Refusal(f"{path.name}: has several targets; one is what can be served")
-    labels: list[Any] = np.asarray(classes).tolist()
+    return as_labels(path, np.asarray(classes).tolist())
+
+
+def as_labels(path: Path, labels: list[Any]) -> list[Any]:
+    """Labels that an answer can have; raises Refusal."""
     if all(isinstance(label, float) and label.is_integer() for label in labels):
         labels = [int(label) for label in labels]
     if not all(isinstance(label, str | int) for label in labels) or len({type(one) for one in labels}) > 1:
@@ -318,7 +324,7 @@ def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target_name: str
     width = len(runtime.infer(as_served(table.slice(0, 1), entries, runtime.dtype))[0])
     labels: list[Any] = []
     if width > 1:
-        labels = sorted(target.unique().to_pylist())
+        labels = as_labels(path, sorted(target.unique().to_pylist()))
         if len(labels) != width:
             there = f"{target_name!r} has {len(labels)} values"
             raise Refusal(f"{path.name}: answers with {width} probabilities, and {there}")
@@ -332,7 +338,9 @@ def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target_name: str
 
     task = "classification" if labels else "regression"
     digest = hashlib.sha256(content).hexdigest()[:8]
-    return Original(task, labels, names, f"an ONNX model ({digest})", answer, set(), content=content)
+    return Original(
+        task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[("as it is", lambda: content)]
+    )
 
 
 def without_zipmap(model: Any) -> None:
