@@ -8,6 +8,8 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # uv where there is one, because it is quicker; pip does the same.
 INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --require-hashes
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-emit-index-url --no-annotate $(UPGRADE)
+# What torch brings along and is imported without.
+GPU := cuda-bindings cuda-pathfinder nvidia-cuda-cccl nvidia-nvtx triton
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: help demo test test-faults test-models test-image check fix files bake benchmark lock setup
@@ -25,7 +27,7 @@ test-faults: .venv/dev.stamp ## kill, block and restart the rendered service und
 	$(PYTEST) -m faults $(ARGS)
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
-	$(PYTEST) --dist load -m models $(ARGS)
+	$(PYTEST) --dist loadgroup -m models $(ARGS)
 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)
@@ -52,6 +54,7 @@ lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with 
 	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/dev.txt requirements/dev.in
 	$(LOCK) --constraints requirements/dev.txt --output-file requirements/render.txt requirements/render.in
 	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/models.txt requirements/models.in
+	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt $(addprefix --no-emit-package ,$(GPU)) --output-file requirements/torch.txt requirements/torch.in
 
 setup: .venv/dev.stamp ## the template's environment, in .venv
 

@@ -2,7 +2,7 @@
 
 For each case: FOLDER/<case>/model.*, the training data as a file, and expected.json: rows as a client sends
 them, and what the original estimator answers to them. Runs in a rendered service's environment; the data are
-what scikit-learn and vega_datasets ship.
+what scikit-learn and vega_datasets ship. The cases of torch are made only when named.
 """
 
 import json
@@ -38,7 +38,7 @@ Frame = Any
 
 def save(folder: Path, model: Any, rows: Frame, target: Any, name: str, suffix: str, **extra: Any) -> None:
     """The model, its data in the format of `suffix`, and what it answers to some of the rows."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     joblib.dump(model, folder / "model.joblib")
     table = rows.assign(**{name: target})
     path = folder / f"train{suffix}"
@@ -208,6 +208,7 @@ def bad(folder: Path) -> None:
     (folder / "twice.csv").write_text("".join([header, *lines[1:]]), "utf-8")
     (folder / "torn.joblib").write_bytes((good / "model.joblib").read_bytes()[:400])
     (folder / "text.pkl").write_bytes(b"this is no pickle")
+    (folder / "module.pt").write_bytes(b"for torch")
     (folder / "dictionary.pkl").write_bytes(pickle.dumps({"coef": 1}))
     joblib.dump(LogisticRegression(), folder / "unfitted.joblib")
     iris = load_iris()
@@ -221,6 +222,150 @@ def bad(folder: Path) -> None:
     (folder / "old.pkl").write_bytes(state.replace(__version__.encode(), old.encode()))
 
 
+# --- torch, where it is installed ------------------------------------------------------------------------
+
+NET = '''
+import torch
+
+
+class Net(torch.nn.Module):
+    """Logits of three labels; a missing value counts as the mean."""
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(len(mean), 16), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(16, 3)
+        )
+
+    def forward(self, rows):
+        return self.layers(torch.nan_to_num((rows - self.mean) / self.deviation))
+'''
+
+
+class Valued:
+    """A torch module behind what `save` asks of an estimator: a regressor of one value."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module.eval()
+
+    def predict(self, rows: Frame) -> Any:
+        """What the module itself answers."""
+        import torch
+
+        with torch.no_grad():
+            return self.module(torch.tensor(rows.to_numpy("float32"))).double().numpy().squeeze()
+
+
+class Labelled(Valued):
+    """The same of a classifier by logits: of each label, or of the second of two."""
+
+    def __init__(self, module: Any, labels: Any) -> None:
+        super().__init__(module)
+        self.classes_ = np.sort(np.unique(labels))
+
+    def predict_proba(self, rows: Frame) -> Any:
+        """Softmax or sigmoid."""
+        logits = super().predict(rows)
+        logits = logits if logits.ndim == 2 else np.column_stack([np.zeros(len(logits)), logits])
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    def predict(self, rows: Frame) -> Any:
+        """The most probable label."""
+        return self.classes_[self.predict_proba(rows).argmax(axis=1)]
+
+
+def fit(module: Any, rows: Frame, target: Any, loss: Any) -> Any:
+    """Some steps of training, in place."""
+    import torch
+
+    given, optimizer = torch.tensor(rows.to_numpy("float32")), torch.optim.Adam(module.parameters(), 0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss(module(given), target).backward()
+        optimizer.step()
+    return module
+
+
+def scaled(rows: Frame) -> Any:
+    """A first layer that standardises the columns."""
+    import torch
+
+    layer = torch.nn.Linear(rows.shape[1], rows.shape[1])
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor(1 / rows.std().to_numpy("float32"))))
+        layer.bias.copy_(torch.tensor((-rows.mean() / rows.std()).to_numpy("float32")))
+    return layer.requires_grad_(False)
+
+
+def torch_module(folder: Path) -> None:
+    """A class of one's own in a file beside it; missing values, text labels, saved while in training."""
+    import torch
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    (folder / "net.py").write_text(NET, "utf-8")
+    sys.path.insert(0, str(folder))
+    from net import Net
+
+    frame = cars()
+    rows, labels = frame.drop(columns=["Name", "Origin"]), frame["Origin"]
+    mean, deviation = (torch.tensor(one.to_numpy("float32")) for one in (rows.mean(), rows.std()))
+    target = torch.tensor(np.unique(labels, return_inverse=True)[1])
+    module = fit(Net(mean, deviation), rows, target, torch.nn.functional.cross_entropy)
+    save(folder, Labelled(module, labels), rows, labels, "Origin", ".parquet")
+    (folder / "model.joblib").unlink()
+    torch.save(module.train(), folder / "model.pt")
+
+
+def torch_script(folder: Path) -> None:
+    """A regressor as TorchScript."""
+    import torch
+
+    torch.manual_seed(0)
+    diabetes = load_diabetes(as_frame=True, scaled=False)
+    rows, target = diabetes.data, torch.tensor(diabetes.target.to_numpy("float32"))[:, None]
+    module = torch.nn.Sequential(scaled(rows), torch.nn.Linear(10, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    fit(module, rows, target, torch.nn.functional.mse_loss)
+    save(folder, Valued(module), rows, diabetes.target, "progression", ".csv")
+    (folder / "model.joblib").unlink()
+    torch.jit.save(torch.jit.script(module), folder / "model.pt")
+
+
+def torch_program(folder: Path) -> None:
+    """One logit a row, of a label that is true or false, as a torch.export program."""
+    import torch
+
+    torch.manual_seed(0)
+    cancer = load_breast_cancer(as_frame=True)
+    rows, benign = cancer.data, cancer.target == 1
+    module = torch.nn.Sequential(scaled(rows), torch.nn.Linear(30, 1), torch.nn.Flatten(0))
+    target = torch.tensor(benign.to_numpy("float32"))
+    fit(module, rows, target, torch.nn.functional.binary_cross_entropy_with_logits)
+    save(folder, Labelled(module, benign), rows, benign, "benign", ".jsonl")
+    (folder / "model.joblib").unlink()
+    example = torch.tensor(rows[:3].to_numpy("float32"))
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(program, folder / "model.pt2")
+
+
+def torch_bad(folder: Path) -> None:
+    """Modules that cannot be served, for data with missing values and text."""
+    import torch
+
+    folder.mkdir(parents=True)
+    frame = cars()
+    frame.to_csv(folder / "with text.csv", index=False)
+    frame.drop(columns=["Name", "Origin"]).to_csv(folder / "missing.csv", index=False)
+    frame.drop(columns=["Name", "Origin"]).dropna().to_csv(folder / "complete.csv", index=False)
+    module = torch.nn.Linear(5, 1)
+    torch.save(module, folder / "module.pt")
+    torch.save(module.state_dict(), folder / "weights.pt")
+    torch.save(torch.nn.Linear(6, 1), folder / "wide.pt")
+    torch.save(torch.nn.Sequential(module, torch.nn.Softmax(0)), folder / "rows together.pt")
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     made.__name__: made
     for made in (
@@ -228,7 +373,8 @@ CASES: dict[str, Callable[[Path], None]] = {
         onnx, bad,
     )
 }  # fmt: skip
+TORCH = {made.__name__: made for made in (torch_module, torch_script, torch_program, torch_bad)}
 
 if __name__ == "__main__":
     for name in sys.argv[2:] or CASES:
-        CASES[name](Path(sys.argv[1]) / name)
+        (CASES | TORCH)[name](Path(sys.argv[1]) / name)

@@ -29,21 +29,31 @@ KINDS = [
 ]  # fmt: skip
 
 
+TORCH_KINDS = ["torch_module", "torch_script", "torch_program"]
+# One worker installs it.
+with_torch = pytest.mark.xdist_group("torch")
+
+
 @pytest.fixture(scope="module")
 def base(render: Render) -> Path:
     """A default render under git, with its development environment and what models are fitted with."""
     folder = render().folder
     setup = run("make", "setup", cwd=folder)
     assert setup.returncode == 0, setup.stdout
-    python, models = folder / BIN / "python", ROOT / "requirements" / "models.txt"
-    uv = shutil.which("uv")
-    pip: list[str | Path] = (
-        [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
-    )
-    installed = run(*pip, "--require-hashes", "--requirement", models, cwd=folder)
-    assert installed.returncode == 0, installed.stdout
+    install(folder, "models.txt")
     commit(folder, "As rendered")
     return folder
+
+
+def install(project: Path, lock: str, *more: str | Path) -> None:
+    """What a file of the template's requirements/ locks, for a render's Python."""
+    python, uv = project / BIN / "python", shutil.which("uv")
+    pip: list[str | Path] = (
+        [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install", "--no-compile"]
+    )
+    locked = ROOT / "requirements" / lock
+    installed = run(*pip, "--require-hashes", *more, "--requirement", locked, cwd=project)
+    assert installed.returncode == 0, installed.stdout
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +61,24 @@ def fitted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every model with its data and answers, as a user would have them lying about."""
     folder = tmp_path_factory.mktemp("fitted")
     made = run(base / BIN / "python", "-W", "ignore", ROOT / "tests" / "models.py", folder, cwd=folder)
+    assert made.returncode == 0, made.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torch(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with torch in it, for PYTHONPATH: 4 GB, of which Linux needs most for the import alone."""
+    folder = tmp_path_factory.mktemp("torch")
+    install(base, "torch.txt", "--no-deps", "--target", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torch_fitted(base: Path, torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The torch modules with their data and answers."""
+    folder = tmp_path_factory.mktemp("torch_fitted")
+    command: list[str | Path] = [base / BIN / "python", "-W", "ignore", ROOT / "tests" / "models.py", folder]
+    made = run(*command, *TORCH_KINDS, "torch_bad", cwd=folder, PYTHONPATH=str(torch))
     assert made.returncode == 0, made.stdout
     return folder
 
@@ -71,17 +99,17 @@ def data_of(folder: Path) -> Path:
 
 
 def bring(
-    project: Path, model: Path, data: Path, target: str, *more: str
+    project: Path, model: Path, data: Path, target: str, *more: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """`python -m lifecycle import-model`; the output has both streams."""
-    given: list[str | Path] = ["--model", model, "--data", data, "--target", target]
-    return run(project / BIN / "python", "-m", "lifecycle", "import-model", *given, *more, cwd=project)
+    given: list[str | Path] = ["--model", model, "--data", data, "--target", target, *more]
+    return run(project / BIN / "python", "-m", "lifecycle", "import-model", *given, cwd=project, **variables)
 
 
-def bring_case(project: Path, case: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def bring_case(project: Path, case: Path, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The import of what `tests/models.py` left in a folder."""
     (model,) = case.glob("model.*")
-    return bring(project, model, data_of(case), expected(case)["target"], *more)
+    return bring(project, model, data_of(case), expected(case)["target"], *more, **variables)
 
 
 def expected(case: Path) -> Any:
@@ -184,6 +212,43 @@ def test_imported_model_answers_as_the_original(project: Path, fitted: Path, kin
     assert_served(project, fitted / kind)
 
 
+@with_torch
+@pytest.mark.parametrize("kind", TORCH_KINDS)
+def test_torch_module_answers_as_the_original(
+    project: Path, torch: Path, torch_fitted: Path, kind: str
+) -> None:
+    """What torch.save, torch.jit.save and torch.export.save write is imported, and served without torch."""
+    case = torch_fitted / kind
+    path = os.pathsep.join(map(str, (torch, case)))
+    ended = bring_case(project, case, PYTHONPATH=path)
+    assert ended.returncode == 0, ended.stdout
+    assert_served(project, case)
+    again = bring_case(project, case, "--check", PYTHONPATH=path)
+    assert again.returncode == 0, again.stdout
+
+
+@with_torch
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        ("weights.pt", "complete.csv", "holds weights, and not the module"),
+        ("module.pt", "with text.csv", "column 'Name' holds text"),
+        ("module.pt", "missing.csv", "column 'Horsepower' has missing values"),
+        ("wide.pt", "complete.csv", "the data's 5 columns"),
+        ("rows together.pt", "complete.csv", "away from the original"),
+    ],
+)
+def test_torch_module_that_cannot_be_served_is_refused_in_one_line(
+    project: Path, torch: Path, torch_fitted: Path, model: str, data: str, said: str
+) -> None:
+    """Weights alone, text, missing values it has no answer to, other columns, answers that hang together."""
+    bad = torch_fitted / "torch_bad"
+    ended = bring(project, bad / model, bad / data, "Miles_per_Gallon", PYTHONPATH=str(torch))
+    assert ended.returncode == 1, ended.stdout
+    assert said in ended.stdout.splitlines()[-1]
+    assert not status(project)
+
+
 def test_model_without_onnx_form_is_served_by_skops(project: Path, fitted: Path) -> None:
     """HistGradientBoosting is refused with the command that serves it through skops, and that works."""
     refused = bring_case(project, fitted / "histogram")
@@ -251,6 +316,7 @@ def test_same_contract_adds_a_version_beside_the_served_one(project: Path, fitte
         ("scaler.joblib", "good/train.csv", "espèce", "not an estimator"),
         ("unfitted.joblib", "good/train.csv", "espèce", "is not fitted"),
         ("no scores.joblib", "good/train.csv", "espèce", "no `predict_proba`"),
+        ("module.pt", "good/train.csv", "espèce", "install torch"),
         ("old.pkl", "good/train.csv", "espèce", "install scikit-learn==0.9.9"),
     ],
 )
