@@ -7,8 +7,8 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +344,71 @@ def test_a_full_disk_leaves_everything_as_it_was(project: Path, fitted: Path) ->
     assert ended.returncode == 1, ended.stdout
     assert "nothing was changed" in ended.stdout.splitlines()[-1]
     assert not status(project)
+
+
+def reading(process: int, project: Path, data: Path) -> bool:
+    """Whether it has the data open."""
+    with suppress(OSError):  # a file that was closed meanwhile
+        return any(path.readlink() == data for path in Path(f"/proc/{process}/fd").iterdir())
+    return False
+
+
+def converting(process: int, project: Path, data: Path) -> bool:
+    """Whether the step that opens the model is at work."""
+    return (project / ".import" / "request.json").is_file()
+
+
+def writing(process: int, project: Path, data: Path) -> bool:
+    """Whether files of the version are there, to be moved."""
+    return (project / ".import" / "repository" / "artifacts" / "v2").is_dir()
+
+
+@contextmanager
+def importing(
+    project: Path, case: Path, data: Path, until: Callable[[int, Path, Path], bool]
+) -> Iterator[subprocess.Popen[str]]:
+    """An import as a terminal would start it, once it has come so far."""
+    given = ["--model", case / "model.joblib", "--data", data, "--target", expected(case)["target"]]
+    process = subprocess.Popen(
+        [project / BIN / "python", "-m", "lifecycle", "import-model", *given],
+        cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        encoding="utf-8", start_new_session=True,
+    )  # fmt: skip
+    try:
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while not until(process.pid, project, data):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("stage", [reading, converting, writing])
+def test_ctrl_c_leaves_everything_as_it_was(
+    project: Path, fitted: Path, stage: Callable[[int, Path, Path], bool]
+) -> None:
+    """Stopped while it reads, converts or writes, an import says so in a line and has changed nothing."""
+    case = fitted / "wide"
+    with importing(project, case, data_of(case), stage) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE_SECONDS)[0].splitlines()
+    assert (process.returncode, said[-1]) == (130, "import-model: stopped; nothing was changed")
+    assert all(line.startswith("import-model: ") for line in said), said
+    assert not status(project)
+    assert not (project / ".import").exists()
+
+
+def test_a_second_import_at_the_same_time_is_refused(project: Path, fitted: Path) -> None:
+    """While one import is at work in a service, another says so in a line; the first comes to its end."""
+    case = fitted / "wide"
+    with importing(project, case, data_of(case), converting) as first:
+        second = bring_case(project, fitted / "line")
+        first.communicate(timeout=PATIENCE_SECONDS)
+    assert (second.returncode, second.stdout) == (
+        1, "import-model: another import is at work in this service; wait until it has ended\n",
+    )  # fmt: skip
+    assert first.returncode == 0
+    assert (project / "artifacts" / "v2" / "model.onnx").is_file()

@@ -15,11 +15,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,8 +115,9 @@ def import_model(
             model, data, target, one_of(runtime), [one for one in trust.split(",") if one], trust_listed,
             parsed_bounds(bounds or []), review_threshold, feedback_tolerance,
         )  # fmt: skip
-        recover(ROOT)
-        version, changes = run(wish, check=check)
+        with alone(ROOT):
+            recover(ROOT)
+            version, changes = run(wish, check=check)
     except (Refusal, ArtifactError) as refusal:
         typer.echo(f"import-model: {refusal}", err=True)
         raise typer.Exit(1) from None
@@ -212,7 +214,8 @@ def run(wish: Wish, *, check: bool) -> tuple[str, list[str]]:
             apply(ROOT, work, changes)
         return version, [path.as_posix() for path in changes]
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with unstopped():
+            recover(ROOT)
 
 
 def usable(table: Table, target: str) -> list[Column]:
@@ -233,9 +236,15 @@ def child(name: str, work: Path, cwd: Path = ROOT) -> None:
     # The converter goes through sets, whose order would otherwise differ each time, and with it the bytes.
     own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", f"lifecycle.{name}", str(work)]
-    done = subprocess.run(command, cwd=cwd, env=own, check=False)  # noqa: S603  # this package's own steps
-    if done.returncode:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+    # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the step.
+    with subprocess.Popen(command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0) as step:  # noqa: S603
+        try:
+            status = step.wait()
+        except BaseException:
+            step.kill()
+            raise
+    if status:
+        how = f"signal {-status}" if status < 0 else f"status {status}"
         raise Refusal(f"the step `{name}` ended with {how}; nothing was changed")
 
 
@@ -490,6 +499,36 @@ def report(result: dict[str, Any], version: str, *, new_contract: bool, rows: in
 # --- all or nothing --------------------------------------------------------------------------------------
 
 
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """While no other import works in this service; raises Refusal. The system lets go of it, come what may."""
+    with (root / "pyproject.toml").open("r+b") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                file.seek(2**30)  # beyond its end: others may read it
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal("another import is at work in this service; wait until it has ended") from None
+        yield
+
+
+@contextmanager
+def unstopped() -> Iterator[list[int]]:
+    """Ctrl-C waits for the end of this; the list says whether it was pressed."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def apply(root: Path, work: Path, changes: Sequence[Path]) -> None:
     """Move changed files into the repository; on any failure what was there comes back."""
     made, backup = work / "repository", work / "backup"
@@ -497,32 +536,38 @@ def apply(root: Path, work: Path, changes: Sequence[Path]) -> None:
         (backup / path).parent.mkdir(parents=True, exist_ok=True)
         if (root / path).is_file():
             shutil.copyfile(root / path, backup / path)
-    (work / JOURNAL).write_text(json.dumps([path.as_posix() for path in changes]), "utf-8")
-    try:
-        for path in changes:
-            (root / path).parent.mkdir(exist_ok=True)
-            if (made / path).is_file():
-                (made / path).replace(root / path)
-            else:
-                (root / path).unlink()
-    except BaseException:
-        recover(root)
-        raise
-    (work / JOURNAL).unlink()
+    journal = {path.as_posix(): (root / path).is_file() for path in changes}
+    (work / "journal.new").write_text(json.dumps(journal), "utf-8")
+    with unstopped() as pressed:
+        try:
+            (work / "journal.new").replace(work / JOURNAL)
+            for path in changes:
+                if pressed:
+                    raise KeyboardInterrupt
+                (root / path).parent.mkdir(exist_ok=True)
+                if (made / path).is_file():
+                    (made / path).replace(root / path)
+                else:
+                    (root / path).unlink()
+        except BaseException:
+            recover(root)
+            raise
+        (work / JOURNAL).unlink()
 
 
 def recover(root: Path) -> None:
-    """Undo what an import that did not come to its end had begun to move."""
+    """Undo what an import that did not come to its end had begun to move; as often as need be."""
     work = root / WORK
     journal = work / JOURNAL
     if journal.is_file():
-        for name in json.loads(journal.read_bytes()):
+        for name, there in json.loads(journal.read_bytes()).items():
             path, before = root / name, work / "backup" / name
             if before.is_file():
                 before.replace(path)
-            elif not (work / "repository" / name).is_file():  # moved already, where there was none before
+            elif not there:
                 with suppress(FileNotFoundError, NotADirectoryError):
                     path.unlink()
             with suppress(OSError):
                 path.parent.rmdir()  # if it is empty
+        journal.unlink()
     shutil.rmtree(work, ignore_errors=True)

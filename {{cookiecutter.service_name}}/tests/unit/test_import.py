@@ -1,8 +1,10 @@
 """Importing a model: what a data file is taken for, the contract written from it, and all or nothing."""
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 from app.schemas.contract import contract_inputs, contract_outputs
 from lifecycle.contract_writer import Feature, field_names, formatted, source
-from lifecycle.import_model import WORK, apply, parsed_bounds, recover
+from lifecycle.import_model import WORK, alone, apply, parsed_bounds, recover
 from lifecycle.tables import SAMPLE_ROWS, Column, Refusal, Table, profile, read_sample, sample
 
 
@@ -233,10 +235,47 @@ def test_an_import_that_was_killed_is_undone_by_the_next(half_made: Path) -> Non
     work = half_made / WORK
     (work / "backup").mkdir()
     (half_made / "kept").rename(work / "backup" / "kept")
-    (work / "journal.json").write_text(json.dumps([path.as_posix() for path in CHANGES]), "utf-8")
+    (work / "journal.json").write_text(json.dumps({"kept": True, "v2/made": False}), "utf-8")
     (half_made / "v2").mkdir()
     for path in CHANGES:
         (work / "repository" / path).rename(half_made / path)
     recover(half_made)
     assert [path.name for path in half_made.iterdir()] == ["kept"]
     assert (half_made / "kept").read_text("utf-8") == "old"
+
+
+def test_an_import_that_is_stopped_while_moving_is_undone(half_made: Path) -> None:
+    """Ctrl-C, even twice, between two files leaves everything as it was."""
+
+    class Stopping(list[Path]):
+        """Changes, with Ctrl-C pressed each time one was looked at."""
+
+        def __iter__(self) -> Iterator[Path]:
+            for path in super().__iter__():
+                yield path
+                if (half_made / WORK / "journal.json").is_file():
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(half_made, half_made / WORK, Stopping(CHANGES))
+    assert [path.name for path in half_made.iterdir()] == ["kept"]
+    assert (half_made / "kept").read_text("utf-8") == "old"
+
+
+def test_an_undone_import_can_be_undone_again(half_made: Path) -> None:
+    """An undoing that was itself stopped half-way, with a file back in its place, is finished by the next."""
+    work = half_made / WORK
+    (work / "journal.json").write_text(json.dumps({"kept": True, "v2/made": False}), "utf-8")
+    (work / "repository" / "kept").unlink()  # had been moved, and what was there has come back
+    recover(half_made)
+    assert [path.name for path in half_made.iterdir()] == ["kept"]
+    assert (half_made / "kept").read_text("utf-8") == "old"
+
+
+def test_two_imports_at_once_are_refused(tmp_path: Path) -> None:
+    """The second import in a service says that another is at work; when that has ended it may begin."""
+    (tmp_path / "pyproject.toml").write_bytes(b"")
+    with alone(tmp_path), pytest.raises(Refusal, match="another import is at work"), alone(tmp_path):
+        raise AssertionError("both are at work")
+    with alone(tmp_path):
+        pass
