@@ -237,7 +237,9 @@ def child(name: str, work: Path, cwd: Path = ROOT) -> None:
     own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", f"lifecycle.{name}", str(work)]
     # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the step.
-    with subprocess.Popen(command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0) as step:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603  # this package's own steps
+        command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0, close_fds=False
+    ) as step:
         try:
             status = step.wait()
         except BaseException:
@@ -501,8 +503,9 @@ def report(result: dict[str, Any], version: str, *, new_contract: bool, rows: in
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """While no other import works in this service; raises Refusal. The system lets go of it, come what may."""
+    """While no other import works in this service; raises Refusal. The lock ends with its last process."""
     with (root / "pyproject.toml").open("r+b") as file:
+        os.set_inheritable(file.fileno(), True)  # a step whose parent was killed may be at work yet
         try:
             if sys.platform == "win32":
                 import msvcrt
