@@ -7,7 +7,6 @@ The served version answers the same rows, so that a release is never worse than 
 """
 
 import asyncio
-import csv
 import hashlib
 import itertools
 import json
@@ -39,12 +38,11 @@ THRESHOLDS = "thresholds.toml"
 ROWS_A_CALL = 256
 MAX_VALUES = 20  # a column with more different values is cut into bins
 MAX_POINTS = 5000  # in a picture
-MISSING = ("", "nan", "null", "none", "na", "n/a")  # in CSV, where the column is no text
+MISSING = ("", "nan", "null", "none", "na", "n/a")  # where the column is no text
 BINS = 10  # of the score
 BLUE, ORANGE, GREY = "#4878a8", "#d08030", "#999999"
 
 Floats = NDArray[np.float64]
-Rows = list[dict[str, Any]]
 Column = list[Any]
 
 
@@ -135,13 +133,12 @@ class Thresholds(_Strict):
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as the file has them, as the contract takes them, and what is true of each."""
+    """Rows as the file has them, and what is true of each."""
 
     name: str
     sha256: str
     target: str
-    rows: Rows
-    instances: list[Features]
+    table: Any  # pyarrow
     truths: NDArray[Any]  # [rows] of values, or of positions among `labels`
     labels: list[str]  # as text; [] for a regressor
 
@@ -215,40 +212,22 @@ def read_thresholds(path: Path) -> Thresholds:
         raise EvaluationError(f"{path}: {' '.join(str(error).split())[:160]}") from None
 
 
-def read_rows(path: Path) -> Rows:
-    """The rows of a CSV, JSON lines or Parquet file by column; raises EvaluationError."""
-    try:
-        if path.suffix == ".parquet":
-            # Here, because no other command needs it.
-            from pyarrow import parquet
+def read_table(path: Path) -> Any:
+    """The rows of a data file as a pyarrow table, of the types that it has; raises EvaluationError."""
+    import pyarrow as pa  # here, because no other command needs it
 
-            rows: Rows = parquet.read_table(path).to_pylist()
-        elif path.suffix in (".jsonl", ".ndjson"):
-            lines = path.read_text("utf-8-sig").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise EvaluationError(f"{path}: has a line that is no JSON object")
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, restkey="", strict=True)
-                names = list(reader.fieldnames or [])
-                rows = list(reader)
-            if twice := [name for name, times in Counter(names).items() if times > 1]:
-                raise EvaluationError(f"{path}: has the column {twice[0]!r} twice")
-            for number, row in enumerate(rows, 1):
-                if "" in row or None in row.values():
-                    raise EvaluationError(f"{path}: row {number} has not {len(names)} values")
-        else:
-            raise EvaluationError(f"{path}: is no .csv, .jsonl or .parquet file")
-    except OSError as error:
-        raise EvaluationError(f"{path}: {error.strerror or 'cannot be read'}") from None
-    except ImportError:
-        raise EvaluationError(f"{path}: needs pyarrow, which is not installed; or give a .csv") from None
-    except (ValueError, csv.Error) as error:
-        raise EvaluationError(f"{path}: {' '.join(str(error).split())[:160]}") from None
-    if not rows:
-        raise EvaluationError(f"{path}: has no rows")
-    return rows
+    from lifecycle.tables import Refusal, batches
+
+    try:
+        parts = [pa.table(batch) for batch in batches(path)]
+        table = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
+    except Refusal as refusal:
+        raise EvaluationError(str(refusal)) from None
+    except pa.ArrowException:
+        raise EvaluationError(f"{path.name}: a column has numbers in some rows and text in others") from None
+    if not table.num_rows:
+        raise EvaluationError(f"{path.name}: has no rows")
+    return table
 
 
 def key(value: Any) -> str:
@@ -288,21 +267,24 @@ def typed(entry: dict[str, Any], value: Any) -> Any:
     return value
 
 
-def instances(rows: Rows, name: str) -> list[Features]:
-    """The rows under the contract; raises EvaluationError with the first that breaks it."""
-    inputs, found = contract_inputs(), []
+def instances(table: Any, name: str) -> Iterator[list[Features]]:
+    """The rows under the contract, ROWS_A_CALL at a time; raises EvaluationError where one breaks it."""
+    inputs, number = contract_inputs(), 0
     for entry in inputs:
-        if entry["name"] not in rows[0]:
+        if entry["name"] not in table.column_names:
             raise EvaluationError(f"{name}: has no column {entry['name']!r}; say which file with DATA=...")
-    for number, row in enumerate(rows, 1):
-        values = {entry["name"]: typed(entry, row.get(entry["name"])) for entry in inputs}
-        try:
-            found.append(Features.model_validate(values))
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise EvaluationError(f"{name}: row {number}: {where}: {first['msg']}") from None
-    return found
+    for part in table.to_batches(max_chunksize=ROWS_A_CALL):
+        found = []
+        for row in part.to_pylist():
+            number += 1
+            values = {entry["name"]: typed(entry, row[entry["name"]]) for entry in inputs}
+            try:
+                found.append(Features.model_validate(values))
+            except ValidationError as error:
+                first = error.errors(include_input=False, include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise EvaluationError(f"{name}: row {number}: {where}: {first['msg']}") from None
+        yield found
 
 
 def truths(column: Column, labels: Sequence[Any], name: str, target: str) -> NDArray[Any]:
@@ -327,18 +309,19 @@ def truths(column: Column, labels: Sequence[Any], name: str, target: str) -> NDA
 
 def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Data:
     """The rows of `path` with the truth in their column `target`; raises EvaluationError."""
-    rows = read_rows(path)
+    table = read_table(path)
     # Its place in the repository, or else its name alone: where it lies on a machine is nobody's business.
     name = path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name
-    if target not in rows[0]:
+    if target not in table.column_names:
         raise EvaluationError(f"{name}: has no column {target!r}; say which one with TARGET=...")
+    for _ in instances(table, name):
+        pass  # every row is looked at before the first is asked
     return Data(
         name,
-        hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256(path),
         target,
-        rows,
-        instances(rows, name),
-        truths([row.get(target) for row in rows], labels, name, target),
+        table,
+        truths(table.column(target).to_pylist(), labels, name, target),
         [key(label) for label in labels],
     )
 
@@ -368,16 +351,16 @@ async def _predict(pipeline: Pipeline, rows: Sequence[Features]) -> list[Predict
         return [answer for row in rows for answer in await _predict(pipeline, [row])]
 
 
-async def _predict_all(pipeline: Pipeline, rows: Sequence[Features]) -> list[Prediction | ServiceError]:
+async def _predict_all(pipeline: Pipeline, data: Data) -> list[Prediction | ServiceError]:
     found: list[Prediction | ServiceError] = []
-    for start in range(0, len(rows), ROWS_A_CALL):
-        found += await _predict(pipeline, rows[start : start + ROWS_A_CALL])
+    for rows in instances(data.table, data.name):
+        found += await _predict(pipeline, rows)
     return found
 
 
 def ask(pipeline: Pipeline, data: Data) -> Answers:
     """The version's answers to every row."""
-    answers = asyncio.run(_predict_all(pipeline, data.instances))
+    answers = asyncio.run(_predict_all(pipeline, data))
     failures = Counter(one.code for one in answers if isinstance(one, ServiceError))
     nothing = [math.nan] * max(len(data.labels), 1)
     values = []
@@ -492,11 +475,11 @@ def slices(
     """Every slice of the rows with the metrics of both versions; raises EvaluationError."""
     found = []
     for one in conditions.slices:
-        name = one.column if one.column in data.rows[0] or one.column != "target" else data.target
-        if name not in data.rows[0]:
+        name = one.column if one.column in data.table.column_names or one.column != "target" else data.target
+        if name not in data.table.column_names:
             raise EvaluationError(f"{data.name}: has no column {name!r}, which {THRESHOLDS} has a slice of")
         cut = []
-        for part, mask in parts([row.get(name) for row in data.rows], one.edges):
+        for part, mask in parts(data.table.column(name).to_pylist(), one.edges):
             rows = int(mask.sum())
             theirs = _measured(data, served, mask) if served else {}
             cut.append(Part(part, rows, rows >= one.minimum_rows, _measured(data, answers, mask), theirs))
@@ -561,7 +544,7 @@ def judge(
     served: tuple[str, dict[str, float]] | None,
 ) -> Iterator[Gate]:
     """Every condition on what was measured."""
-    rows, failed = len(data.rows), sum(answers.failures.values())
+    rows, failed = data.table.num_rows, sum(answers.failures.values())
     least = conditions.data.minimum_rows
     yield Gate("rows", str(rows), f"at least {least}", rows >= least)
     codes = ", ".join(f"{n} {code}" for code, n in sorted(answers.failures.items()))
@@ -614,7 +597,7 @@ def evaluation(version: str, root: Path, data_file: Path | None, target: str | N
             theirs = ask(load(read_artifact(artifacts, served)), data)
         except ArtifactError as error:
             note = f"{served} serves and cannot be asked: {error}"
-    everything = np.ones(len(data.rows), bool)
+    everything = np.ones(data.table.num_rows, bool)
     metrics = _measured(data, answers, everything)
     their_metrics = _measured(data, theirs, everything) if theirs else {}
     found = slices(conditions, data, answers, theirs)
@@ -643,7 +626,7 @@ def verdict(found: Evaluation, root: Path) -> bytes:
             "data": {
                 "file": found.data.name,
                 "sha256": found.data.sha256,
-                "rows": len(found.data.rows),
+                "rows": found.data.table.num_rows,
                 "target": found.data.target,
             },
             "metrics": rounded(found.metrics),
@@ -664,7 +647,8 @@ def report(found: Evaluation, pictures: Sequence[str]) -> str:
     lines = [
         f"# Evaluation of {found.version}: {'passed' if found.passed else 'failed'}",
         "",
-        f"{len(data.rows):,} rows of `{data.name}` (sha256 `{data.sha256[:12]}`), truth in `{data.target}`; "
+        f"{data.table.num_rows:,} rows of `{data.name}` (sha256 `{data.sha256[:12]}`), truth in "
+        f"`{data.target}`; "
         + (f"beside {served}, which serves." if served else f"no comparison: {found.note}."),
         f"To review: {found.answers.reviewed:.1%} of them.",
         "",
@@ -811,7 +795,7 @@ def evaluate(
     version: Annotated[str, typer.Argument(help="The version to judge, like v2.")],
     data: Annotated[
         Path | None,
-        typer.Option(envvar="DATA", help="Rows whose truth is known: .csv, .jsonl or .parquet."),
+        typer.Option(envvar="DATA", help="Rows whose truth is known: .csv, .parquet, .jsonl or .arrow."),
     ] = None,
     target: Annotated[str | None, typer.Option(envvar="TARGET", help="The column with the truth.")] = None,
     root: Annotated[Path, typer.Option(help="The service's folder.", hidden=True)] = ROOT,

@@ -122,7 +122,12 @@ def _csv(path: Path) -> Iterator[Batch]:
         names = _distinct(path, next(csv.reader(file, delimiter=delimiter), []))
     reader = pyarrow.csv.open_csv(
         path,
-        read_options=pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES, column_names=names, skip_rows=1),
+        read_options=pyarrow.csv.ReadOptions(
+            use_threads=False,  # of a line that is wrong, threads do not know the number
+            block_size=BLOCK_BYTES,
+            column_names=names,
+            skip_rows=1,
+        ),
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), null_values=MISSING, strings_can_be_null=True

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -30,10 +32,12 @@ from lifecycle.evaluate import (
     Thresholds,
     ask,
     evaluate,
+    instances,
     judge,
+    key,
     measure,
     parts,
-    read_rows,
+    read_table,
     slices,
     truths,
     typed,
@@ -71,8 +75,7 @@ def table(
     true, values = np.asarray(true), np.asarray(values, float)
     labels = CLASSES if values.ndim == 2 else []
     cells = {"truth": [labels[one] if labels else one for one in true], **columns}
-    rows = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
-    data = Data("rows.csv", "0" * 64, "truth", rows, [], true, labels)
+    data = Data("rows.csv", "0" * 64, "truth", pa.table(cells), true, labels)
     missing = int(np.isnan(values.reshape(len(values), -1)).any(axis=1).sum())
     answers = Answers(values, 0.0, Counter({"model_error": missing} if missing else {}))
     theirs = None if served is None else ("v1", measure(true, np.asarray(served, float), labels))
@@ -266,7 +269,9 @@ def test_a_row_that_the_model_fails_on_fails_alone() -> None:
     pipeline = Pipeline(artifact, Poisoned(), Quiet(), Policy(batch_max_rows=256, execution="inline"))
     file = [dict(row["features"], truth=truth(row)) for row in rows]
     data = data_of(file)
-    poison = pipeline.run([tuple(data.instances[2].__dict__.values())]).matrix.tolist()[0]
+    poison = pipeline.run([tuple(next(instances(data.table, "rows"))[2].__dict__.values())]).matrix.tolist()[
+        0
+    ]
     same = [one["features"] == rows[2]["features"] for one in rows]
     found = ask(pipeline, data)
     assert found.known.tolist() == [not one for one in same]
@@ -281,10 +286,9 @@ def truth(row: dict[str, Any]) -> Any:
 def data_of(rows: list[dict[str, Any]]) -> Data:
     """Rows as evaluation has them."""
     labels = contract_outputs()["labels"]
-    from lifecycle.evaluate import instances, key
-
     known = truths([row["truth"] for row in rows], labels, "rows", "truth")
-    return Data("rows", "0" * 64, "truth", rows, instances(rows, "rows"), known, [key(one) for one in labels])
+    table = pa.Table.from_pylist(rows)
+    return Data("rows", "0" * 64, "truth", table, known, [key(one) for one in labels])
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -504,36 +508,46 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("rows.csv", "", "has no rows"),
+        ("rows.csv", "", "is empty"),
         ("rows.csv", "a,b\n", "has no rows"),
-        ("rows.csv", "a,a\n1,2\n", "has the column 'a' twice"),
-        ("rows.csv", "a,b\n1,2\n3\n", "row 2 has not 2 values"),
-        ("rows.csv", "a,b\n1,2,3\n", "row 1 has not 2 values"),
-        ("rows.jsonl", "{\n", "rows.jsonl: "),
-        ("rows.xlsx", "a", "is no .csv, .jsonl or .parquet file"),
+        ("rows.csv", "a,a\n1,2\n", "2 columns are called 'a'"),
+        ("rows.csv", "a,b\n1,2\n3\n", "Row #3: Expected 2 columns, got 1"),
+        ("rows.csv", "a,b\n1,2,3\n", "Row #2: Expected 2 columns, got 3"),
+        ("rows.jsonl", "{\n", "rows.jsonl: line 1 is not JSON"),
+        ("rows.xlsx", "a", "takes .csv, .parquet, .jsonl or .arrow, not .xlsx"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: str, reason: str) -> None:
     """Empty files, columns that come twice, and rows of another length are each said in a line."""
     (tmp_path / name).write_text(content, "utf-8")
     with pytest.raises(EvaluationError, match=reason):
-        read_rows(tmp_path / name)
+        read_table(tmp_path / name)
 
 
-def test_rows_from_elsewhere_are_named_without_their_place(place: Path, tmp_path: Path) -> None:
-    """DATA and TARGET take another file, CSV too; the verdict is the same, without a path of a machine."""
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow", "jsonl"])
+def test_rows_from_elsewhere_are_named_without_their_place(place: Path, tmp_path: Path, suffix: str) -> None:
+    """DATA and TARGET take another file of any format; the verdict is the same, with no path of a machine."""
     evaluate("v2", root=place)
     verdict = json.loads((place / "evaluation" / "v2.json").read_bytes())
-    found = [json.loads(line) for line in (place / ROWS).read_text("utf-8").splitlines()]
-    with (tmp_path / "other.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*found[0].keys() - {"truth"}, "what it was"])
-        writer.writeheader()
-        writer.writerows(
-            {("what it was" if name == "truth" else name): row[name] for name in row} for row in found
-        )
-    evaluate("v2", data=tmp_path / "other.csv", target="what it was", root=place)
+    lines = [json.loads(line) for line in (place / ROWS).read_text("utf-8").splitlines()]
+    found = [{"what it was" if name == "truth" else name: row[name] for name in row} for row in lines]
+    path = tmp_path / f"other.{suffix}"
+    if suffix == "csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+    elif suffix == "parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(found), path)
+    elif suffix == "arrow":
+        table = pa.Table.from_pylist(found)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as arrow:
+            arrow.write_table(table)
+    else:
+        path.write_text("\n".join(map(json.dumps, found)), "utf-8")
+    evaluate("v2", data=path, target="what it was", root=place)
     other = json.loads((place / "evaluation" / "v2.json").read_bytes())
-    assert (other["data"]["file"], other["data"]["target"]) == ("other.csv", "what it was")
+    assert (other["data"]["file"], other["data"]["target"]) == (path.name, "what it was")
     assert (other["metrics"], other["passed"]) == (verdict["metrics"], True)
 
 
