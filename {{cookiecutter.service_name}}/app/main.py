@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
 GC_ALLOCATIONS = 10_000  # between two collections of what is young; a request leaves hardly any cycles
+HANDLED = (HTTPException, RequestValidationError, ServiceError, Exception)
 BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
 
 
@@ -249,9 +250,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         telemetry=telemetry,
-        exception_handlers=dict.fromkeys(
-            (HTTPException, RequestValidationError, ServiceError, Exception), handle
-        ),
+        exception_handlers=dict.fromkeys(HANDLED, handle),
     )
     keys = [Security(scheme) for scheme in SCHEMES] if settings.api_keys else []
     app.include_router(inference, dependencies=keys)
@@ -287,9 +286,9 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
+    pipeline.stands_in = bool(fallen)
     _serve(service, metrics, pipeline)
     if fallen:
-        metrics.fallback.set(1)
         service.log.error("fallback serves", reason=fallen, model_version=pipeline.version)
     if inheritance is not None:
         with inheritance.loaded:
@@ -335,7 +334,7 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline | None, _: Wan
     metrics.model_info.labels(manifest.version, pipeline.artifact.sha256, manifest.runtime).set(1)
     metrics.execution.labels(pipeline.execution).set(1)
     metrics.model_load.set(pipeline.load_seconds)
-    metrics.fallback.set(0)
+    metrics.fallback.set(pipeline.stands_in)
     admission.expect(pipeline.seconds_per_row)
     pipeline.batcher.on_call = admission.learn
     _know(service, metrics, pipeline)
@@ -442,7 +441,8 @@ def _follower(service: Service, metrics: Metrics) -> Follower:
 
     return Follower(
         None if settings.model_version else local,
-        served=lambda: service.pipeline.version if service.pipeline else "",
+        # What stands in is not served: if it is released, it has to take over from itself.
+        served=lambda: one.version if (one := service.pipeline) and not one.stands_in else "",
         build=build,
         use={
             "serving": partial(_serve, service, metrics),

@@ -194,14 +194,25 @@ def alert_of(labels: dict[str, str]) -> Alert:
     return Alert(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
 
 
-class GameDay:
-    """The faults, each with what it breaks and how it is mended."""
+def release_bad(root: Path) -> str:
+    """Release a version whose model was changed; the one that served."""
+    served = read_release(root).serving
+    add_trial(root, served, BAD, SOUND)
+    with (root / BAD / "model.onnx").open("ab") as file:
+        file.write(b"changed")
+    release(root, serving=BAD)
+    return served
 
-    def __init__(self, day: Day, watch: Watch, own: Running, artifacts: Path, slow_seconds: float) -> None:
-        self._day, self._watch, self._artifacts = day, watch, artifacts
+
+class GameDay:
+    """The faults, each with what it breaks and how it is mended; it begins with BAD released."""
+
+    def __init__(
+        self, day: Day, watch: Watch, own: Running, artifacts: Path, served: str, slow_seconds: float
+    ) -> None:
+        self._day, self._watch, self._artifacts, self._served = day, watch, artifacts, served
         self._address, self._pid = own.address, own.pid
         self._host = own.address.removeprefix("http://")
-        self._served = read_release(artifacts).serving
         self._usual = usual(artifacts, self._served)
         manifest = read_artifact(artifacts, self._served).manifest
         self._labels: list[Any] = list(manifest.outputs.labels)
@@ -217,9 +228,6 @@ class GameDay:
         add_trial(artifacts, self._served, FAILING, Trouble(fails_above=limit), golden=number is not None)
         slow = Trouble(sines=SINES, width=width_for(artifacts, slow_seconds))
         add_trial(artifacts, self._served, SLOW, slow)
-        add_trial(artifacts, self._served, BAD, SOUND)
-        with (artifacts / BAD / "model.onnx").open("ab") as file:
-            file.write(b"changed")
         version, first = {"model_version": self._served}, manifest.inputs[0].name
         culprits = {
             "HighInvalidInputRate": {"field": first},
@@ -238,11 +246,12 @@ class GameDay:
         return cycle(self._usual)
 
     def run(self) -> None:
-        """Fault after fault, under traffic."""
+        """Fault after fault, all but the first under traffic."""
+        self._bad_start()
         with Traffic(self._address, self.usual(), CLIENTS) as traffic:
             self._day.begin("none, for two minutes of usual traffic")
             time.sleep(60)
-            quiet = sorted(alert.name for alert in self._day.seen)
+            quiet = sorted(one.name for one, seen in self._day.seen.items() if seen.fault == self._day.fault)
             if quiet:
                 typer.echo(f"gameday:   fired without a fault: {', '.join(quiet)}", err=True)
             self._beside(traffic)
@@ -252,6 +261,7 @@ class GameDay:
             self._bad_artifact()
             self._drift(traffic)
             self._errors(traffic)
+            self._canary(traffic)
             self._latency_and_saturation()
             self._silence(traffic)
             self._frozen()
@@ -262,6 +272,9 @@ class GameDay:
         paged = {one.name for one in due if one.severity == "page"}
         told = {one for one in due if one.severity == "page" or one.name not in paged}
         known: set[Alert] = set()
+        for one in due:  # an earlier fault may have raised it by the way
+            if one in self._day.seen and self._day.seen[one].resolved:
+                del self._day.seen[one]
 
         def all_known() -> bool:
             alerts = self._watch.alerts()
@@ -279,6 +292,11 @@ class GameDay:
             ),
             f"{version} to serve",
         )
+
+    def _bad_start(self) -> None:
+        self._day.begin("a start with a version whose model was changed")
+        self._fires("ServingFallback")
+        self._released(self._served)
 
     def _beside(self, traffic: Traffic) -> None:
         self._day.begin("none: the rules beside the model, as its shadow and as a canary")
@@ -345,6 +363,14 @@ class GameDay:
         self._fires("NonFiniteOutput", "AvailabilityBudgetBurn")
         traffic.switch(self.usual())
         self._released(self._served)
+
+    def _canary(self, traffic: Traffic) -> None:
+        self._day.begin("a canary that answers NaN to one in three")
+        release(self._artifacts, canary=FAILING, canary_percent=50)
+        traffic.switch(cycle([*self._usual[:2], self._strange]))
+        self._fires("CanaryStopped")
+        traffic.switch(self.usual())
+        release(self._artifacts, canary=None, canary_percent=0)
 
     def _latency_and_saturation(self) -> None:
         self._day.begin("a model that is too slow")
@@ -414,6 +440,7 @@ def gameday(
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         artifacts = Path(shutil.copytree(ROOT / "artifacts", folder / "artifacts"))
+        served = release_bad(artifacts)
         settings = {
             "APP_ENV": "local",
             "APP_ARTIFACTS_DIR": str(artifacts),
@@ -421,6 +448,7 @@ def gameday(
             "APP_BATCH_MAX_ROWS": "8",
             "APP_METRICS_ENABLED": "true",
             "APP_CANARY_HEADER": SESSION,
+            "APP_FALLBACK_VERSION": RULES,
         }
         typer.echo(f"gameday: an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
         with (
@@ -428,7 +456,7 @@ def gameday(
             watching(folder, own.address, SPEED, SAMPLE_MS, tell=day.notify) as watch,
         ):
             start = watch.now()
-            game = GameDay(day, watch, own, artifacts, 2 * slo["latency_p95_ms"] / 1000)
+            game = GameDay(day, watch, own, artifacts, served, 2 * slo["latency_p95_ms"] / 1000)
             game.run()
             day.begin("none: waiting until all is resolved")
             with Traffic(own.address, game.usual(), CLIENTS):

@@ -62,6 +62,7 @@ class Pipeline:
 
     def __init__(self, artifact: Artifact, runtime: Runtime, observer: Observer, policy: Policy) -> None:
         self.artifact, self.version = artifact, artifact.manifest.version
+        self.stands_in = False  # for a version that cannot be used; known, as the next, to whoever finds out
         self.load_seconds = 0.0  # to verify, load and warm up; known to whoever does it
         inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
         self._runtime, self._observer, self._policy = runtime, observer, policy

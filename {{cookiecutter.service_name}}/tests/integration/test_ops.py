@@ -32,7 +32,7 @@ RUNBOOKS = ROOT / "docs" / "runbooks"
 ALERTS = {
     "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "WorkerRestarts",
     "Saturation", "HighInvalidInputRate", "NonFiniteOutput", "ModelReloadFailed", "FeatureDrift",
-    "PredictionShift", "LowConfidence", "AccuracyDrop",
+    "PredictionShift", "LowConfidence", "AccuracyDrop", "ServingFallback", "CanaryStopped",
 }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_every_alert_says_what_to_do() -> None:
         assert notes["dashboard_url"].rpartition("/d/")[2] in boards
     assert {rule["alert"] for rule in rules("alert")} == ALERTS
     assert {rule["alert"] for rule in rules("alert") if rule["labels"]["severity"] == "page"} == {
-        "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic",
+        "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "ServingFallback",
     }  # fmt: skip
 
 

@@ -250,7 +250,10 @@ def test_a_bad_version_comes_beside_nobody(
 def test_a_bad_start_falls_back(
     start: Start, artifacts: Path, tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
-    """With APP_FALLBACK_VERSION another version stands in for a bad one, and says so; mended, it serves."""
+    """With APP_FALLBACK_VERSION another version stands in for a bad one, and says so; mended, it serves.
+
+    Released itself, it stands in for nobody any more.
+    """
     shutil.copytree(artifacts / SERVED, tmp_path / "good")
     spoil(artifacts / SERVED)
     service = start(artifacts_dir=artifacts, fallback_version="v0")
@@ -261,8 +264,12 @@ def test_a_bad_start_falls_back(
     assert service.predict(USUAL).json()["model_version"] == "v0"
     assert service.client.get("/ready").json()["model_version"] == "v0"
     assert service.metrics()["model_fallback"] == 1
+    release(artifacts, serving="v0")
+    until(lambda: events(service, "ready", "v0") == 4, "the release of what stands in")
+    assert service.metrics()["model_fallback"] == 0
     shutil.rmtree(artifacts / SERVED)
     shutil.copytree(tmp_path / "good", artifacts / SERVED)
+    release(artifacts, serving=SERVED)
     until(lambda: events(service, "ready", SERVED) == 2, "the mended version")
     assert service.predict(USUAL).json()["model_version"] == SERVED
     assert service.metrics()["model_fallback"] == 0

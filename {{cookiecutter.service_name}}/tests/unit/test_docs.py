@@ -37,6 +37,7 @@ from tests.conftest import (
     serving,
     until,
 )
+from tests.integration.test_rollout import ODD, erring, ruled
 from tests.watching import prepare, program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ SECTIONS = [
 ALERTS = {
     "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "WorkerRestarts",
     "Saturation", "HighInvalidInputRate", "NonFiniteOutput", "ModelReloadFailed", "FeatureDrift",
-    "PredictionShift", "LowConfidence", "AccuracyDrop",
+    "PredictionShift", "LowConfidence", "AccuracyDrop", "ServingFallback", "CanaryStopped",
 }  # fmt: skip
 SYMPTOMS = {
     "elevated 5xx": "AvailabilityBudgetBurn",
@@ -358,11 +359,23 @@ class Desk:
 
 @pytest.fixture(scope="module")
 def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with keys to which much happened: refusals, a late body, a bad release, a killed worker."""
+    """A service with keys to which much happened: a bad start and canary, refusals, a killed worker."""
     folder, own = tmp_path_factory.mktemp("eventful"), sha256(KEY.encode()).hexdigest()
     release = copied_artifacts(folder) / "release.json"
     good = release.read_text("utf-8")
-    with serving(folder, artifacts_dir=release.parent, api_keys=own, request_deadline_seconds=2) as service:
+    tried = good.replace('"canary": null, "canary_percent": 0', '"canary": "v2", "canary_percent": 100')
+    release.write_text(good.replace('"serving": "v1"', '"serving": "v99"'), "utf-8")
+    ruled(release.parent, "v2", erring)
+    settings: dict[str, Any] = {"api_keys": own, "request_deadline_seconds": 2, "fallback_version": "v0"}
+    with serving(folder, artifacts_dir=release.parent, **settings) as service:
+        until(lambda: "release refused" in service.log.read_text(), "a worker's word on the bad release")
+        release.write_text(tried, "utf-8")
+
+        def stopped() -> bool:
+            service.predict(ODD, headers={"x-api-key": KEY})
+            return "canary stopped" in service.log.read_text()
+
+        until(stopped, "the end of the canary")
         for key, body in ((KEY, {}), ("another", EXAMPLE), (KEY, EXAMPLE)):
             service.predict(body, headers={"x-api-key": key})
         late = service.connection()
@@ -371,8 +384,6 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         late.putheader("Content-Length", "2")
         late.endheaders()
         assert late.getresponse().status == 503
-        release.write_text(good.replace('"serving": "v1"', '"serving": "v99"'), "utf-8")
-        until(lambda: "release refused" in service.log.read_text(), "a worker's word on the bad release")
         release.write_text(good, "utf-8")
         os.kill(service.workers()[0], signal.SIGKILL)
         until(lambda: "SIGKILL" in service.log.read_text(), "the master's word on the killed worker")
