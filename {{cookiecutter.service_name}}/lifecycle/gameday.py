@@ -32,6 +32,7 @@ import typer
 
 from app.core.runtimes import load_runtime
 from app.core.store import RELEASE, read_artifact, read_release
+from lifecycle.monitor import PREDICTION, trained_features
 from lifecycle.package import canonical_json
 from lifecycle.traffic import usual
 from lifecycle.trial import SOUND, Trouble, add_trial, number_of
@@ -181,12 +182,13 @@ def release(root: Path, **changes: Any) -> None:
 def until(condition: Callable[[], object], what: str, seconds: float = 90) -> bool:
     """Whether `condition` held in time; without it the day goes on, and the table says what is missing."""
     give_up = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > give_up:
-            typer.echo(f"gameday:   waited in vain for {what}", err=True)
-            return False
+    while time.monotonic() < give_up:
+        with suppress(httpx2.TransportError):  # on a machine that stands still
+            if condition():
+                return True
         time.sleep(0.1)
-    return True
+    typer.echo(f"gameday:   waited in vain for {what}", err=True)
+    return False
 
 
 def alert_of(labels: dict[str, str]) -> Alert:
@@ -229,17 +231,31 @@ class GameDay:
         slow = Trouble(sines=SINES, width=width_for(artifacts, slow_seconds))
         add_trial(artifacts, self._served, SLOW, slow)
         version, first = {"model_version": self._served}, manifest.inputs[0].name
+        moved = number.name if number else first
         culprits = {
             "HighInvalidInputRate": {"field": first},
-            "FeatureDrift": {"feature": number.name if number else first, **version},
+            "FeatureDrift": {"feature": moved, **version},
             **dict.fromkeys(("PredictionShift", "LowConfidence", "AccuracyDrop"), version),
         }
-        self.shipped = {  # with the labels that each must have; a regressor has no confidence to be low
+        # A regressor has no confidence to be low, and what training saw too little of cannot drift from it.
+        trained = trained_features(artifacts, served)
+        needs = {
+            "LowConfidence": self._labels,
+            "FeatureDrift": moved in trained,
+            "PredictionShift": PREDICTION in trained,
+        }
+        self.shipped = {  # with the labels that each must have
             alert_of({"alertname": rule["name"], **rule["labels"]}): rule["labels"]
             | culprits.get(rule["name"], {})
             for rule in watch.shipped()
-            if self._labels or rule["name"] != "LowConfidence"
+            if needs.get(rule["name"], True)
         }
+
+    def lacks(self, query: str) -> bool:
+        """Whether training was too small for what is asked."""
+        drifting = {"feature:psi": "FeatureDrift", "prediction:psi": "PredictionShift"}
+        names = {one.name for one in self.shipped}
+        return any(series in query and alert not in names for series, alert in drifting.items())
 
     def usual(self) -> Iterator[dict[str, Any]]:
         """What training looked like."""
@@ -465,7 +481,7 @@ def gameday(
                     "every alert to resolve",
                     PATIENCE_SECONDS,
                 )
-            empty = [query for query in queries() if not watch.has_data(query, start)]
+            empty = [one for one in queries() if not (watch.has_data(one, start) or game.lacks(one))]
     lines, good = table(day, game.shipped)
     typer.echo("\n".join(["", *lines, ""]))
     for query in empty:

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.errors import ArtifactError
 from app.core.store import read_artifact
+from app.observability.drift import settled
 from load.profile import get, picture, text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,9 @@ PREDICTION = "(prediction)"
 THEN, NOW = "#4878a8", "#d08030"
 MOST_DOTS = 5000  # in a picture
 
+Prometheus = Annotated[str, typer.Option(envvar="PROMETHEUS", help="Ask this Prometheus.")]
+Scrape = Annotated[Path | None, typer.Option(envvar="METRICS", help="Or read a saved answer of /metrics.")]
+Window = Annotated[str, typer.Option(envvar="WINDOW", help="How far to look back in Prometheus.")]
 Counts = defaultdict[tuple[str, str], Counter[str]]  # rows by bin, of (version, feature or PREDICTION)
 
 
@@ -40,7 +44,10 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Moved:
-    """One feature of one version beside its baseline; the lists have an entry a bin."""
+    """One feature of one version beside its baseline; the lists have an entry a bin.
+
+    `trained` says whether training had rows enough for the index to mean something.
+    """
 
     version: str
     feature: str
@@ -48,6 +55,7 @@ class Moved:
     bins: list[str]
     then: list[float]
     now: list[float]
+    trained: bool
 
     @property
     def psi(self) -> float:
@@ -55,9 +63,14 @@ class Moved:
         return sum(map(_term, self.then, self.now))
 
     @property
+    def enough(self) -> bool:
+        """Whether there are rows enough, then and now."""
+        return self.trained and self.rows >= MINIMUM
+
+    @property
     def verdict(self) -> str:
         """What it says, in a word or two."""
-        if self.rows < MINIMUM:
+        if not self.enough:
             return "too few rows"
         return "stable" if self.psi < STABLE else "moving" if self.psi <= DRIFTED else "drifted"
 
@@ -82,8 +95,17 @@ def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Move
         now = counts[version, name]
         rows, bins = sum(now.values()), list(then)
         shares = [now[bin_] / max(rows, 1e-9) for bin_ in bins]
-        found.append(Moved(version, name, rows, bins, [n / baseline["rows"] for n in then.values()], shares))
+        trained = settled(then.values(), baseline["rows"])
+        before = [count / baseline["rows"] for count in then.values()]
+        found.append(Moved(version, name, rows, bins, before, shares, trained))
     return found
+
+
+def trained_features(root: Path, version: str) -> set[str]:
+    """Features of `version`, and PREDICTION, of which training had rows enough for the index."""
+    content = read_artifact(root, version).files.get("baseline.json", b"")
+    moved = compare(version, json.loads(content), defaultdict(Counter)) if content else []
+    return {one.feature for one in moved if one.trained}
 
 
 def _baseline_counts(feature: dict[str, Any]) -> Counter[str]:
@@ -155,7 +177,7 @@ def drift_table(found: Sequence[Moved]) -> str:
     width = max(len(one.feature) for one in found)
     lines = [f"version  {'feature':<{width}}     PSI  verdict           rows  moved most"]
     for one in found:
-        index = f"{one.psi:.3f}" if one.rows >= MINIMUM else "-"
+        index = f"{one.psi:.3f}" if one.enough else "-"
         most = f"{one.bins[one.most]}: {one.then[one.most]:.0%} in training, {one.now[one.most]:.0%} now"
         lines.append(
             f"{one.version:<7}  {one.feature:<{width}}  {index:>6}  {one.verdict:<12} {one.rows:>9,.0f}  "
@@ -183,16 +205,12 @@ def drift_picture(moved: Moved) -> str:
 
 
 def drift(
-    prometheus: Annotated[
-        str, typer.Option(envvar="PROMETHEUS", help="Ask this Prometheus.")
-    ] = "http://127.0.0.1:9090",
-    metrics: Annotated[
-        Path | None, typer.Option(envvar="METRICS", help="Or read a saved answer of /metrics.")
-    ] = None,
+    prometheus: Prometheus = "http://127.0.0.1:9090",
+    metrics: Scrape = None,
     logs: Annotated[
         Path | None, typer.Option(envvar="LOGS", help="Or read the `drift` lines of a log.")
     ] = None,
-    window: Annotated[str, typer.Option(envvar="WINDOW", help="How far to look back in Prometheus.")] = "1h",
+    window: Window = "1h",
     artifacts: Annotated[Path, typer.Option(help="Folder of the versions.")] = ROOT / "artifacts",
     pictures: Annotated[Path, typer.Option(help="Where a picture of each drifted feature goes.")] = ROOT
     / "build",

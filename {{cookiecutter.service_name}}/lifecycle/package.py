@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
 from app.core.store import MANIFEST, RELEASE, Release
+from app.observability.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features
 
 NAME = "iris"
-MAX_BINS, ROWS_A_BIN = 10, 20
+MAX_BINS = 10
 TOLERANCE = 1e-5  # how far a probability may be from the recorded one: float32 against float64
 
 Rows = NDArray[np.float64]  # [rows, features], in the order of `Features`
@@ -71,14 +72,15 @@ def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
     features = {}
     rows = len(answers)
     # Shares of bins that few rows fell in are noise, and noise on both sides looks like drift.
-    bins = min(MAX_BINS, max(2, rows // ROWS_A_BIN))
+    most = min(MAX_BINS, max(2, rows // ROWS_A_BIN))
     for entry, values in zip(contract_inputs(), columns, strict=True):
         if entry["categories"] or entry["dtype"] in ("string", "bool"):
-            counted = _commonest([value for value in values if value is not None])
+            present = [value for value in values if value is not None]
+            counted = _commonest(present, most - (len(present) < rows))
         else:
             numbers = np.asarray(values, np.float64)
             numbers = numbers[~np.isnan(numbers)]
-            counted = _histogram(numbers, _quantiles(numbers, bins))
+            counted = _histogram(numbers, _quantiles(numbers, most - (len(numbers) < rows)))
         features[entry["name"]] = counted | {
             "missing": rows - sum(counted["counts"]) - counted.get("other", 0)
         }
@@ -89,12 +91,12 @@ def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
         return canonical_json({"rows": rows, "features": features, "labels": counts, "scores": scores})
     given = answers[:, 0]
     return canonical_json(
-        {"rows": rows, "features": features, "values": _histogram(given, _quantiles(given, bins))}
+        {"rows": rows, "features": features, "values": _histogram(given, _quantiles(given, most))}
     )
 
 
-def _quantiles(values: NDArray[np.float64], bins: int) -> NDArray[np.float64]:
-    quantiles = np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1])
+def _quantiles(values: NDArray[np.float64], most: int) -> NDArray[np.float64]:
+    quantiles = np.quantile(values, np.linspace(0, 1, most + 1)[1:-1])
     return np.unique([float(f"{edge:.7g}") for edge in quantiles])
 
 
@@ -105,10 +107,11 @@ def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[
     return {"edges": edges.tolist(), "bins": names, "counts": counts.tolist()}
 
 
-def _commonest(values: Sequence[Any]) -> dict[str, Any]:
+def _commonest(values: Sequence[Any], most: int) -> dict[str, Any]:
     counts = Counter(values)
     # Ties by name: the order that rows come in is of no meaning.
-    kept = sorted(counts, key=lambda one: (-counts[one], str(one)))[:MAX_BINS]
+    kept = sorted(counts, key=lambda one: (-counts[one], str(one)))
+    kept = kept[: most if len(kept) <= most else most - 1]  # the rest is in a bin, too
     # `missing` and `other` are bins of their own.
     names = [f"{key}=" if (key := label_key(one)) in ("missing", "other") else key for one in kept]
     other = len(values) - sum(counts[one] for one in kept)

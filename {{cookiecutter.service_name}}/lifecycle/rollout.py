@@ -19,7 +19,7 @@ import typer
 from app.core.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
 from app.core.errors import ArtifactError
 from app.core.store import Release, read_artifact, read_release
-from lifecycle.monitor import MINIMUM, ROOT, UnusableError, ask, scraped
+from lifecycle.monitor import MINIMUM, ROOT, Prometheus, Scrape, UnusableError, Window, ask, scraped
 from lifecycle.package import write_release
 
 Artifacts = Annotated[Path, typer.Option(help="Folder of the versions and of release.json.")]
@@ -238,13 +238,9 @@ def draw(found: Sequence[Side], path: Path) -> None:
 
 
 def compare(
-    prometheus: Annotated[
-        str, typer.Option(envvar="PROMETHEUS", help="Ask this Prometheus.")
-    ] = "http://127.0.0.1:9090",
-    metrics: Annotated[
-        Path | None, typer.Option(envvar="METRICS", help="Or read a saved answer of /metrics.")
-    ] = None,
-    window: Annotated[str, typer.Option(envvar="WINDOW", help="How far to look back in Prometheus.")] = "1h",
+    prometheus: Prometheus = "http://127.0.0.1:9090",
+    metrics: Scrape = None,
+    window: Window = "1h",
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = ROOT / "build" / "compare.svg",
 ) -> None:
     """Put served version, canary and shadow side by side: traffic, agreement, failures, latency, scores."""

@@ -11,7 +11,7 @@ import json
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -22,8 +22,14 @@ from app.observability.logging import Logger
 from app.observability.metrics import Metrics
 
 MISSING, OTHER = "missing", "other"
+LEAST_ROWS, ROWS_A_BIN = 100, 20  # of training: with fewer, its own chance looks like drift
 LINE_SECONDS = 60.0
 LINE_ROWS = 20  # the bins of a few rows would tell what somebody sent
+
+
+def settled(counts: Iterable[int], rows: int) -> bool:
+    """Whether training has rows enough in these bins for a distance (PSI) from them to mean something."""
+    return rows >= max(LEAST_ROWS, ROWS_A_BIN * sum(count > 0 for count in counts))
 
 
 class Drift:
@@ -51,8 +57,10 @@ class Drift:
         for name, feature in zip(names, features, strict=True):
             counts = Tally(dict(zip(feature["bins"], feature["counts"], strict=True)))
             counts.update({key: feature[key] for key in (MISSING, OTHER) if key in feature})
+            known = settled(counts.values(), document["rows"])
             for bin_, count in counts.items():
-                metrics.feature_baseline.labels(version, name, bin_).set(count / document["rows"])
+                if known:
+                    metrics.feature_baseline.labels(version, name, bin_).set(count / document["rows"])
                 self._children[name, bin_] = metrics.observations.labels(version, name, bin_)
         self._missing = {name: metrics.missing.labels(name) for name in names}
         # A regressor has bins of its values where a classifier has labels.
@@ -60,8 +68,10 @@ class Drift:
         if "values" in document:
             metrics.expect_values(self._values["edges"])
             document["labels"] = dict(zip(self._values["bins"], self._values["counts"], strict=True))
+        known = settled(document["labels"].values(), document["rows"])
         for label, count in document["labels"].items():
-            metrics.prediction_baseline.labels(version, label).set(count / document["rows"])
+            if known:
+                metrics.prediction_baseline.labels(version, label).set(count / document["rows"])
             for action in ("accept", "review"):  # 0 of a label is data too
                 metrics.predictions.labels(version, label, action)
         self._rows, self._counts, self._labels = 0, Tally[tuple[str, str]](), Tally[str]()

@@ -71,9 +71,7 @@ class Metrics:
         self.shed = counter("requests_shed_total", "Requests refused or given up.", "reason")
         self.failures = counter("inference_failures_total", "Requests answered 500, by problem.", "code")
         self.disconnects = counter("client_disconnects_total", "Clients gone before their answer.")
-        self.predictions = counter(
-            "predictions_total", "Predictions made.", "model_version", "label", "action"
-        )
+        self.predictions = counter("predictions_total", "Predictions.", "model_version", "label", "action")
         self.score = histogram("prediction_score", "Score of the predicted label.", SCORE, "model_version")
         self.value: Histogram | None = None  # of a regressor, once its range is known
         self.shadow_value: Histogram | None = None
@@ -83,16 +81,9 @@ class Metrics:
         self.feature_baseline = gauge(
             "feature_baseline_ratio", "Share of training in a bin.", *binned, mode="livemax"
         )
-        self.prediction_baseline = gauge(
-            "prediction_baseline_ratio",
-            "Share of training predicted so.",
-            "model_version",
-            "label",
-            mode="livemax",
-        )
-        self.feedback = counter(
-            "feedback_total", "Predictions that proved right or wrong.", "model_version", "outcome"
-        )
+        text, labels = "Share of training predicted so.", ("model_version", "label")
+        self.prediction_baseline = gauge("prediction_baseline_ratio", text, *labels, mode="livemax")
+        self.feedback = counter("feedback_total", "Labels that came back.", "model_version", "outcome")
         self.out_of_range = counter("feature_out_of_range_total", "Values not seen in training.", "feature")
         self.violations = counter(
             "schema_violations_total", "Broken rules of the contract.", "field", "reason"
@@ -100,9 +91,7 @@ class Metrics:
         info = ("version", "sha256", "runtime")
         self.model_info = gauge("model_info", "The served model, always 1.", *info, mode="livemax")
         self.model_load = gauge("model_load_seconds", "Verify, load and warm up.", mode="livemax")
-        self.reload_failures = counter(
-            "model_reload_failures_total", "Released versions that were refused; the one before serves on."
-        )
+        self.reload_failures = counter("model_reload_failures_total", "Released versions that were refused.")
         self.fallback = gauge("model_fallback", "1: APP_FALLBACK_VERSION stands in.", mode="livemax")
         beside, either = "Calls of the model beside another.", "Predictions while there is a canary."
         self.call_duration = histogram("model_call_duration_seconds", beside, STAGE, "model_version")
@@ -119,9 +108,7 @@ class Metrics:
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
         self.dropped_spans = counter("trace_spans_dropped_total", "Spans that the collector did not take.")
         self.retried = counter("requests_retried_total", "Requests seen to be sent again.", "sign")
-        self.fallbacks = counter(
-            "rate_limit_fallbacks_total", "Hits that a worker counted alone, its Redis being away."
-        )
+        self.fallbacks = counter("rate_limit_fallbacks_total", "Hits that a worker counted without Redis.")
         # Prometheus sees a first increment only where there was a 0 before it.
         for children, values in ((self.shed, SHED), (self.failures, FAILURES), (self.retried, SIGNS)):
             for value in values:

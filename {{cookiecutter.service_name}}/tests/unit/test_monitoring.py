@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import subprocess
+from collections import Counter, defaultdict
 from collections import Counter as Tally
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,11 @@ from typer.testing import CliRunner, Result
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback, Given
-from app.observability.drift import LINE_ROWS, MISSING, OTHER, Drift
+from app.observability.drift import LEAST_ROWS, LINE_ROWS, MISSING, OTHER, ROWS_A_BIN, Drift, settled
 from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
 from lifecycle import monitor
 from lifecycle.__main__ import commands
-from lifecycle.package import MAX_BINS, ROWS_A_BIN
+from lifecycle.package import MAX_BINS
 from tests.conftest import ANSWER, ARTIFACTS, SERVED, prediction
 from tests.watching import program
 
@@ -97,12 +98,12 @@ def test_categories_are_bins_and_strangers_are_other() -> None:
     colour = {
         "bins": ["red", "blue"],
         "categories": ["red", "blue"],
-        "counts": [6, 2],
-        "missing": 1,
-        "other": 1,
+        "counts": [60, 20],
+        "missing": 10,
+        "other": 10,
     }
-    size = {"bins": ["(-inf,1]", "(1,inf]"], "edges": [1.0], "counts": [5, 5], "missing": 0}
-    document = {"rows": 10, "features": {"colour": colour, "size": size}, "labels": {"yes": 10}}
+    size = {"bins": ["(-inf,1]", "(1,inf]"], "edges": [1.0], "counts": [50, 50], "missing": 0}
+    document = {"rows": 100, "features": {"colour": colour, "size": size}, "labels": {"yes": 100}}
     drift, registry = drift_of(json.dumps(document).encode(), ["colour", "size"])
     rows = [["red", 1.0], ["red", 2.0], ["green", 3.0], ["mauve", None], [None, 0.0]]
     drift.observe([np.array(rows, object)], Tally(yes=5))
@@ -121,6 +122,21 @@ def test_the_baseline_is_exposed_as_shares() -> None:
     for name in [*BINS]:
         assert sum(share for (feature, _), share in shares.items() if feature == name) == pytest.approx(1)
     assert sum(counted(registry, "prediction_baseline_ratio", "label").values()) == pytest.approx(1)
+
+
+def test_of_little_training_there_is_no_index() -> None:
+    """What training saw too little of has no baseline to drift from, in Prometheus and in `make drift`."""
+    few = {**json.loads(BASELINE), "rows": LEAST_ROWS - 1}
+    _, registry = drift_of(json.dumps(few).encode(), [*BINS])
+    assert not counted(registry, "feature_baseline_ratio", "feature", "bin")
+    assert not counted(registry, "prediction_baseline_ratio", "label")
+    rows: monitor.Counts = defaultdict(Counter)
+    for name, bins in BINS.items():
+        rows["v1", name] = Counter({bins[0]: 600})
+    table = monitor.drift_table(monitor.compare("v1", few, rows)).splitlines()
+    assert all(" - " in line and "too few rows" in line for line in table[1:])
+    enough = monitor.drift_table(monitor.compare("v1", json.loads(BASELINE), rows)).splitlines()
+    assert all("drifted" in line for line in enough[1:-1])
 
 
 def test_few_rows_are_no_line_of_the_log() -> None:
@@ -181,13 +197,18 @@ def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
         then = np.array(counts) / document["rows"]
         now = random.multinomial(monitor.MINIMUM, then, 20_000) / monitor.MINIMUM
         assert false_alarms(then, now) < 0.001
-    # Training is a sample as well: from 60 rows on, with the bins that they give, still fewer than 1 %.
-    for bins in range(3, MAX_BINS + 1):
-        even = np.full(bins, 1 / bins)
-        then, now = (
-            random.multinomial(rows, even, 20_000) / rows for rows in (bins * ROWS_A_BIN, monitor.MINIMUM)
-        )
-        assert false_alarms(then, now) < 0.01, bins
+    # Training is a sample as well: with the fewest rows of which there is an index, still fewer than 1 %.
+    for bins in range(2, MAX_BINS + 1):
+        least = max(LEAST_ROWS, ROWS_A_BIN * bins)
+        assert settled([1] * bins, least)
+        assert not settled([1] * bins, least - 1)
+        for spread in (np.ones(bins), 1 / np.arange(1, bins + 1)):  # even, and with some that are rare
+            shares = spread / spread.sum()
+            then, now = (random.multinomial(rows, shares, 20_000) / rows for rows in (least, monitor.MINIMUM))
+            assert false_alarms(then, now) < 0.01, bins
+    # These are needed: two bins of 30 rows would not do.
+    few, now = (random.multinomial(rows, [0.5, 0.5], 20_000) / rows for rows in (30, monitor.MINIMUM))
+    assert false_alarms(few, now) > 0.01
     # The minimum is needed: a third of it would not do.
     even = np.full(10, 0.1)
     assert (
