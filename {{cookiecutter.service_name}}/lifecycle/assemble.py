@@ -2,12 +2,15 @@
 
     repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, result.json
     -> golden set, baseline, manifest, v0 -> the service's own check of them -> openapi.json, documents
+    -> evaluation/: the thresholds of a new contract, and the rows given for it
 
 `python -m lifecycle.assemble FOLDER`, started by `make import-model` in FOLDER/repository: there Python finds
 the `app` with the new contract, so that everything here is made for it.
 """
 
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +32,7 @@ from lifecycle.docs import documents, snapshot
 from lifecycle.package import baseline, golden_set, labels, pack, publish, start_release
 from lifecycle.stub import VERSION as STUB
 from lifecycle.stub import ignorant_stub
-from lifecycle.tables import read_sample
+from lifecycle.tables import Refusal, read_sample
 
 GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
 SCORE = "The model's probability of the label; not calibrated beyond training."
@@ -40,7 +43,8 @@ def main(folder: Path) -> None:
     request = json.loads((folder / REQUEST).read_bytes())
     result = json.loads((folder / RESULT).read_bytes())
     root = folder / "repository"
-    made = version_files(folder, request, result, read_sample(folder / SAMPLE), np.load(folder / ANSWERS))
+    sample = read_sample(folder / SAMPLE)
+    made = version_files(folder, request, result, sample, np.load(folder / ANSWERS))
     for name, files in made.items():
         publish(root / "artifacts", name, files)
     if STUB in made:
@@ -51,6 +55,10 @@ def main(folder: Path) -> None:
             check(root / "artifacts", name)
         for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
             (root / path).write_text(text, "utf-8", newline="\n")
+        prepare_evaluation(root, request, sample.column(request["target"]))
+    except Refusal as refusal:
+        result["refused"] = str(refusal)
+        (folder / RESULT).write_text(json.dumps(result), "utf-8")
     except (ArtifactError, ValueError) as error:  # a document may lack a heading
         result["refused"] = f"what was made is not fit to be served: {error}"
         (folder / RESULT).write_text(json.dumps(result), "utf-8")
@@ -138,6 +146,53 @@ def strata_of(answers: Any) -> Any:
         return answers.argmax(axis=1)
     values = answers[:, 0]
     return np.searchsorted(np.quantile(values, np.linspace(0.1, 0.9, 9)), values)
+
+
+def prepare_evaluation(root: Path, request: dict[str, Any], target: Any) -> None:
+    """Make `make evaluate` ask what this model can be asked; raises Refusal where given rows do not fit."""
+    path = root / "evaluation" / "thresholds.toml"
+    text, holdout = path.read_text("utf-8") if path.is_file() else "", request["holdout"]
+    if request["new_contract"]:
+        text = thresholds(text, request["target"], target)
+    if holdout:
+        # Here, because it takes long to import.
+        from lifecycle.evaluate import EvaluationError, read_data
+
+        text = _replaced(text, "data", "file", json.dumps(Path(holdout).name))
+        try:
+            read_data(root / holdout, request["target"], labels(), root)
+        except EvaluationError as error:
+            raise Refusal(str(error)) from None
+    if path.is_file():
+        path.write_text(text, "utf-8", newline="\n")
+
+
+def thresholds(text: str, name: str, target: Any) -> str:
+    """`thresholds.toml` for another contract: a version has to beat one answer for all, the best there is.
+
+    That much is known of any model; more is for people to demand. Conditions on parts of the rows go, because
+    they are of the old columns and labels; the parts by the target are shown.
+    """
+    truths = target.drop_null()
+    text = _replaced(text, "data", "target", json.dumps(name, ensure_ascii=False), comment=True)
+    if labels():
+        share = pc.max(pc.value_counts(truths).field("counts")).as_py() / max(len(truths), 1)
+        text = _replaced(text, "classification", "accuracy", f"{math.floor(1000 * share) / 1000:g}")
+        text = _replaced(text, "classification", "auc", "0.5")
+    else:
+        text = _replaced(text, "regression", "rmse", f"{pc.stddev(truths).as_py():.3g}")
+    head, found, _ = text.partition("\n[[slices]]\n")
+    wish = "accuracy = 0.8" if labels() else "rmse = 2.5"
+    shown = f'column = "target"\nminimum_rows = 5 # smaller parts are shown, not judged\n# {wish}\n'
+    return f"{head}{found}{shown}" if found else text
+
+
+def _replaced(text: str, section: str, key: str, value: str, *, comment: bool = False) -> str:
+    """The text with another value of a section's key, which then counts, or with `comment` does not."""
+    line = rf"(?m)(^\[{section}\]\n(?:(?!\[).*\n)*?)(?:# )?({key} = )(?:\"[^\"]*\"|[^#\n]*?)( #.*)?$"
+    return re.sub(
+        line, lambda found: f"{found[1]}{'# ' * comment}{found[2]}{value}{found[3] or ''}", text, count=1
+    )
 
 
 if __name__ == "__main__":

@@ -582,6 +582,11 @@ def evaluation(version: str, root: Path, data_file: Path | None, target: str | N
     if not column:
         raise EvaluationError(f"{version}: its manifest names no target; say which column with TARGET=...")
     path = data_file or root / "evaluation" / conditions.data.file
+    if data_file is None and not path.is_file():
+        raise EvaluationError(
+            f"no rows to judge {version} by: give DATA=rows.csv with the column {column!r}, or keep "
+            f"such rows as evaluation/{conditions.data.file}"
+        )
     data = read_data(path, column, manifest.outputs.labels, root)
     pipeline = load(artifact)
     gates = [golden_gate(pipeline)]

@@ -41,7 +41,11 @@ from lifecycle.tables import Column, Refusal, Table, fingerprint, profile, read_
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS, PREDICT = Path("artifacts"), Path("app/schemas/predict.py")
-DOCUMENTS = ("openapi.json", "README.md", "docs/contract.md", "docs/model_card.md", "docs/example.json")
+DOCUMENTS = (
+    "openapi.json", "README.md", "docs/contract.md", "docs/model_card.md", "docs/example.json",
+    "evaluation/thresholds.toml",
+)  # fmt: skip
+HOLDOUT = "evaluation/holdout"
 REVIEW_THRESHOLD = 0.6
 WORK, JOURNAL = ".import", "journal.json"
 MAX_CATEGORIES, ROWS_A_CATEGORY = 50, 2
@@ -68,6 +72,7 @@ class Wish:
     bounds: dict[str, tuple[float | None, float | None]]
     review_threshold: float | None
     feedback_tolerance: float | None
+    holdout: Path | None
 
 
 def import_model(
@@ -95,6 +100,10 @@ def import_model(
     feedback_tolerance: Annotated[
         float | None, typer.Option(min=0, help="A value so close to the truth counts as correct.")
     ] = None,
+    holdout: Annotated[
+        Path | None,
+        typer.Option(help="Rows with their truth that training never saw, for `make evaluate`."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if the repository differs.")
     ] = False,
@@ -113,7 +122,7 @@ def import_model(
     try:
         wish = Wish(
             model, data, target, one_of(runtime), [one for one in trust.split(",") if one], trust_listed,
-            parsed_bounds(bounds or []), review_threshold, feedback_tolerance,
+            parsed_bounds(bounds or []), review_threshold, feedback_tolerance, holdout,
         )  # fmt: skip
         with alone(ROOT):
             recover(ROOT)
@@ -192,9 +201,11 @@ class Counting:
 
 def run(wish: Wish, *, check: bool) -> tuple[str, list[str]]:
     """Import; the version, and the files that changed, or would with `check`. Raises Refusal or OSError."""
-    for path in (wish.model, wish.data):
+    for path in filter(None, (wish.model, wish.data, wish.holdout)):
         if not path.is_file():
             raise Refusal(f"{path}: there is no such file")
+    if wish.holdout and fingerprint(wish.holdout) == fingerprint(wish.data):
+        raise Refusal(f"{wish.holdout.name}: has the training rows, on which any model looks good")
     table = profile(wish.data, Counting(f"reading {wish.data.name}"))
     candidates = usable(table, wish.target)
     work = ROOT / WORK
@@ -208,8 +219,14 @@ def run(wish: Wish, *, check: bool) -> tuple[str, list[str]]:
         child("assemble", work, cwd=work / "repository")
         refused(work)
         changes = changed(work / "repository", version, check=check)
+        changes += [] if wish.holdout is None and not new_contract else outdated(work / "repository")
         point_out(table, result["names"], wish.target, work / SAMPLE)
         report(result, version, new_contract=new_contract, rows=rows, changed=bool(changes) and not check)
+        if new_contract and wish.holdout is None and not check:
+            say(
+                "`make evaluate` needs rows that the model never saw: repeat with HOLDOUT=rows.csv, or give "
+                "it DATA=rows.csv"
+            )
         if not check:
             apply(ROOT, work, changes)
         return version, [path.as_posix() for path in changes]
@@ -317,6 +334,7 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
     if tolerance is None:
         tolerance = current.outputs.feedback_tolerance if current else 0.0
     version = version_for(training, result["runtime"], new=new)
+    rows = wish.holdout and f"{HOLDOUT}{wish.holdout.suffix.lower()}"
     request = {
         "version": version,
         "name": current.name if current else slug(wish.model.stem),
@@ -330,12 +348,14 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
         },
         "review_threshold": threshold,
         "feedback_tolerance": tolerance,
+        "holdout": rows,
     }
+    copy = copy_repository(work, version)
     if new:
         text = source(features, result["labels"], examples(work, result["names"]), wish.target)
-        (copy_repository(work, version) / PREDICT).write_text(text, "utf-8", newline="\n")
-    else:
-        copy_repository(work, version)
+        (copy / PREDICT).write_text(text, "utf-8", newline="\n")
+    if wish.holdout and rows:
+        shutil.copyfile(wish.holdout, copy / rows)
     (work / REQUEST).write_text(json.dumps(request), "utf-8")
     return version, new
 
@@ -441,6 +461,12 @@ def changed(copy: Path, version: str, *, check: bool) -> list[Path]:
         for path in found
         if not (ROOT / path).is_file() or (ROOT / path).read_bytes() != (copy / path).read_bytes()
     ] + [ARTIFACTS / version / name for name in differing if not (made / name).is_file()]
+
+
+def outdated(copy: Path) -> list[Path]:
+    """Rows to evaluate on that are of another contract, or in another format than those that come now."""
+    there = (path.relative_to(ROOT) for path in ROOT.glob(f"{HOLDOUT}.*"))
+    return sorted(path for path in there if not (copy / path).is_file())
 
 
 def point_out(table: Table, names: list[str], target: str, path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from app.schemas.predict import Features, Prediction
 from load.run import service
 from tests.conftest import (
     ARTIFACTS,
+    EXAMPLE,
     INPUTS,
     LABELS,
     SERVED,
@@ -161,6 +163,40 @@ def test_the_golden_path_answers_as_the_server_does(server: Server, tmp_path: Pa
         for key in ("probabilities", "score") if LABELS else ("value",):
             assert ours.pop(key) == pytest.approx(theirs.pop(key), rel=1e-6, abs=1e-6)
         assert ours == theirs
+
+
+def strange() -> dict[str, tuple[dict[str, Any], bool]]:
+    """For each kind of feature a row without it, and one with a word training never had; and may it be."""
+    found = {}
+    for name, one in INPUTS.items():
+        kind = ("open " if one["dtype"] == "string" and not one["categories"] else "") + one["dtype"]
+        found[f"null for {kind}{' with nulls' * one['nullable']}"] = {**EXAMPLE, name: None}, one["nullable"]
+        if one["dtype"] == "string":
+            found[f"new word for {kind}"] = {**EXAMPLE, name: "never seen"}, not one["categories"]
+    return found
+
+
+@pytest.mark.parametrize(("features", "allowed"), strange().values(), ids=strange())
+def test_what_training_never_saw_is_treated_alike_everywhere(
+    server: Server, tmp_path: Path, features: dict[str, Any], allowed: bool
+) -> None:
+    """Nulls and new words: both calls and the golden path answer alike or, as the contract says, refuse."""
+    version, address = server
+    calls = {"predict": features, "predict/batch": {"instances": [features]}}
+    if not allowed:
+        for call, body in calls.items():
+            with pytest.raises(urllib.error.HTTPError, match="422"):
+                post(f"{address}/v1/{call}", body)
+        with pytest.raises(subprocess.CalledProcessError):
+            predict_without_server(version, tmp_path, features)
+        return
+    alone, batch = (post(f"{address}/v1/{call}", body) for call, body in calls.items())
+    (without,) = predict_without_server(version, tmp_path, features)
+    for answer in (*batch["predictions"], without):
+        for key in ("probabilities", "score") if LABELS else ("value",):
+            assert answer[key] == pytest.approx(alone[key], rel=1e-6, abs=1e-6)
+        for key in ("label", "action"):
+            assert answer.get(key) == alone.get(key)
 
 
 def test_the_golden_path_takes_one_instance(server: Server, tmp_path: Path) -> None:

@@ -231,16 +231,7 @@ def test_a_breach_of_the_contract_names_the_field(
     assert kind in (None, error["type"])
 
 
-OPEN = [name for name, one in INPUTS.items() if one["dtype"] == "string" and not one["categories"]]
 NULLABLE = [name for name, one in INPUTS.items() if one["nullable"]]
-
-
-@pytest.mark.parametrize(
-    "name", OPEN or [pytest.param("", marks=pytest.mark.skip("no feature is open text"))]
-)
-def test_a_category_never_seen_is_answered_where_text_is_open(service: Service, name: str) -> None:
-    """A category that training did not have gets an answer where the contract does not list categories."""
-    assert service.predict({**EXAMPLE, name: "never seen"}).status_code == 200
 
 
 @pytest.mark.parametrize(

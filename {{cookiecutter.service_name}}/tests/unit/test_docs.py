@@ -111,7 +111,9 @@ def metrics_in(expression: str) -> set[str]:
 
 def declared() -> set[str]:
     """Every series name that the service's metrics can produce."""
-    families: list[Metric] = list(Metrics().registry.collect())
+    metrics = Metrics()
+    metrics.expect_values([0.0])  # as for a regressor
+    families: list[Metric] = list(metrics.registry.collect())
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
     return {family.name + suffix for family in families for suffix in suffixes[family.type]}
 
