@@ -141,7 +141,7 @@ def import_model(
         typer.echo(f"import-model: differs from what these inputs make: {', '.join(changes)}", err=True)
         raise typer.Exit(1)
     for name in changes:
-        typer.echo(f"{name}: written")
+        typer.echo(f"{name}: {'written' if (ROOT / name).exists() else 'removed'}")
     if not changes:
         typer.echo(f"{ARTIFACTS / version}: unchanged")
     if serve:
