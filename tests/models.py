@@ -50,6 +50,8 @@ def save(folder: Path, model: Any, rows: Frame, target: Any, name: str, suffix: 
         table.to_json(path, orient="records", lines=True, double_precision=15)
     else:
         table.to_feather(path, compression="uncompressed")
+    if "held" in extra:
+        extra["held"].to_csv(folder / "holdout.csv", index=False)
     asked = rows.iloc[np.linspace(0, len(rows) - 1, ROWS).astype(int)]
     missing = rows[rows.isna().any(axis=1)][:5]
     asked = pd.concat([asked, missing, *([extra["more"]] if "more" in extra else [])], ignore_index=True)
@@ -100,8 +102,10 @@ def logistic(folder: Path) -> None:
 def forest(folder: Path) -> None:
     """Whole numbers as labels, from Parquet."""
     wine = load_wine(as_frame=True)
-    model = RandomForestClassifier(30, random_state=0).fit(wine.data, wine.target)
-    save(folder, model, wine.data, wine.target, "cultivar", ".parquet")
+    seen = wine.data.index % 5 > 0
+    model = RandomForestClassifier(30, random_state=0).fit(wine.data[seen], wine.target[seen])
+    held = wine.data[~seen].assign(cultivar=wine.target[~seen])
+    save(folder, model, wine.data[seen], wine.target[seen], "cultivar", ".parquet", held=held)
 
 
 def boosting(folder: Path) -> None:
@@ -127,6 +131,42 @@ def pipeline(folder: Path) -> None:
     model = make_pipeline(prepare, Ridge()).fit(rows, target)
     more = rows[:1].assign(Name="a car that nobody has built")
     save(folder, model, rows, target, "Miles_per_Gallon", ".arrow", more=more)
+
+
+def economical(folder: Path) -> None:
+    """Booleans as labels; whole numbers of which some are missing, closed text, spaces and other letters."""
+    frame = cars()
+    power, target = "puissance du moteur 馬力", "économe"
+    named = {"Horsepower": power, "Weight_in_lbs": "Weight (lbs)"}
+    rows = frame.drop(columns=["Name", "Acceleration", "Miles_per_Gallon"]).rename(columns=named)
+    economic = frame["Miles_per_Gallon"] > 23
+    prepare = ColumnTransformer(
+        [("text", OneHotEncoder(handle_unknown="ignore"), ["Origin"])],
+        remainder=make_pipeline(SimpleImputer(strategy="median"), StandardScaler()),
+    )
+    seen = rows.index % 5 > 0
+    model = make_pipeline(prepare, LogisticRegression()).fit(rows[seen], economic[seen])
+    held = rows[~seen].assign(**{target: economic[~seen]})
+    whole = rows[seen].astype({power: "Int64"})
+    save(
+        folder, model, whole, economic[seen], target, ".csv", held=held,
+        matrix=lambda asked: asked.astype({power: float}),
+    )  # fmt: skip
+
+
+def beyond(folder: Path) -> None:
+    """A regressor with answers below zero, of missing values and closed text."""
+    frame = cars()
+    rows = frame.drop(columns=["Name", "Miles_per_Gallon"])
+    target, name = frame["Miles_per_Gallon"] - frame["Miles_per_Gallon"].mean(), "mpg beyond the mean"
+    prepare = ColumnTransformer(
+        [("text", OneHotEncoder(handle_unknown="ignore"), ["Origin"])],
+        remainder=make_pipeline(SimpleImputer(strategy="median"), StandardScaler()),
+    )
+    seen = rows.index % 5 > 0
+    model = make_pipeline(prepare, Ridge()).fit(rows[seen], target[seen])
+    held = rows[~seen].assign(**{name: target[~seen]})
+    save(folder, model, rows[seen], target[seen], name, ".parquet", held=held)
 
 
 def line(folder: Path) -> None:
@@ -369,7 +409,8 @@ def torch_bad(folder: Path) -> None:
 CASES: dict[str, Callable[[Path], None]] = {
     made.__name__: made
     for made in (
-        logistic, forest, boosting, pipeline, line, wide, lightgbm, lightgbm_regressor, xgboost, histogram,
+        logistic, forest, boosting, pipeline, economical, beyond, line, wide, lightgbm, lightgbm_regressor,
+        xgboost, histogram,
         onnx, bad,
     )
 }  # fmt: skip

@@ -24,8 +24,19 @@ BIN = Path(".venv", "Scripts" if os.name == "nt" else "bin")
 PATIENCE_SECONDS = 120
 # Each kind of model with what is special about it; tests/models.py fits them.
 KINDS = [
-    "logistic", "forest", "boosting", "pipeline", "line", "wide", "lightgbm", "lightgbm_regressor", "xgboost",
+    "logistic", "boosting", "pipeline", "line", "wide", "lightgbm", "lightgbm_regressor", "xgboost",
     "onnx",
+]  # fmt: skip
+
+# What the owner of a service runs. Of its tests those whose subject the contract is; `make test` has all.
+OWN_CHECKS = [
+    ("ruff", "format", "--check"),
+    ("ruff", "check"),
+    ("mypy",),
+    ("python", "-m", "pytest", "--quiet", "tests/unit", "tests/contract", "tests/golden",
+     *(f"tests/integration/test_{name}.py" for name in ("http", "monitoring", "load_gate", "rollout"))),
+    ("python", "-m", "lifecycle", "evaluate", "v2"),
+    ("python", "-m", "lifecycle", "rollback"),
 ]  # fmt: skip
 
 
@@ -247,6 +258,24 @@ def test_torch_module_that_cannot_be_served_is_refused_in_one_line(
     assert ended.returncode == 1, ended.stdout
     assert said in ended.stdout.splitlines()[-1]
     assert not status(project)
+
+
+@pytest.mark.parametrize("shape", ["economical", "beyond", "forest"])
+def test_nothing_else_needs_editing(project: Path, fitted: Path, shape: str) -> None:
+    """After an import the service's own checks, tests and gates pass, whatever the shape of the contract.
+
+    Booleans with nulls, closed text and odd names; a regressor below zero; three whole numbers as labels.
+    """
+    case = fitted / shape
+    (held,) = case.glob("holdout.*")
+    ended = bring_case(project, case, "--holdout", str(held))
+    assert ended.returncode == 0, ended.stdout
+    commit(project, "A model of our own")
+    assert_served(project, case)
+    for program, *words in OWN_CHECKS:
+        ended = run(project / BIN / program, *words, cwd=project)
+        assert ended.returncode == 0, ended.stdout
+    assert not [line for line in status(project) if not line.endswith("evaluation/v2.json")]
 
 
 def test_model_without_onnx_form_is_served_by_skops(project: Path, fitted: Path) -> None:

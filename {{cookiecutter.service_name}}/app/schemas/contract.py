@@ -40,10 +40,8 @@ def label_key(label: Any) -> str:
 
 def contract_sha256(inputs: list[dict[str, Any]], outputs: dict[str, Any]) -> str:
     """Signature (sha256, hex) of a contract; keys that are mere words are left out."""
-    canonical = {
-        "inputs": [{key: entry.get(key) for key in _BINDING} for entry in inputs],
-        "outputs": {key: outputs[key] for key in ("task", "labels")},
-    }
+    canonical: dict[str, Any] = {"inputs": [{key: entry.get(key) for key in _BINDING} for entry in inputs]}
+    canonical["outputs"] = {key: outputs[key] for key in ("task", "labels")}
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
 """What the service itself answers: several predictions, problems, and its operational endpoints."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.schemas.predict import Features, Label, Prediction
 
@@ -26,6 +26,13 @@ class Batch:
     predictions: Annotated[list[Prediction], Field(description="In the order of the instances.")]
 
 
+def _of_own_type(label: Any) -> Any:
+    """Refuse `false` for 0 and 1 for `true`, which Python takes for equal."""
+    if label in (0, 1) and isinstance(label, bool) != isinstance(next(iter(get_args(Label)), 0), bool):
+        raise ValueError("not of the type of a label")
+    return label
+
+
 class Feedback(BaseModel):
     """What a prediction should have been."""
 
@@ -34,7 +41,7 @@ class Feedback(BaseModel):
     prediction_id: Annotated[
         str, Field(pattern=r"^[0-9a-f]{32}$", description="As the prediction's answer had it.")
     ]
-    label: Annotated[Label, Field(description="The true class.")]
+    label: Annotated[Label, BeforeValidator(_of_own_type), Field(description="The true class, or value.")]
 
 
 @dataclass(slots=True)

@@ -64,8 +64,8 @@ def test_the_document_teaches(live: dict[str, Any]) -> None:
     assert schemas["Features"]["examples"]
     for name, one in schemas["Features"]["properties"].items():
         said = {key for part in (one, *one.get("anyOf", [])) for key in part}
-        given = {key for key in ("unit", "minimum", "maximum") if INPUTS[name][key] is not None}
-        assert {"description", *given} <= said, name
+        keys = ("description", "unit", "minimum", "maximum")
+        assert {key for key in keys if INPUTS[name][key] not in (None, "")} <= said, name
     answer = schemas["Prediction"]["properties"]
     assert "probability" in answer["score"]["description"] if LABELS else answer["value"]["description"]
 

@@ -46,7 +46,7 @@ KEYS = {
     "timestamp", "level", "event", "request_id", "trace_id", "method", "route", "status", "duration_ms",
     "model_version", "prediction_id", "client",
 }  # fmt: skip
-CANARY = 7.123456
+CANARY = 7.123456 if not NUMBER or INPUTS[NUMBER]["dtype"] == "float64" else 7123456
 
 
 def test_a_request_is_one_line(service: Service) -> None:
@@ -366,7 +366,8 @@ class Quoting:
         self._runtime, self.dtype = runtime, runtime.dtype
 
     def infer(self, matrix):
-        if matrix.max() > 7:
+        numbers = [one for row in matrix.tolist() for one in row if isinstance(one, float | int)]
+        if any(abs(one - CANARY) < 1e-3 for one in numbers):
             raise ValueError(f"cannot digest {matrix.tolist()}")
         return self._runtime.infer(matrix)
 
@@ -403,7 +404,7 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
 
     Names of unknown fields come back to their sender in `loc`, and nowhere else.
     """
-    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "broken.py").write_text(BROKEN.replace("CANARY", str(CANARY)))
     key = "kestrel-key-that-is-right"
     settings: dict[str, Any] = {"workers": 1, "log_level": "DEBUG", "tracing_endpoint": collector.url}
     digest = sha256(key.encode()).hexdigest()
@@ -439,7 +440,7 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
             ),
             service.client.get("/crash/kestrel"),
         ]
-        assert [answer.status_code for answer in answers].count(500) == 3
+        assert [answer.status_code for answer in answers].count(500) == (3 if NUMBER else 1)
         service.predict({**EXAMPLE, "kestrel": 1}, headers=right)
         service.predict({**EXAMPLE, "kestrel": 1}, headers=marked)
         address = httpx2.URL(service.url)
@@ -464,7 +465,9 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
         assert str(CANARY) not in text, name
     # It was not for want of failures: each left its type and its frames.
     exceptions = " ".join(line.get("exception", "") for line in lines)
-    assert {"ValueError", "KeyError", "RuntimeError"} <= set(re.findall(r"\w+Error", exceptions))
+    assert {*(["ValueError"] if NUMBER else []), "KeyError", "RuntimeError"} <= set(
+        re.findall(r"\w+Error", exceptions)
+    )
     assert len([line for line in lines if line["event"] == "an error on the event loop"]) == 2
     assert len([line for line in lines if line["event"] == "a thread failed"]) == 1
     assert "c" * 32 in {span["trace_id"] for span in collector.spans()}

@@ -240,7 +240,7 @@ class Bomb:
         return os.mkdir, (str(self._trace),)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ["v0", "v1"])
 @pytest.mark.parametrize("content", ["pickle", "noise", "empty", "text"])
 def test_what_is_no_model_is_refused_and_never_unpickled(
     root: Path, tmp_path: Path, version: str, content: str

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from app.schemas.contract import contract_inputs, contract_outputs
+from lifecycle import assemble
 from lifecycle.contract_writer import Feature, field_names, formatted, source
 from lifecycle.import_model import WORK, alone, apply, parsed_bounds, recover
 from lifecycle.tables import SAMPLE_ROWS, Column, Refusal, Table, profile, read_sample, sample
@@ -197,6 +199,22 @@ def test_bounds_are_read_from_the_command_line() -> None:
     for text in ("age", "age=1", "=0:1", "age=a:b"):
         with pytest.raises(Refusal, match="name=least:greatest"):
             parsed_bounds([text])
+
+
+def test_thresholds_of_a_new_contract_ask_for_more_than_one_answer_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A classifier has to beat the commonest label, a regressor the mean; what was of old columns is gone."""
+    text = (Path(__file__).resolve().parents[2] / "evaluation" / "thresholds.toml").read_text("utf-8")
+    text += '\n[[slices]]\ncolumn = "an old column"\nrmse = 7\n'
+    for labels, truths, section, wanted in (
+        (["a", "b"], ["a", "b", "b"], "classification", {"accuracy": 0.666, "auc": 0.5}),
+        ([], [-1.0, None, 1.0], "regression", {"rmse": 1.0}),
+    ):
+        monkeypatch.setattr(assemble, "labels", lambda labels=labels: labels)
+        found = tomllib.loads(assemble.thresholds(text, "é", pa.array(truths)))
+        assert wanted.items() <= found[section].items()
+        assert found["slices"] == [{"column": "target", "minimum_rows": 5}]
 
 
 @pytest.fixture

@@ -27,10 +27,12 @@ from app.core.errors import ServiceError
 from app.core.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.drift import LEAST_ROWS, LINE_ROWS, MISSING, OTHER, ROWS_A_BIN, Drift, settled
 from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
+from app.schemas.service import Feedback as Truth
 from lifecycle import monitor
 from lifecycle.__main__ import commands
 from lifecycle.package import MAX_BINS
 from tests.conftest import ANSWER, ARTIFACTS, SERVED, prediction
+from tests.conftest import LABELS as OWN_LABELS
 from tests.watching import program
 
 RULES = Path(__file__).resolve().parents[2] / "ops" / "prometheus" / "drift_rules.yml"
@@ -317,6 +319,19 @@ CONTRACT = "c" * 64
 LABELS = ["yes", "no", "maybe"]
 IDS = Feedback(LABELS, dict.fromkeys(["v0", "v1", "v20261121"], 0.0), CONTRACT)
 STEMS = st.text("0123456789abcdef", min_size=STEM_DIGITS, max_size=STEM_DIGITS)
+
+
+def test_the_truth_comes_in_the_type_of_the_labels() -> None:
+    """`false` is no 0 and `true` no 1, though Python takes them for equal; what is a label is taken."""
+
+    def taken(label: Any) -> Any:
+        return Truth.model_validate_json(json.dumps({"prediction_id": "0" * 32, "label": label})).label
+
+    own = OWN_LABELS or [0.5]
+    assert [taken(label) for label in own] == own
+    for other in (0, 1) if isinstance(own[0], bool) else (False, True):
+        with pytest.raises(ValueError, match="label"):
+            taken(other)
 
 
 @given(stem=STEMS, version=st.sampled_from(["v0", "v1", "v20261121"]), chosen=st.sampled_from(LABELS))
