@@ -317,6 +317,33 @@ def test_importing_again_changes_nothing(project: Path, fitted: Path) -> None:
     assert status(project) == [" M docs/example.json"]
 
 
+def test_words_that_a_person_adds_are_kept(project: Path, fitted: Path) -> None:
+    """Titles and descriptions change no version, a unit makes the next one; all outlive a new contract."""
+    case, predict = fitted / "logistic", project / "app" / "schemas" / "predict.py"
+    assert bring_case(project, case).returncode == 0
+    commit(project, "A model of our own")
+    name = 'alias="Sepal Length"'
+    words = f'{name}, title="Length", description="Of the sepal."'
+    predict.write_text(predict.read_text("utf-8").replace(name, words), "utf-8")
+    assert bring_case(project, case).returncode == 0
+    assert status(project) == [" M app/schemas/predict.py", " M openapi.json"]
+    assert bring_case(project, case, "--check").returncode == 0
+    unit = f'{words}, json_schema_extra={{"unit": "cm"}}'
+    predict.write_text(predict.read_text("utf-8").replace(words, unit), "utf-8")
+    ended = bring_case(project, case)
+    assert ended.returncode == 0, ended.stdout
+    assert json.loads((project / "artifacts" / "release.json").read_bytes())["serving"] == "v3"
+    assert bring_case(project, case, "--check").returncode == 0
+    ended = bring_case(project, case, "--bounds", "Sepal Length=0:20")
+    assert ended.returncode == 0, ended.stdout
+    assert "kept as app/schemas/predict.py had them: 'Sepal Length'" in ended.stdout
+    properties = json.loads((project / "openapi.json").read_bytes())["components"]["schemas"]["Features"]
+    kept = properties["properties"]["Sepal Length"]
+    assert [kept[one] for one in ("title", "description", "unit", "maximum")] == [
+        "Length", "Of the sepal.", "cm", 20,
+    ]  # fmt: skip
+
+
 def test_same_contract_adds_a_version_beside_the_served_one(project: Path, fitted: Path) -> None:
     """A model for the contract that is served becomes the next version; what serves stays."""
     case = fitted / "lightgbm"

@@ -24,12 +24,12 @@ from app.core.errors import ArtifactError
 from app.core.manifest import Training
 from app.core.pipeline import Pipeline, Policy
 from app.core.runtimes import load_runtime
-from app.core.store import RELEASE, read_artifact
+from app.core.store import MANIFEST, RELEASE, read_artifact
 from app.observability.metrics import Metrics, Recorder
 from app.schemas.contract import contract_inputs
 from lifecycle.convert import ANSWERS, REQUEST, RESULT, SAMPLE
 from lifecycle.docs import documents, snapshot
-from lifecycle.package import baseline, golden_set, labels, pack, publish, start_release
+from lifecycle.package import baseline, canonical_json, golden_set, labels, pack, publish, start_release
 from lifecycle.stub import VERSION as STUB
 from lifecycle.stub import ignorant_stub
 from lifecycle.tables import Refusal, read_sample
@@ -100,7 +100,10 @@ def version_files(
         ranges={name: (low, high) for name, (low, high) in request["ranges"].items()},
         trusted_types=result["trusted_types"],
     )
-    made = {request["version"]: packed}
+    manifest = json.loads(packed[MANIFEST])
+    for entry in manifest["inputs"]:
+        entry |= request["words"].get(entry["name"], {})
+    made = {request["version"]: packed | {MANIFEST: canonical_json(manifest)}}
     if request["new_contract"]:
         made[STUB] = ignorant_stub(request["name"], rows, answers)
     return made

@@ -2,7 +2,7 @@
 
     features, labels, example -> source(...) -> text of the module
 
-Units, descriptions and bounds are a person's to add; an import keeps those of columns that stay.
+Titles, descriptions, units and bounds are a person's to add; an import keeps those of columns that stay.
 """
 
 import json
@@ -87,6 +87,7 @@ class Feature:
     nullable: bool
     categories: list[str] | None = None
     unit: str | None = None
+    title: str = ""
     description: str = ""
     minimum: float | None = None
     maximum: float | None = None
@@ -153,8 +154,11 @@ def _field(own: str, feature: Feature) -> str:
     for name, bound in (("ge", feature.minimum), ("le", feature.maximum)):
         if bound is not None:
             words.append(f"{name}={bound:.17g}" if bound == int(bound) else f"{name}={bound!r}")
-    if feature.description:
-        words.append(f"description={_literal(feature.description)}")
+    words += [
+        f"{name}={_literal(text)}"
+        for name, text in (("title", feature.title), ("description", feature.description))
+        if text
+    ]
     if feature.unit:
         words.append(f'json_schema_extra={{"unit": {_literal(feature.unit)}}}')
     return f"    {own}: Annotated[{kind}, Field({', '.join(words)})]\n" if words else f"    {own}: {kind}\n"

@@ -32,7 +32,7 @@ import typer
 from app.core.errors import ArtifactError
 from app.core.manifest import Manifest
 from app.core.store import MANIFEST, RELEASE, read_manifest, read_release
-from app.schemas.contract import contract_inputs, contract_outputs
+from app.schemas.contract import contract_inputs, contract_outputs, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle import package
 from lifecycle.contract_writer import Feature, source
@@ -321,19 +321,22 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
          "minimum": one.minimum, "maximum": one.maximum, "categories": one.categories}
         for one in features
     ]  # fmt: skip
-    new = served != wanted or contract_outputs() != {"task": result["task"], "labels": result["labels"]}
+    rewritten = served != wanted or contract_outputs() != {"task": result["task"], "labels": result["labels"]}
+    contract = "" if rewritten else served_contract_sha256()
     data_sha256, model_sha256 = fingerprint(wish.data), fingerprint(wish.model)
     training = {
         "data_sha256": data_sha256, "rows": table.rows, "target": wish.target,
         "query": f"{wish.data.name}, all rows", "code_revision": f"sha256:{model_sha256}",
     }  # fmt: skip
-    current = None if new else served_manifest()
+    current = None if rewritten else served_manifest()
+    new = not current or current.contract_sha256 != contract
     threshold, tolerance = wish.review_threshold, wish.feedback_tolerance
     if threshold is None:
         threshold = current.outputs.review_threshold if current else REVIEW_THRESHOLD
     if tolerance is None:
         tolerance = current.outputs.feedback_tolerance if current else 0.0
-    version = version_for(training, result["runtime"], new=new)
+    version = version_for(training, result["runtime"], contract)
+    made = manifests().get(version)
     rows = wish.holdout and f"{HOLDOUT}{wish.holdout.suffix.lower()}"
     request = {
         "version": version,
@@ -349,9 +352,17 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
         "review_threshold": threshold,
         "feedback_tolerance": tolerance,
         "holdout": rows,
+        # Words may change at any time, and a version never.
+        "words": {
+            one.name: {"description": one.description, "example": one.example}
+            for one in (made.inputs if made else ())
+        },
     }
     copy = copy_repository(work, version)
-    if new:
+    if rewritten:
+        kept = [one.name for one in features if one.title or one.description or one.unit]
+        if kept:
+            say(f"title, description and unit are kept as {PREDICT} had them: {', '.join(map(repr, kept))}")
         text = source(features, result["labels"], examples(work, result["names"]), wish.target)
         (copy / PREDICT).write_text(text, "utf-8", newline="\n")
     if wish.holdout and rows:
@@ -363,7 +374,8 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
 def feature(column: Column, bounds: dict[str, tuple[float | None, float | None]]) -> Feature:
     """A column as the contract has it; what a person added to it in predict.py stays."""
     served = {entry["name"]: entry for entry in contract_inputs()}.get(column.name)
-    properties = Features.model_json_schema()["properties"].get(column.name, {})
+    fields = {field.alias or name: field for name, field in Features.model_fields.items()}
+    words = fields.get(column.name)
     own = served if served and served["dtype"] == column.dtype else None
     minimum, maximum = bounds.get(column.name, (own["minimum"], own["maximum"]) if own else (None, None))
     categories = None
@@ -377,8 +389,9 @@ def feature(column: Column, bounds: dict[str, tuple[float | None, float | None]]
         dtype=column.dtype or "float64",
         nullable=column.nullable,
         categories=categories,
-        unit=own["unit"] if own else None,
-        description=properties.get("description", "") if own else "",
+        unit=served["unit"] if served else None,
+        title=(words and words.title) or "",
+        description=(words and words.description) or "",
         minimum=minimum,
         maximum=maximum,
     )
@@ -413,12 +426,12 @@ def served_manifest() -> Manifest | None:
         return None
 
 
-def version_for(training: dict[str, Any], runtime: str, *, new: bool) -> str:
-    """The version that these inputs made before, or the next number."""
+def version_for(training: dict[str, Any], runtime: str, contract: str) -> str:
+    """The version that these inputs made for this contract before, or the next number."""
     there = manifests()
     for name, manifest in sorted(there.items(), key=lambda pair: int(pair[0][1:])):
         made = manifest.training
-        alike = made and not new and manifest.runtime == runtime
+        alike = made and manifest.contract_sha256 == contract and manifest.runtime == runtime
         if alike and all(getattr(made, key) == value for key, value in training.items()):
             return name
     return f"v{max((int(name[1:]) for name in there), default=0) + 1}"
@@ -510,8 +523,8 @@ def report(result: dict[str, Any], version: str, *, new_contract: bool, rows: in
         return
     if new_contract:
         say(
-            f"the inputs or labels are new: {PREDICT} is rewritten, v0 is a stub, {version} serves; versions "
-            "before it are of the old contract"
+            f"the inputs or labels are new: they stand in {PREDICT}, v0 is a stub, {version} serves; other "
+            "versions are of the old contract"
         )
     else:
         say(f"the contract stays: {version} stands beside the served version until it is promoted")

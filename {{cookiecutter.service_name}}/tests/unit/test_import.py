@@ -167,7 +167,7 @@ FEATURES = [
     Feature("plain", "float64", nullable=False),
     Feature('with a "quote" and \\', "int64", nullable=True, minimum=0, maximum=120, unit="a"),
     Feature("kind", "string", nullable=True, categories=["a", 'b"', "ü"]),
-    Feature("free text", "string", nullable=False, description="Whatever."),
+    Feature("free text", "string", nullable=False, title="Text", description="Whatever."),
     Feature("yes", "bool", nullable=False),
 ]
 EXAMPLE = {FEATURES[0].name: 1.5, FEATURES[1].name: None, "kind": 'b"', "free text": "x", "yes": True}
@@ -175,11 +175,15 @@ EXAMPLE = {FEATURES[0].name: 1.5, FEATURES[1].name: None, "kind": 'b"', "free te
 
 @pytest.mark.parametrize("labels", [["a", "b"], [0, 1, 2], [False, True], []])
 def test_the_written_contract_is_what_was_inferred(labels: list[Any]) -> None:
-    """Types, missing values, categories, bounds, units, labels and task are read back as they were found."""
+    """Types, missing values, categories, bounds, words, labels and task are read back as they were found."""
     module = written(FEATURES, labels, EXAMPLE)
     keys = ("name", "dtype", "nullable", "categories", "unit", "minimum", "maximum")
     assert [{key: entry[key] for key in keys} for entry in contract_inputs(module.Features)] == [
         {key: getattr(feature, key) for key in keys} for feature in FEATURES
+    ]
+    fields = module.Features.model_fields.values()
+    assert [(field.title or "", field.description or "") for field in fields] == [
+        (feature.title, feature.description) for feature in FEATURES
     ]
     task = "classification" if labels else "regression"
     assert contract_outputs(module.Prediction) == {"task": task, "labels": labels}
