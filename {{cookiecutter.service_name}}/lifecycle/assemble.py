@@ -155,7 +155,7 @@ def prepare_evaluation(root: Path, request: dict[str, Any], target: Any) -> None
     """Make `make evaluate` ask what this model can be asked; raises Refusal where given rows do not fit."""
     path = root / "evaluation" / "thresholds.toml"
     text, holdout = path.read_text("utf-8") if path.is_file() else "", request["holdout"]
-    if request["new_contract"]:
+    if request["rewritten"]:
         text = thresholds(text, request["target"], target)
     if holdout:
         # Here, because it takes long to import.

@@ -215,14 +215,15 @@ def run(wish: Wish, *, check: bool) -> tuple[str, list[str]]:
         of_all = "all of them" if rows == table.rows else f"a sample of {rows:,}, drawn with seed 0"
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
         result = converted(work, wish, table, candidates)
-        version, new_contract = prepare(work, wish, table, result)
+        version, new_contract, rewritten = prepare(work, wish, table, result)
         child("assemble", work, cwd=work / "repository")
         refused(work)
         changes = changed(work / "repository", version, check=check)
-        changes += [] if wish.holdout is None and not new_contract else outdated(work / "repository")
+        changes += [] if wish.holdout is None and not rewritten else outdated(work / "repository")
         point_out(table, result["names"], wish.target, work / SAMPLE)
-        report(result, version, new_contract=new_contract, rows=rows, changed=bool(changes) and not check)
-        if new_contract and wish.holdout is None and not check:
+        made = not check and any((ARTIFACTS / version) in path.parents for path in changes)
+        report(result, version, new_contract=new_contract, rows=rows, changed=made)
+        if rewritten and wish.holdout is None and not check:
             say(
                 "`make evaluate` needs rows that the model never saw: repeat with HOLDOUT=rows.csv, or give "
                 "it DATA=rows.csv"
@@ -303,8 +304,11 @@ def converted(work: Path, wish: Wish, table: Table, columns: Sequence[Column]) -
     return refused(work)
 
 
-def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tuple[str, bool]:
-    """Write what `assemble` needs; the version, and whether its contract is another than the served one."""
+def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tuple[str, bool, bool]:
+    """Write what `assemble` needs; the version, whether its contract is new, and whether we have to write it.
+
+    The contract is new without our writing where a person changed a unit or a bound in predict.py.
+    """
     features = [feature(table.columns[name], wish.bounds) for name in result["names"]]
     if unknown := sorted(wish.bounds.keys() - set(result["names"])):
         raise Refusal(f"--bounds: the model takes no column {unknown[0]!r}")
@@ -343,6 +347,7 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
         "name": current.name if current else slug(wish.model.stem),
         "target": wish.target,
         "new_contract": new,
+        "rewritten": rewritten,
         "training": training,
         "ranges": {
             name: (column.low, column.high)
@@ -368,7 +373,7 @@ def prepare(work: Path, wish: Wish, table: Table, result: dict[str, Any]) -> tup
     if wish.holdout and rows:
         shutil.copyfile(wish.holdout, copy / rows)
     (work / REQUEST).write_text(json.dumps(request), "utf-8")
-    return version, new
+    return version, new, rewritten
 
 
 def feature(column: Column, bounds: dict[str, tuple[float | None, float | None]]) -> Feature:
