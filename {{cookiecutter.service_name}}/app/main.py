@@ -182,7 +182,7 @@ def _project() -> dict[str, Any]:
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI application; settings come from the master, or else the environment, unless given."""
     settings = settings or (inheritance.settings if inheritance else load_settings())
-    log, writer = configure_logging(settings.log_level, settings.log_format)
+    log, request_line, writer = configure_logging(settings.log_level, settings.log_format)
     metrics = Metrics()
     writer.on_drop = metrics.dropped_lines.inc
     tracing = None
@@ -199,6 +199,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=project["version"],
         settings=settings,
         log=log,
+        request_line=request_line,
         admission=Admission(settings.max_concurrency + settings.max_queue, settings.request_deadline_seconds),
         guard=Guard(settings, log, metrics.fallbacks.inc),
         recorder=Recorder(metrics),

@@ -1,6 +1,6 @@
 """A connection: what uvicorn leaves open between the socket and the first request that is one.
 
-    bytes -> httptools -> complete head within time and limits -> uvicorn's cycle -> Cork -> bytes
+    bytes -> httptools -> complete head within time and limits -> uvicorn's cycle -> one piece of bytes
                        -> anything else: `_refuse` -> the application's problem document -> close
 
 uvicorn's workers heed none of gunicorn's limits and wait for ever. Here every wait for a client has an end,
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.core.errors import ServiceError
 
@@ -23,26 +23,17 @@ MAX_PIPELINED = 100  # requests that wait on one connection for those before the
 LINGER_SECONDS = 1.0  # for what an idle connection may still bring while the server stops
 WIRE_FACTOR = 2  # what a body may take with its chunks: those of a byte each would cost a second of work
 
+_CLOSE = (b"connection", b"close")  # among the headers of every answer while the server stops
 _TRAILERS: Any = deque(maxlen=0)  # takes in the fields after a body and keeps none: they are no headers
 
 
-class Cork:
-    """A transport that holds back a response's head until its body follows: one system call, one packet."""
+class Door:
+    """A transport whose closing leaves the client the time to read what it was told: see `_hang_up`."""
 
-    __slots__ = ("_closing", "_hang_up", "_head", "_loop", "_transport")
+    __slots__ = ("_closing", "_hang_up", "_transport")
 
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop, hang_up: Callable[[], None]) -> None:
-        self._transport, self._loop, self._head = transport, loop, b""
-        self._hang_up, self._closing = hang_up, False
-
-    def write(self, data: bytes) -> None:
-        """Send what was held back and `data`; or hold `data` back for the rest of this turn of the loop."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head + data)
-        else:
-            self._head = data
-            self._loop.call_soon(self._flush)
+    def __init__(self, transport: Any, hang_up: Callable[[], None]) -> None:
+        self._transport, self._hang_up, self._closing = transport, hang_up, False
 
     def is_closing(self) -> bool:
         """See `asyncio.Transport`."""
@@ -50,27 +41,24 @@ class Cork:
 
     def close(self) -> None:
         """See `asyncio.Transport`; the second call does not wait for the client any more."""
-        self._flush()
         if self._closing:
             self._transport.close()
         else:
             self._closing = True
             self._hang_up()
 
-    def _flush(self) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol with an end to every wait, a bound on every size, and one packet an answer."""
+    """uvicorn's protocol with an end to every wait, a bound on every size, and most answers in one piece."""
 
     # Beyond thirty attributes Python's dictionary for an instance gets slow; uvicorn's has nearly as many.
-    __slots__ = ("_deaf", "_in_body", "_max_wire", "_patience", "_seconds", "_size", "_socket", "_stalled")
+    __slots__ = (
+        "_deaf", "_extensions", "_idle", "_idle_since", "_in_body", "_max_wire",
+        "_patience", "_seconds", "_size", "_socket", "_stalled",
+    )  # fmt: skip
 
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
@@ -79,25 +67,30 @@ class Protocol(HttpToolsProtocol):
         self._seconds: float = settings.header_timeout_seconds
         self._max_wire: int = MAX_HEAD_BYTES + WIRE_FACTOR * settings.max_body_bytes
         self._socket = transport
-        self.transport: Any = Cork(transport, self.loop, self._hang_up)
+        self.transport: Any = Door(transport, self._hang_up)
         self.url, self.headers = b"", _TRAILERS
         self._size = 0  # bytes since the last request or head was complete, as of the last packet
         self._in_body = self._deaf = False
         self._stalled: asyncio.TimerHandle | None = None  # rings when a client takes no answer
         self._patience: asyncio.TimerHandle | None = None  # rings when a client has not finished speaking
+        self._extensions: Any = {"http.response.whole": self._write}
         self._be_patient()
+        # One timer for all waits between requests: one for each, as uvicorn has it, costs more than a model.
+        self._idle_since = self.loop.time()
+        self._idle = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         super().connection_lost(exc)
         self._be_patient(False)
+        self._idle.cancel()
+        self._extensions.clear()  # else this object would stay until the collector looks
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         if self._deaf:
             return
-        self._unset_keepalive_if_required()
         self._size += len(data)
         try:
             self.parser.feed_data(data)
@@ -123,6 +116,7 @@ class Protocol(HttpToolsProtocol):
                 raise ServiceError("invalid_request")
             return  # httptools would lose the body: see `_decline`
         HttpToolsProtocol.on_headers_complete(self)
+        self.scope["extensions"] = self._extensions
         self.headers, self._in_body, self._size = _TRAILERS, True, 0
 
     def on_message_complete(self) -> None:
@@ -134,11 +128,18 @@ class Protocol(HttpToolsProtocol):
             cycle.more_body = False
             cycle.message_event.set()
         else:  # only the rest of the body was still to come
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._idle_since = self.loop.time()
         if self._patience is not None:
             self._be_patient(False)
+
+    def on_response_complete(self) -> None:
+        """See uvicorn."""
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._idle_since = self.loop.time()
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
 
     def shutdown(self) -> None:
         """See uvicorn; closing at once would reset a request that is on its way, so that one is answered."""
@@ -162,6 +163,34 @@ class Protocol(HttpToolsProtocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
+
+    def _write(self, send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Answer in one piece; False, and nothing done, where `send` has to be called as ASGI says.
+
+        So it is where there is more to do than to write, or somebody has put a `send` of his own in between.
+        """
+        cycle = getattr(send, "__self__", None)
+        if not isinstance(cycle, RequestResponseCycle) or not cycle.keep_alive or cycle.disconnected:
+            return False
+        if self.flow.write_paused or _CLOSE in cycle.default_headers:
+            return False
+        parts = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            parts += (name, b": ", value, b"\r\n")
+        self._socket.write(b"".join((*parts, b"\r\n", body)))
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
+
+    def _close_if_idle(self) -> None:
+        """Close a connection that has had no request for too long, or look again when it may have."""
+        busy = self._size or (self.cycle is not None and not self.cycle.response_complete)
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left <= 0 and not busy:
+            self.transport.close()
+        else:
+            self._idle = self.loop.call_later(max(left, 1.0), self._close_if_idle)
 
     def _look(self) -> None:
         """The packet ended within a request: is it still one we wait for?"""

@@ -17,7 +17,7 @@ from app.core.feedback import STEM_DIGITS, Feedback
 from app.core.pipeline import Pipeline
 from app.core.shadow import Shadow
 from app.observability.flight import FlightRecorder
-from app.observability.logging import Logger
+from app.observability.logging import Logger, RequestLine
 from app.observability.metrics import Recorder
 from app.schemas.predict import Prediction
 from app.settings import Settings
@@ -45,6 +45,7 @@ class Service:
     version: str
     settings: Settings
     log: Logger
+    request_line: RequestLine
     admission: Admission
     guard: Guard
     recorder: Recorder
@@ -127,17 +128,28 @@ class Call:
         for start in range(0, len(entries), AUDIT_ROWS):
             service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
 
-    @property
-    def marks(self) -> dict[str, Any]:
-        """What only some log lines have: the signs of a retry, and what went wrong."""
-        marks: dict[str, Any] = {}
+    def write_line(self, method: str, route: str, status: int, seconds: float) -> None:
+        """The one line of this request."""
+        fields = {
+            "event": "request",
+            "request_id": self.request_id,
+            "trace_id": self.trace_id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 3),
+            "model_version": self.model_version,
+            "prediction_id": self.prediction_id,
+            "client": self.client,
+            **self.audit,
+        }
         if self.idempotency_key is not None:
-            marks["idempotency_key"] = hashlib.sha256(self.idempotency_key).hexdigest()[:12]
+            fields["idempotency_key"] = hashlib.sha256(self.idempotency_key).hexdigest()[:12]
         if self.attempt > 1:
-            marks["attempt"] = self.attempt
+            fields["attempt"] = self.attempt
         if self.error is not None:
-            marks["exc_info"] = self.error
-        return marks
+            fields["exc_info"] = self.error
+        self.service.request_line(self.error is not None, fields)
 
 
 def _current(request: Request) -> Call:

@@ -97,8 +97,10 @@ class ServiceMiddleware:
         if not started and status != _CLOSED_REQUEST:
             length, own = (b"content-length", b"%d" % len(body)), (b"x-request-id", call.request_id.encode())
             headers = [*headers, length, own]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            whole = scope.get("extensions", {}).get("http.response.whole") if route else None
+            if whole is None or not whole(send, status, headers, body):
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
         handler = getattr(scope.get("route"), "path", "none") if route is None else route.path
         seconds = perf_counter() - call.started
         if not passed_on:  # else the instrumentator, which FastAPI's stack holds, has counted it
@@ -106,20 +108,7 @@ class ServiceMiddleware:
         if call.canary is not None and call.model_version is not None:
             call.canary.note(call.taken, status, seconds)
             service.recorder.tried(call.model_version, status >= 500, seconds)
-        (service.log.error if call.error else service.log.info)(
-            "request",
-            request_id=call.request_id,
-            trace_id=call.trace_id,
-            method=method,
-            route=handler,
-            status=status,
-            duration_ms=round(seconds * 1000, 3),
-            model_version=call.model_version,
-            prediction_id=call.prediction_id,
-            client=call.client,
-            **call.audit,
-            **call.marks,
-        )
+        call.write_line(method, handler, status, seconds)
 
     def _open(self, scope: Scope) -> tuple[Call, bytes | None]:
         """The call and the key it shows, from one pass over the headers."""

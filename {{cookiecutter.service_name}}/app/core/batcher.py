@@ -84,7 +84,7 @@ class Batcher:
     @property
     def abandoned(self) -> int:
         """Requests that nobody waits for any more while their rows still run."""
-        return sum(job.future.done() for job in self._running)
+        return sum(job.future.done() for job in self._running) if self._running else 0
 
     @property
     def busy_seconds(self) -> float:
