@@ -45,11 +45,11 @@ def test_no_large_files() -> None:
 
 
 def test_size_of_the_service() -> None:
-    """The code that serves is at most 4,750 lines of Python, docstrings included: one person can read it."""
+    """The code that serves is at most 4,800 lines of Python, docstrings included: one person can read it."""
     lines = sum(
         len(file.read_text(encoding="utf-8").splitlines()) for file in (SERVICE / "app").rglob("*.py")
     )
-    assert 0 < lines <= 4750
+    assert 0 < lines <= 4800
 
 
 def test_every_option_is_documented() -> None:

@@ -29,9 +29,7 @@ STDOUT = 1
 
 Format = Literal["json", "console"]
 Logger = structlog.typing.FilteringBoundLogger
-RequestLine = Callable[
-    [bool, dict[str, Any]], None
-]  # whether it failed for a reason of ours, and what is in it
+RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the service failed, and what is in the line
 
 
 class LineWriter:
