@@ -167,19 +167,24 @@ class Protocol(HttpToolsProtocol):
     def _write(self, send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
         """Answer in one piece; False, and nothing done, where `send` has to be called as ASGI says.
 
-        So it is where there is more to do than to write, or somebody has put a `send` of his own in between.
+        So it is where the client is slow or gone, or somebody has put a `send` of his own in between.
         """
         cycle = getattr(send, "__self__", None)
-        if not isinstance(cycle, RequestResponseCycle) or not cycle.keep_alive or cycle.disconnected:
+        if not isinstance(cycle, RequestResponseCycle) or cycle.disconnected or self.flow.write_paused:
             return False
-        if self.flow.write_paused or _CLOSE in cycle.default_headers:
-            return False
+        headers = [*cycle.default_headers, *headers]
+        if cycle.keep_alive:
+            cycle.keep_alive = _CLOSE not in cycle.default_headers
+        elif _CLOSE not in headers:
+            headers.append(_CLOSE)
         parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *headers):
+        for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
         self._socket.write(b"".join((*parts, b"\r\n", body)))
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
         cycle.on_response()
         return True
 
@@ -246,6 +251,7 @@ class Protocol(HttpToolsProtocol):
         self.on_message_begin()
         scope: Any = self.scope
         scope |= {"method": "", "path": "", "raw_path": b"", "query_string": b"", "refused": error}
+        scope["extensions"] = self._extensions
         self.cycle = RequestResponseCycle(
             scope=scope,
             transport=self.transport,

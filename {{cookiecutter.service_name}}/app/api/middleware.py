@@ -97,7 +97,7 @@ class ServiceMiddleware:
         if not started and status != _CLOSED_REQUEST:
             length, own = (b"content-length", b"%d" % len(body)), (b"x-request-id", call.request_id.encode())
             headers = [*headers, length, own]
-            whole = scope.get("extensions", {}).get("http.response.whole") if route else None
+            whole = scope.get("extensions", {}).get("http.response.whole") if method != "HEAD" else None
             if whole is None or not whole(send, status, headers, body):
                 await send({"type": "http.response.start", "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
