@@ -415,8 +415,8 @@ def converting(process: int, project: Path, data: Path) -> bool:
 
 
 def writing(process: int, project: Path, data: Path) -> bool:
-    """Whether files of the version are there, to be moved."""
-    return (project / ".import" / "repository" / "artifacts" / "v2").is_dir()
+    """Whether files are being made, to be moved."""
+    return (project / ".import" / "repository").is_dir()
 
 
 @contextmanager
@@ -447,8 +447,11 @@ def test_ctrl_c_leaves_everything_as_it_was(
     project: Path, fitted: Path, stage: Callable[[int, Path, Path], bool]
 ) -> None:
     """Stopped while it reads, converts or writes, an import says so in a line and has changed nothing."""
-    case = fitted / "wide"
-    with importing(project, case, data_of(case), stage) as process:
+    case, data = fitted / "logistic", project / "build" / "long.csv"
+    header, *rows = data_of(case).read_text("utf-8").splitlines(keepends=True)
+    data.parent.mkdir()
+    data.write_text("".join([header, *rows * (4_000 if stage is reading else 1)]), "utf-8")
+    with importing(project, case, data, stage) as process:
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=PATIENCE_SECONDS)[0].splitlines()
     assert (process.returncode, said[-1]) == (130, "import-model: stopped; nothing was changed")
