@@ -262,9 +262,9 @@ class GameDay:
         return cycle(self._usual)
 
     def run(self) -> None:
-        """Fault after fault, all but the first under traffic."""
-        self._bad_start()
+        """Fault after fault, under traffic."""
         with Traffic(self._address, self.usual(), CLIENTS) as traffic:
+            self._bad_start()
             self._day.begin("none, for two minutes of usual traffic")
             time.sleep(60)
             quiet = sorted(one.name for one, seen in self._day.seen.items() if seen.fault == self._day.fault)
