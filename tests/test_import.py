@@ -429,6 +429,8 @@ def importing(
         [project / BIN / "python", "-m", "lifecycle", "import-model", *given],
         cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         encoding="utf-8", start_new_session=True,
+        # Where the tests themselves run in the background, it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         give_up = time.monotonic() + PATIENCE_SECONDS
