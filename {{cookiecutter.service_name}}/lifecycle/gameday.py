@@ -81,6 +81,7 @@ class Day:
     fault: str = "none"
     began: float = field(default_factory=time.monotonic)
     seen: dict[Alert, Seen] = field(default_factory=dict)
+    due: set[Alert] = field(default_factory=set)  # an earlier fault may have raised one of them by the way
 
     def begin(self, fault: str) -> None:
         """A new fault starts now."""
@@ -94,7 +95,7 @@ class Day:
             alert = alert_of(labels)
             known = self.seen.get(alert)
             if one["status"] == "firing":
-                if known is None:
+                if known is None or (known.resolved is not None and alert in self.due):
                     self.seen[alert] = Seen(
                         time.monotonic(), self.fault, self.began, [labels], one["annotations"]
                     )
@@ -288,9 +289,7 @@ class GameDay:
         paged = {one.name for one in due if one.severity == "page"}
         told = {one for one in due if one.severity == "page" or one.name not in paged}
         known: set[Alert] = set()
-        for one in due:  # an earlier fault may have raised it by the way
-            if one in self._day.seen and self._day.seen[one].resolved:
-                del self._day.seen[one]
+        self._day.due = due
 
         def all_known() -> bool:
             alerts = self._watch.alerts()
