@@ -30,6 +30,7 @@ Execution = Literal["inline", "batch", "thread"]
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
 MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
 MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
+ROUNDING = 1e-4  # by which a sum of float32 may miss what a probability can be
 GOLDEN = "golden.jsonl"
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
 
@@ -186,6 +187,9 @@ class Pipeline:
             return ServiceError("non_finite_output")
         score = max(probabilities)
         label = self._labels[probabilities.index(score)]
+        if 1.0 < score < 1.0 + ROUNDING or -ROUNDING < min(probabilities) < 0.0:
+            probabilities = [min(max(one, 0.0), 1.0) for one in probabilities]
+            score = min(score, 1.0)
         action: Literal["accept", "review"] = "review" if outside or score < self._threshold else "accept"
         by_label = dict(zip(self._keys, probabilities, strict=True))
         return _prediction("", self.version, label, score, by_label, action)

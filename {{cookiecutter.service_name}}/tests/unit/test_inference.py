@@ -465,6 +465,15 @@ async def test_a_score_below_the_threshold_is_reviewed(threshold: float | None, 
     assert (outputs(answer)[0], answer.action) == (0.5, action)
 
 
+@pytest.mark.skipif(not LABELS, reason="a regressor has no score")
+@on_a_loop
+async def test_a_probability_is_never_beyond_0_or_1() -> None:
+    """Sums in float32 end a hair above 1 or below 0, as a forest's do; clients get 1 and 0."""
+    (answer,) = await ask(pipeline_of(Model(), execution="inline"), row(100.0000305, -0.00001))
+    assert outputs(answer)[:2] == [1.0, 0.0]
+    assert asdict(answer)["score"] == 1.0
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @on_a_loop
 async def test_no_numpy_type_leaves_the_pipeline(version: str) -> None:
