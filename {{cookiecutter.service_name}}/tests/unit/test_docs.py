@@ -425,7 +425,11 @@ def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
         ("commit", "--quiet", "--allow-empty", "--message=bad"),
     ):
         subprocess.run([*git, *arguments], cwd=folder, check=True)
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("APP_", "MAKE", "MFLAGS"))}
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("APP_", "MAKE", "MFLAGS", "ARGS"))
+    }
     path = f"{programs}{os.pathsep}{own['PATH']}"
     somebody = {f"GIT_{who}_{what}": "on-call@example.com" for who in ROLES for what in ("NAME", "EMAIL")}
     variables = {**own, **somebody, "PATH": path, "SERVICE_LOG": str(eventful.log), "API_KEY": KEY}
