@@ -48,8 +48,8 @@ MANY = 64
 # What observation may leave of the requests/s, by model; the second is the tiny one, slowed.
 BARE, KEPT = "unobserved", {"tiny": 0.70, "millisecond": 0.95}
 SLOWED = (
-    "from pathlib import Path; from lifecycle.gameday import SINES, release, width_for; "
-    "from lifecycle.trial import Trouble, add_trial; root = Path('artifacts'); "
+    "from pathlib import Path; from lifecycle.operations.gameday import SINES, release, width_for; "
+    "from lifecycle.operations.trial import Trouble, add_trial; root = Path('artifacts'); "
     "add_trial(root, 'v1', 'v101', Trouble(sines=SINES, width=width_for(root, 0.001))); "
     "release(root, serving='v101')"
 )

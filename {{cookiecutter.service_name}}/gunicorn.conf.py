@@ -28,7 +28,7 @@ from app.core.errors import ArtifactError
 from app.core.sizing import default_workers
 from app.observability import flight
 from app.observability.logging import server_logging
-from app.protocol import Protocol
+from server.protocol import Protocol
 from app.settings import GRACE_SECONDS, SettingsError, load_settings
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process must have no threads when it forks

@@ -36,18 +36,18 @@ from app.api.routes import inference, operations
 from app.api.routing import JSONRoute
 from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
-from app.core.canary import JUDGE_SECONDS, Canary, Counts
+from app.rollout.canary import JUDGE_SECONDS, Canary, Counts
 from app.core.errors import ArtifactError, ServiceError, reason_of
-from app.core.feedback import Feedback, Given
+from app.monitoring.feedback import Feedback, Given
 from app.core.manifest import VERSION_PATTERN
 from app.core.pipeline import Pipeline, Policy
-from app.core.release import Follower, Role, Wanted
+from app.rollout.release import Follower, Role, Wanted
 from app.core.remote import local_folder
 from app.core.runtimes import import_library, load_runtime
-from app.core.shadow import BUSY, Shadow
+from app.rollout.shadow import BUSY, Shadow
 from app.core.store import Artifact, read_artifact, read_manifest, read_release
 from app.observability import flight
-from app.observability.drift import Drift
+from app.monitoring.drift import Drift
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder, scrape
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256

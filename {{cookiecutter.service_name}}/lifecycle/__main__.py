@@ -7,22 +7,22 @@ import typer
 from typer.core import TyperGroup
 
 MODULES = {  # by command; some import training libraries, which takes seconds
-    "train": "train",
-    "size": "size",
-    "sbom": "sbom",
-    "runbooks": "runbooks",
-    "drift": "monitor",
-    "quality": "monitor",
-    "gameday": "gameday",
-    "shadow": "rollout",
-    "canary": "rollout",
-    "compare": "rollout",
-    "docs": "docs",
-    "evaluate": "evaluate",
-    "promote": "promote",
-    "rollback": "promote",
-    "release-check": "checklist",
-    "import-model": "import_model",
+    "train": "importing.train",
+    "size": "operations.size",
+    "sbom": "operations.sbom",
+    "runbooks": "operations.runbooks",
+    "drift": "operations.monitor",
+    "quality": "operations.monitor",
+    "gameday": "operations.gameday",
+    "shadow": "release.rollout",
+    "canary": "release.rollout",
+    "compare": "release.rollout",
+    "docs": "operations.docs",
+    "evaluate": "release.evaluate",
+    "promote": "release.promote",
+    "rollback": "release.promote",
+    "release-check": "release.checklist",
+    "import-model": "importing.import_model",
 }
 
 

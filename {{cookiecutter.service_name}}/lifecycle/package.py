@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
 from app.core.store import MANIFEST, RELEASE, Release
-from app.observability.drift import ROWS_A_BIN
+from app.monitoring.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features
 

@@ -1,0 +1,1 @@
+"""How inputs and predictions move, and how often predictions are right."""

@@ -1,0 +1,1 @@
+"""Which versions serve: the released one, and a canary or a shadow beside it."""

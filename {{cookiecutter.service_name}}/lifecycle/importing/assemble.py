@@ -1,0 +1,202 @@
+"""Makes the files of an imported version, with the contract that they are for in place of the served one.
+
+    repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, result.json
+    -> golden set, baseline, manifest, v0 -> the service's own check of them -> openapi.json, documents
+    -> evaluation/: the thresholds of a new contract, and the rows given for it
+
+`python -m lifecycle.importing.assemble FOLDER`, started by `make import-model` in FOLDER/repository: there Python finds
+the `app` with the new contract, so that everything here is made for it.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from app.core.errors import ArtifactError
+from app.core.manifest import Training
+from app.core.pipeline import Pipeline, Policy
+from app.core.runtimes import load_runtime
+from app.core.store import MANIFEST, RELEASE, read_artifact
+from app.observability.metrics import Metrics, Recorder
+from app.schemas.contract import contract_inputs
+from lifecycle.importing.convert import ANSWERS, REQUEST, RESULT, SAMPLE
+from lifecycle.operations.docs import documents, snapshot
+from lifecycle.package import baseline, canonical_json, golden_set, labels, pack, publish, start_release
+from lifecycle.importing.stub import VERSION as STUB
+from lifecycle.importing.stub import ignorant_stub
+from lifecycle.tables import Refusal, read_sample
+
+GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
+SCORE = "The model's probability of the label; not calibrated beyond training."
+
+
+def main(folder: Path) -> None:
+    """Write into folder/repository; a version that the service would refuse ends as a line in result.json."""
+    request = json.loads((folder / REQUEST).read_bytes())
+    result = json.loads((folder / RESULT).read_bytes())
+    root = folder / "repository"
+    sample = read_sample(folder / SAMPLE)
+    made = version_files(folder, request, result, sample, np.load(folder / ANSWERS))
+    for name, files in made.items():
+        publish(root / "artifacts", name, files)
+    if STUB in made:
+        (root / "artifacts" / RELEASE).unlink(missing_ok=True)
+        start_release(root / "artifacts", serving=request["version"], previous=STUB)
+    try:
+        for name in made:
+            check(root / "artifacts", name)
+        for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
+            (root / path).write_text(text, "utf-8", newline="\n")
+        prepare_evaluation(root, request, sample.column(request["target"]))
+    except Refusal as refusal:
+        result["refused"] = str(refusal)
+        (folder / RESULT).write_text(json.dumps(result), "utf-8")
+    except (ArtifactError, ValueError) as error:  # a document may lack a heading
+        result["refused"] = f"what was made is not fit to be served: {error}"
+        (folder / RESULT).write_text(json.dumps(result), "utf-8")
+
+
+def check(root: Path, version: str) -> None:
+    """Raise ArtifactError unless the service takes the version, and answers its golden set as recorded."""
+    artifact = read_artifact(root, version)
+    Pipeline(artifact, load_runtime(artifact), Recorder(Metrics()), Policy(execution="inline")).replay()
+
+
+def version_files(
+    folder: Path, request: dict[str, Any], result: dict[str, Any], sample: Any, answers: Any
+) -> dict[str, dict[str, bytes]]:
+    """The files of the new version, and of v0 where the contract is new."""
+    names = list(inputs())
+    chosen = golden_rows(sample, answers)
+    rows = [list(row.values()) for row in sample.select(names).take(chosen).to_pylist()]
+    model = f"model.{result['runtime']}"
+    outputs: dict[str, Any] = {"score": SCORE, "review_threshold": request["review_threshold"]}
+    if not labels():
+        outputs = {
+            "value": f"The model's estimate of {request['target']}.",
+            "feedback_tolerance": request["feedback_tolerance"] or float(f"{answers.std() / 10:.2g}"),
+        }
+    files = {
+        model: (folder / model).read_bytes(),
+        "baseline.json": baseline([values(sample.column(name)) for name in names], answers),
+        "golden.jsonl": golden_set(rows, answers[chosen], result["tolerance"]),
+    }
+    packed = pack(
+        version=request["version"],
+        name=request["name"],
+        runtime=result["runtime"],
+        files=files,
+        outputs=outputs,
+        libraries=result["libraries"],
+        training=Training(**request["training"]),
+        ranges={name: (low, high) for name, (low, high) in request["ranges"].items()},
+        trusted_types=result["trusted_types"],
+    )
+    manifest = json.loads(packed[MANIFEST])
+    for entry in manifest["inputs"]:
+        entry |= request["words"].get(entry["name"], {})
+    made = {request["version"]: packed | {MANIFEST: canonical_json(manifest)}}
+    if request["new_contract"]:
+        made[STUB] = ignorant_stub(request["name"], rows, answers)
+    return made
+
+
+def inputs() -> Mapping[str, dict[str, Any]]:
+    """The contract's inputs by name."""
+    return {entry["name"]: entry for entry in contract_inputs()}
+
+
+def values(column: Any) -> Sequence[Any]:
+    """A column of the sample: numbers as an array, missing ones NaN; anything else as a list, with None."""
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        return pc.cast(column, pa.float64()).to_numpy()  # type: ignore[no-any-return]
+    return column.to_pylist()  # type: ignore[no-any-return]
+
+
+def golden_rows(sample: Any, answers: Any) -> list[int]:
+    """Which rows to hold every later run to: some of each answer, and the first with each peculiarity.
+
+    Peculiar is a missing value of a column, and a category.
+    """
+    strata = strata_of(answers)
+    groups = [np.flatnonzero(strata == one) for one in np.unique(strata)]
+    share = max(1, GOLDEN_ROWS // len(groups))
+    draw = np.random.default_rng(0)
+    chosen: dict[int, None] = {}
+    for rows in groups:
+        chosen.update(dict.fromkeys(draw.permutation(rows)[:share].tolist()))
+    for name, entry in inputs().items():
+        column = sample.column(name)
+        firsts = [
+            pc.index(pc.is_null(column), True),
+            *(pc.index(column, one) for one in entry["categories"] or ()),
+        ]
+        chosen.update(dict.fromkeys(first.as_py() for first in firsts if first.as_py() >= 0))
+    return sorted(list(chosen)[:MAX_GOLDEN_ROWS])
+
+
+def strata_of(answers: Any) -> Any:
+    """A number for each row: of the answer's label, or of the tenth of all values that it is in."""
+    if labels():
+        return answers.argmax(axis=1)
+    values = answers[:, 0]
+    return np.searchsorted(np.quantile(values, np.linspace(0.1, 0.9, 9)), values)
+
+
+def prepare_evaluation(root: Path, request: dict[str, Any], target: Any) -> None:
+    """Make `make evaluate` ask what this model can be asked; raises Refusal where given rows do not fit."""
+    path = root / "evaluation" / "thresholds.toml"
+    text, holdout = path.read_text("utf-8") if path.is_file() else "", request["holdout"]
+    if request["rewritten"]:
+        text = thresholds(text, request["target"], target)
+    if holdout:
+        # Here, because it takes long to import.
+        from lifecycle.release.evaluate import EvaluationError, read_data
+
+        text = _replaced(text, "data", "file", json.dumps(Path(holdout).name))
+        try:
+            read_data(root / holdout, request["target"], labels(), root)
+        except EvaluationError as error:
+            raise Refusal(str(error)) from None
+    if path.is_file():
+        path.write_text(text, "utf-8", newline="\n")
+
+
+def thresholds(text: str, name: str, target: Any) -> str:
+    """`thresholds.toml` for another contract: a version has to beat one answer for all, the best there is.
+
+    That much is known of any model; more is for people to demand. Conditions on parts of the rows go, because
+    they are of the old columns and labels; the parts by the target are shown.
+    """
+    truths = target.drop_null()
+    text = _replaced(text, "data", "target", json.dumps(name, ensure_ascii=False), comment=True)
+    if labels():
+        share = pc.max(pc.value_counts(truths).field("counts")).as_py() / max(len(truths), 1)
+        text = _replaced(text, "classification", "accuracy", f"{math.floor(1000 * share) / 1000:g}")
+        text = _replaced(text, "classification", "auc", "0.5")
+    else:
+        text = _replaced(text, "regression", "rmse", f"{pc.stddev(truths).as_py():.3g}")
+    head, found, _ = text.partition("\n[[slices]]\n")
+    wish = "accuracy = 0.8" if labels() else "rmse = 2.5"
+    shown = f'column = "target"\nminimum_rows = 5 # smaller parts are shown, not judged\n# {wish}\n'
+    return f"{head}{found}{shown}" if found else text
+
+
+def _replaced(text: str, section: str, key: str, value: str, *, comment: bool = False) -> str:
+    """The text with another value of a section's key, which then counts, or with `comment` does not."""
+    line = rf"(?m)(^\[{section}\]\n(?:(?!\[).*\n)*?)(?:# )?({key} = )(?:\"[^\"]*\"|[^#\n]*?)( #.*)?$"
+    return re.sub(
+        line, lambda found: f"{found[1]}{'# ' * comment}{found[2]}{value}{found[3] or ''}", text, count=1
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

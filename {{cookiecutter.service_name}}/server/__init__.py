@@ -1,0 +1,1 @@
+"""Processes and connections: gunicorn's workers, their end, and the HTTP protocol."""
