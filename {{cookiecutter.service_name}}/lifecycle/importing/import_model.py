@@ -253,7 +253,7 @@ def child(name: str, work: Path, cwd: Path = ROOT) -> None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The converter goes through sets, whose order would otherwise differ each time, and with it the bytes.
     own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", f"lifecycle.{name}", str(work)]
+    command = [sys.executable, "-m", f"lifecycle.importing.{name}", str(work)]
     # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the step.
     with subprocess.Popen(  # noqa: S603  # this package's own steps
         command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0, close_fds=False
