@@ -1,10 +1,16 @@
-"""`python -m lifecycle COMMAND`: one command a function, its module imported when somebody asks for it."""
+"""`python -m lifecycle COMMAND`: the module of a command is imported when the command is called.
+
+COMMAND -> its module -> function with Typer's annotations -> LifecycleError -> one line, exit 1
+"""
 
 from importlib import import_module
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from app.core.errors import ArtifactError
+from lifecycle.errors import LifecycleError
 
 MODULES = {  # by command; some import training libraries, which takes seconds
     "train": "importing.train",
@@ -28,16 +34,28 @@ MODULES = {  # by command; some import training libraries, which takes seconds
 
 class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        """See click."""
         return [*MODULES]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """See click."""
         if cmd_name not in MODULES:
             return None
         module, own = import_module(f"lifecycle.{MODULES[cmd_name]}"), typer.Typer(add_completion=False)
         own.command(cmd_name)(getattr(module, cmd_name.replace("-", "_")))
         return typer.main.get_command(own)
+
+    def invoke(self, ctx: Any) -> Any:
+        # Typer itself ends with 130 on Ctrl-C.
+        try:
+            return super().invoke(ctx)
+        except (LifecycleError, ArtifactError) as error:
+            reason = str(error)
+        except BrokenPipeError:  # the reader of the output went away; Typer ends quietly
+            raise
+        except OSError as error:
+            words = error.strerror or type(error).__name__
+            reason = f"{error.filename}: {words}" if error.filename else words
+        typer.echo(f"{ctx.invoked_subcommand}: {reason}", err=True)
+        raise typer.Exit(1)
 
 
 commands = typer.Typer(
