@@ -1,4 +1,4 @@
-"""A receiver to begin with, until your pager and your ticket system take its place: a line for each alert.
+"""A sample receiver that prints a line for each alert; replace it by your pager and your ticket system.
 
 Alertmanager -> POST /page, /ticket or /unrouted -> stdout, which `docker compose logs receiver` shows
 """
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Tell = Callable[[str, dict[str, Any]], None]  # the path, which says who is told, and Alertmanager's message
+Tell = Callable[[str, dict[str, Any]], None]  # the path (the receiver's name), and Alertmanager's message
 
 
 class Receiver(ThreadingHTTPServer):
-    """Takes Alertmanager's messages at `address`, and tells them."""
+    """Takes Alertmanager's messages at `address` and passes them to `tell`."""
 
     def __init__(self, address: tuple[str, int], tell: Tell) -> None:
         super().__init__(address, _Handler)
@@ -30,7 +30,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Nothing for each request: the alerts are what is told."""
+        """Write no line per request: only alerts are printed."""
 
 
 def show(path: str, message: dict[str, Any]) -> None:
