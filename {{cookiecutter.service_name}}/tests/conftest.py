@@ -1,4 +1,4 @@
-"""Shared by all tests: the facts of the contract, one running service, and commands in processes of their own.
+"""Shared by all tests: the facts of the contract, one running service, commands in their own processes.
 
     artifacts/release.json -> served version -> manifest, golden rows -> cases that hold for any model
     gunicorn, started as in production, with a key -> `service`, one for the whole run
@@ -31,11 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "artifacts"
 WAIT_SECONDS = 60.0
 KEY = "a key of the tests"
+KEY_SHA256 = sha256(KEY.encode()).hexdigest()
 
 
 def read(path: str | Path) -> str:
-    """The text of a file of the service; in the template, each unanswered question is answered by its name."""
-    text = re.sub(r"\{% (end)?raw %\}", "", (ROOT / path).read_text("utf-8"))
+    """The text of a file; in the template, where nothing is answered yet, with the names of the answers."""
+    text = re.sub(r"\{\% (end)?raw \%\}", "", (ROOT / path).read_text("utf-8"))
     text = re.sub(r"\{\{ cookiecutter\W(\w+_url) \}\}", r"https://git.example.com/\1", text)
     return re.sub(r"\{\{ cookiecutter\W(\w+) \}\}", r"\1", text)
 
@@ -136,15 +137,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", folder / "service.log"
-    settings = {"host": "127.0.0.1", "port": port, "workers": 1, "api_keys": sha256(KEY.encode()).hexdigest()}
-    command = [
-        sys.executable,
-        "-m",
-        "gunicorn",
-        "--config",
-        ROOT / "gunicorn.conf.py",
-        "app.main:create_app()",
-    ]
+    settings = {"host": "127.0.0.1", "port": port, "workers": 1, "api_keys": KEY_SHA256}
+    config = ROOT / "gunicorn.conf.py"
+    command = [sys.executable, "-m", "gunicorn", "--config", config, "app.main:create_app()"]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=environment(**settings), stdout=output, stderr=subprocess.STDOUT

@@ -1,6 +1,8 @@
-"""Every version still answers as it did when it was made: without a server, over HTTP, alone and in a batch.
+"""Every version still answers as it did when it was made.
 
 artifacts/<version>/golden.jsonl -> python -m app predict, POST /v1/predict, POST /v1/predict/batch
+
+Rows are asked alone and in a batch; every way has to give the recorded answer.
 """
 
 import json
@@ -27,7 +29,9 @@ from tests.conftest import (
     run,
 )
 
-RENEW = "if the model should answer differently now, release it as a new version: its golden.jsonl is made with it"
+RENEW = (
+    "a model that answers differently is a new version, with a golden.jsonl of its own (make import-model)"
+)
 
 
 def predict(folder: Path, body: Any, version: str = SERVED) -> list[Document]:
