@@ -3,7 +3,8 @@ PYTHON ?= python3
 OPTIONS ?=
 ARGS ?=
 
-SERVICE := "{{cookiecutter.service_name}}"
+IN_PLACE := {{cookiecutter.service_name}}
+SERVICE ?= $(IN_PLACE)
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # uv where there is one, because it is quicker; pip does the same.
 INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --require-hashes
@@ -12,7 +13,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-ver
 GPU := cuda-bindings cuda-pathfinder nvidia-cuda-cccl nvidia-nvtx triton
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-faults test-models test-image check fix files bake benchmark lock setup
+.PHONY: help demo test prove test-models test-image check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -21,10 +22,11 @@ demo: .venv/render.stamp ## render with defaults into build/, run the service, s
 	$(BIN)/python -m scripts.demo
 
 test: .venv/dev.stamp ## render every option, then check, test and run what was rendered
-	$(PYTEST) -m "not image and not faults and not models" $(ARGS)
+	$(PYTEST) -m "not image and not models" $(ARGS)
 
-test-faults: .venv/dev.stamp ## kill, block and restart the rendered service under load: minutes
-	$(PYTEST) -m faults $(ARGS)
+prove: ## test the machinery of a service in full: make prove SERVICE=path (ARGS='-m "not faults"' spares minutes)
+	$(MAKE) --directory "$(SERVICE)" setup
+	PROVE_SERVICE="$(abspath $(SERVICE))" "$(SERVICE)/$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile $(or $(TESTS),tests/service) $(ARGS)
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
 	$(PYTEST) --dist loadgroup -m models $(ARGS)
@@ -33,13 +35,15 @@ test-image: .venv/dev.stamp ## build and run the service's container image; need
 	$(PYTEST) -m image $(ARGS)
 
 check: .venv/dev.stamp ## look, never write: format, lint, types of the template
-	$(BIN)/ruff format --check . $(SERVICE)
-	$(BIN)/ruff check . $(SERVICE)
+	$(BIN)/ruff format --check . "$(IN_PLACE)"
+	$(BIN)/ruff check . "$(IN_PLACE)"
 	$(BIN)/mypy
+	$(MAKE) --directory "$(IN_PLACE)" setup
+	cd "$(IN_PLACE)" && MYPYPATH=..:. $(BIN)/mypy ../tests/service
 
 fix: .venv/dev.stamp ## format, and repair what the linter can
-	$(BIN)/ruff format . $(SERVICE)
-	$(BIN)/ruff check --fix . $(SERVICE)
+	$(BIN)/ruff format . "$(IN_PLACE)"
+	$(BIN)/ruff check --fix . "$(IN_PLACE)"
 
 files: .venv/dev.stamp ## write tests/files/ anew after files were added or removed
 	$(BIN)/python -m pytest --refresh-files tests/test_files.py
@@ -51,10 +55,10 @@ benchmark: .venv/render.stamp ## measure the service against reference servers: 
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with UPGRADE=--upgrade
-	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/dev.txt requirements/dev.in
+	$(LOCK) --constraints "$(IN_PLACE)/requirements/dev.txt" --output-file requirements/dev.txt requirements/dev.in
 	$(LOCK) --constraints requirements/dev.txt --output-file requirements/render.txt requirements/render.in
-	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt --output-file requirements/models.txt requirements/models.in
-	$(LOCK) --constraints $(SERVICE)/requirements/dev.txt $(addprefix --no-emit-package ,$(GPU)) --output-file requirements/torch.txt requirements/torch.in
+	$(LOCK) --constraints "$(IN_PLACE)/requirements/dev.txt" --output-file requirements/models.txt requirements/models.in
+	$(LOCK) --constraints "$(IN_PLACE)/requirements/dev.txt" $(addprefix --no-emit-package ,$(GPU)) --output-file requirements/torch.txt requirements/torch.in
 
 setup: .venv/dev.stamp ## the template's environment, in .venv
 

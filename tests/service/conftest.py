@@ -26,12 +26,11 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.service.where import ROOT
-
 from app.core.manifest import Input
 from app.schemas.contract import served_contract_sha256
 from app.schemas.predict import Features, Prediction
 from lifecycle.operations.trial import make_trial, number_of
+from tests.service.where import ROOT
 
 ARTIFACTS = ROOT / "artifacts"
 GUNICORN = ("gunicorn", "--config", str(ROOT / "gunicorn.conf.py"), "app.main:create_app()")

@@ -1,4 +1,4 @@
-"""What `lifecycle.operations.watching` starts, for tests: skipped where the programs are not installed, but not in CI.
+"""Starts what `lifecycle.operations.watching` starts; skips where the programs are missing, but not in CI.
 
 ops/, in the template with its answers filled in -> Prometheus, Alertmanager, a receiver -> Watch
 """
@@ -21,7 +21,6 @@ from tests.service.conftest import (
     FIELD,
     NUMBER,
     OTHER,
-    ROOT,
     SERVED,
     Service,
     answer_of,
@@ -29,6 +28,7 @@ from tests.service.conftest import (
     number,
     wrong,
 )
+from tests.service.where import ROOT
 
 SAMPLE_MS = 1000
 

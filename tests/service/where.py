@@ -1,4 +1,7 @@
-"""Which service is tested: the folder in PROVE_SERVICE, or the template's own, in place."""
+"""Names the service under test: the folder in PROVE_SERVICE, or the template's own, in place.
+
+`tests/service/__init__.py` imports this first, so that `app`, `server` and `lifecycle` are that folder's.
+"""
 
 import os
 import sys
@@ -9,4 +12,4 @@ SERVICE = "{{cookiecutter.service_name}}"
 ROOT = Path(os.environ.get("PROVE_SERVICE") or TEMPLATE / SERVICE).resolve()
 
 sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
+os.chdir(ROOT)  # commands of the service take its folder as their working folder

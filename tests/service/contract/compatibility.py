@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.service.conftest import ROOT, serving
+from tests.service.conftest import serving
+from tests.service.where import ROOT
 
 Schema = Any  # a JSON Schema: an object, or true or false
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from openapi_spec_validator import validate
 
-from tests.service.conftest import INPUTS, LABELS, ROOT, Service
+from tests.service.conftest import INPUTS, LABELS, Service
 from tests.service.contract.compatibility import breaks
+from tests.service.where import ROOT
 
 UPDATE = "to accept it: python -m tests.contract.compatibility"
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.service.conftest import EXAMPLE, PATIENCE_SECONDS, ROOT, Document, assert_golden, recorded, until
+from tests.service.conftest import EXAMPLE, PATIENCE_SECONDS, Document, assert_golden, recorded, until
+from tests.service.where import ROOT
 
 TABLE_OF, RULER = ROOT / "docs" / "reliability.md", "|---|--:|--:|--:|--:|\n"
 PREDICTION = json.dumps(EXAMPLE).encode()

@@ -18,7 +18,6 @@ from tests.service.conftest import (
     FIELD,
     NUMBER,
     PATIENCE_SECONDS,
-    ROOT,
     WITH_NUMBER,
     Service,
     assert_answers,
@@ -28,6 +27,7 @@ from tests.service.conftest import (
     wrong,
 )
 from tests.service.integration.test_http import assert_problem
+from tests.service.where import ROOT
 
 Start = Callable[..., Service]
 

@@ -16,16 +16,17 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
+from ops.alertmanager.receiver import Receiver, show
 
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
 from lifecycle.operations.monitor import trained_features
 from lifecycle.operations.watching import alertmanager_flags, compressed, queries, running
-from ops.alertmanager.receiver import Receiver, show
-from tests.service.conftest import ARTIFACTS, LABELS, ROOT, SERVED, serving, until
+from tests.service.conftest import ARTIFACTS, LABELS, SERVED, serving, until
 from tests.service.integration.test_artifacts import edit
 from tests.service.unit.test_docs import blocks, metrics_in
 from tests.service.watching import prepare, program, traffic, watching
+from tests.service.where import ROOT
 
 PROMETHEUS = ROOT / "ops" / "prometheus"
 BOARDS = sorted((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))

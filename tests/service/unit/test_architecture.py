@@ -8,33 +8,47 @@ from pathlib import Path
 import pytest
 
 from tests.service.where import ROOT
+
 WEB = {"fastapi", "starlette", "uvicorn", "uvicorn_worker", "gunicorn", "prometheus_fastapi_instrumentator"}
 MODEL_LIBRARIES = {"onnxruntime", "numpy"}
 # Not pandas: an estimator that was fitted on a frame is served one.
 TRAINING = {"lifecycle", "onnx", "skl2onnx", "sklearn"}
 
-# Each part of app/ with the parts it may know. Arrows point one way: schemas <- core <- api <- main.
+# Each part of app/ with the parts that it may import. The arrows point one way:
+# schemas <- core <- rollout, monitoring <- api <- main <- server; observability imports none of them.
+EVERYWHERE = {"schemas", "core", "observability", "settings"}
 KNOWS = {
     "schemas": {"schemas"},
     "observability": {"observability"},
     "settings": set(),
     "core": {"core", "schemas", "observability"},
-    "api": {"api", "core", "schemas", "observability", "settings"},
-    "protocol": {"core"},
-    "main": {"api", "core", "schemas", "observability", "settings"},
-    "__main__": {"main", "api", "core", "schemas", "observability", "settings"},
+    "rollout": {"rollout", *EVERYWHERE},
+    "monitoring": {"monitoring", *EVERYWHERE},
+    "api": {"api", "rollout", "monitoring", *EVERYWHERE},
+    "own": {"own", "schemas"},
+    "main": {"api", "rollout", "monitoring", *EVERYWHERE},
+    "__main__": {"main", "api", "rollout", "monitoring", *EVERYWHERE},
 }
+CAPABILITY = {"main", "api", "rollout", "monitoring", *EVERYWHERE}  # a folder that a capability adds
+OUTSIDE = {"server", "lifecycle", "load"}  # app/ imports none of these
 # Libraries that a part must do without.
 SHUNS = {
     "schemas": WEB | MODEL_LIBRARIES,
     "observability": WEB | MODEL_LIBRARIES - {"numpy"},  # rows are counted as the arrays they come in
     "settings": WEB | MODEL_LIBRARIES,
     "core": WEB,
+    "rollout": WEB,
+    "monitoring": WEB,
     "api": {"gunicorn", "onnxruntime", "uvicorn", "uvicorn_worker"},
-    "protocol": (WEB | MODEL_LIBRARIES) - {"uvicorn"},
+    "own": WEB,
     "main": {"gunicorn", "onnxruntime", "uvicorn", "uvicorn_worker"},
     "__main__": WEB,
 }
+
+# Monitoring, because a baseline is recorded with the bins that the service counts in.
+USED_BY_THE_LIFECYCLE = {"core", "rollout", "schemas", "monitoring", "observability", "own"}
+# The API is documented from the application itself.
+MORE_OF_THE_LIFECYCLE = {"lifecycle.operations.docs": {"main", "settings"}}
 
 # Everything the modules lean on is imported first; what happens after that is theirs.
 IMPORTING = """
@@ -91,26 +105,98 @@ def part(name: str) -> str:
 APP = {name: path for name, path in modules("app").items() if part(name)}
 
 
+SERVER = modules("server")
+STATEFUL = {**APP, **SERVER, "gunicorn.conf": ROOT / "gunicorn.conf.py"}
+
+
 @pytest.mark.parametrize("name", APP)
 def test_arrows_point_one_way(name: str) -> None:
-    """A module imports only from the parts of app/ that its own part may know."""
-    assert {part(one) for one in imports(APP[name])} - {""} <= KNOWS[part(name)]
+    """A module imports only parts of app/ that its own part may know, nothing of server or lifecycle."""
+    assert {part(one) for one in imports(APP[name])} - {""} <= KNOWS.get(part(name), CAPABILITY)
+    assert not {one.partition(".")[0] for one in imports(APP[name])} & OUTSIDE
 
 
 @pytest.mark.parametrize("name", APP)
 def test_a_part_does_without_what_is_not_its_business(name: str) -> None:
     """Inference knows no web framework, HTTP no model library, the service nothing of training."""
     libraries = {one.partition(".")[0] for one in imports(APP[name])}
-    assert not libraries & (SHUNS[part(name)] | TRAINING)
+    assert not libraries & (SHUNS.get(part(name), set()) | TRAINING)
+
+
+@pytest.mark.parametrize("name", [*SERVER, "gunicorn.conf"])
+def test_the_server_knows_no_model_library_and_no_lifecycle(name: str) -> None:
+    """The outermost ring may import all of app/, but runs no model and needs nothing of the lifecycle."""
+    file = SERVER.get(name, ROOT / f"{name}.py")
+    libraries = {one.partition(".")[0] for one in imports(file)}
+    assert not libraries & (MODEL_LIBRARIES | TRAINING | {"load", "fastapi", "starlette"})
 
 
 @pytest.mark.parametrize("name", modules("lifecycle"))
 def test_the_lifecycle_uses_the_core_and_the_contract(name: str) -> None:
-    """What runs outside the service shares its inference and its contract, and nothing of its HTTP."""
-    # A pipeline needs somebody who counts; and the API is documented from the application itself.
-    more = {"main", "settings"} if name == "lifecycle.operations.docs" else set()
-    known = {"core", "schemas", "observability"} | more
-    assert {part(one) for one in imports(modules("lifecycle")[name])} - {""} <= known
+    """The lifecycle shares inference, releases and contract with the service, and nothing of its HTTP."""
+    found = imports(modules("lifecycle")[name])
+    more = MORE_OF_THE_LIFECYCLE.get(name, set())
+    assert {part(one) for one in found} - {""} <= USED_BY_THE_LIFECYCLE | more
+    assert "server" not in {one.partition(".")[0] for one in found}
+
+
+# Module-level names of app/ and server/ that change after the import, each with its reason.
+MUTABLE = {
+    "app.main.inheritance": "until Fleet hands it to the workers",
+    "app.observability.logging.threading": "excepthook: Python's own place for logging a thread's exception",
+    "gunicorn.conf.flight": "until Fleet hands it to the workers",
+    "gunicorn.conf.sys": "excepthook: Python's own place for logging an exception",
+}
+CHANGING = {
+    "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft",
+    "remove", "setdefault", "update",
+}  # fmt: skip
+
+
+def changed_names(path: Path) -> set[str]:
+    """The module-level names that functions of a file change; imported ones where an attribute is set."""
+    tree = ast.parse(path.read_text("utf-8"))
+    targets = (
+        target
+        for node in tree.body
+        for target in (node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)])
+    )
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    imported = {alias.asname or alias.name for node in tree.body
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}  # fmt: skip
+    changed: set[str] = set()
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        arguments = function.args
+        own = {one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        own |= {node.id for node in ast.walk(function)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}  # fmt: skip
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                changed |= set(node.names)
+                continue
+            target: ast.AST | None = None
+            if isinstance(node, ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load):
+                target = node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                target = node.func.value if node.func.attr in CHANGING else None
+            known = names | imported if isinstance(node, ast.Attribute) else names
+            if isinstance(target, ast.Name) and target.id in known - own:
+                changed.add(target.id)
+    return changed
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_no_state_at_module_level(name: str) -> None:
+    """State belongs to objects: no function of app/ or server/ changes a module-level name."""
+    assert [one for one in sorted(changed_names(STATEFUL[name])) if f"{name}.{one}" not in MUTABLE] == []
+
+
+def test_listed_exceptions_exist() -> None:
+    """Each exception to the rule on module-level state is still needed."""
+    changed = {f"{name}.{one}" for name, path in STATEFUL.items() for one in changed_names(path)}
+    assert set(MUTABLE) <= changed
 
 
 def test_importing_opens_reads_and_configures_nothing() -> None:

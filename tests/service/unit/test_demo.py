@@ -14,8 +14,8 @@ import typer
 
 from app.core.store import read_artifact, read_release
 from app.schemas.contract import served_contract_sha256
-from lifecycle.package import Rows, baseline
 from lifecycle.importing.train import ARTIFACTS, Data, convert, fit, load, model_files, prove_parity, train
+from lifecycle.package import Rows, baseline
 from tests.service.conftest import DEMO, EXAMPLE, OTHER, Service, copied_artifacts, run
 from tests.service.unit.test_artifacts import fitted, put, put_skops
 from tests.service.unit.test_lifecycle import contents

@@ -39,8 +39,8 @@ from tests.service.conftest import (
 )
 from tests.service.integration.test_rollout import ODD, erring, ruled
 from tests.service.watching import prepare, program
-
 from tests.service.where import ROOT
+
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 INDEX = ROOT / "docs" / "runbooks" / "README.md"
 PAGES = [path for path in DOCS if path.parent == INDEX.parent]

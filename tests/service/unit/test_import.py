@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from tests.service.where import ROOT
 
 from app.schemas.contract import contract_inputs, contract_outputs
 from lifecycle.importing import assemble
 from lifecycle.importing.contract_writer import Feature, field_names, formatted, source
 from lifecycle.importing.import_model import WORK, alone, apply, parsed_bounds, recover
 from lifecycle.tables import SAMPLE_ROWS, Column, Refusal, Table, profile, read_sample, sample
+from tests.service.where import ROOT
 
 
 def quietly(_: int) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from app.core.sizing import Machine, machine
-from lifecycle.package import differing, publish
 from lifecycle.operations.size import MIB, Cost, advise, carried, table
+from lifecycle.package import differing, publish
 from load.profile import STAGES, Step, bottleneck, chart, report
 from load.profile import Machine as Place
 

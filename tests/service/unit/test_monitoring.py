@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.service.where import ROOT
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,16 +24,17 @@ from typer.testing import CliRunner, Result
 
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
-from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
 from app.monitoring.drift import LEAST_ROWS, LINE_ROWS, MISSING, OTHER, ROWS_A_BIN, Drift, settled
+from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
 from app.schemas.service import Feedback as Truth
-from lifecycle.operations import monitor
 from lifecycle.__main__ import commands
+from lifecycle.operations import monitor
 from lifecycle.package import MAX_BINS
 from tests.service.conftest import ANSWER, ARTIFACTS, SERVED, prediction
 from tests.service.conftest import LABELS as OWN_LABELS
 from tests.service.watching import program
+from tests.service.where import ROOT
 
 RULES = ROOT / "ops" / "prometheus" / "drift_rules.yml"
 

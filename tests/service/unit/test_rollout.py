@@ -10,9 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from app.core.store import Release
 from app.rollout.canary import MIN_REQUESTS, REASONS, Canary, Counts, worse
 from app.rollout.release import Wanted, wanted
-from app.core.store import Release
 from lifecycle.__main__ import commands
 from lifecycle.release.rollout import sides, table
 from tests.service.conftest import ARTIFACTS, SERVED

@@ -18,6 +18,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from packaging.requirements import Requirement
 
 from tests.service.where import ROOT
+
 LOCK = ROOT / "requirements" / "runtime.txt"
 
 
