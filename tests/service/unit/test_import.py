@@ -16,10 +16,11 @@ import pyarrow.parquet
 import pytest
 
 from app.schemas.contract import contract_inputs, contract_outputs
+from lifecycle.errors import LifecycleError
 from lifecycle.importing import assemble
 from lifecycle.importing.contract_writer import Feature, field_names, formatted, source
 from lifecycle.importing.import_model import WORK, alone, apply, parsed_bounds, recover
-from lifecycle.tables import SAMPLE_ROWS, Column, Refusal, Table, profile, read_sample, sample
+from lifecycle.tables import SAMPLE_ROWS, Column, Table, profile, read_sample, sample
 from tests.service.where import ROOT
 
 
@@ -40,7 +41,7 @@ def described(column: Column) -> tuple[Any, ...]:
 
 def refusal(path: Path, text: str) -> str:
     """The line that says why a file is not taken."""
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(LifecycleError) as refused:
         table(path, text)
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -202,7 +203,7 @@ def test_bounds_are_read_from_the_command_line() -> None:
     """Either side may be left out, and a name may hold an equals sign."""
     assert parsed_bounds(["age=0:120", "a=b=:1.5"]) == {"age": (0, 120), "a=b": (None, 1.5)}
     for text in ("age", "age=1", "=0:1", "age=a:b"):
-        with pytest.raises(Refusal, match="name=least:greatest"):
+        with pytest.raises(LifecycleError, match="name=least:greatest"):
             parsed_bounds([text])
 
 
@@ -298,7 +299,7 @@ def test_an_undone_import_can_be_undone_again(half_made: Path) -> None:
 def test_two_imports_at_once_are_refused(tmp_path: Path) -> None:
     """The second import in a service says that another is at work; when that has ended it may begin."""
     (tmp_path / "pyproject.toml").write_bytes(b"")
-    with alone(tmp_path), pytest.raises(Refusal, match="another import is at work"), alone(tmp_path):
+    with alone(tmp_path), pytest.raises(LifecycleError, match="another import is at work"), alone(tmp_path):
         raise AssertionError("both are at work")
     with alone(tmp_path):
         pass
