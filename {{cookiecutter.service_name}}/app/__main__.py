@@ -4,22 +4,18 @@
 """
 
 import argparse
-import asyncio
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from pydantic import ValidationError
 
 from app.api.errors import from_validation, problem
 from app.core.errors import ArtifactError, ServiceError
-from app.core.pipeline import Pipeline, Policy
-from app.core.runtimes import load_runtime
+from app.core.pipeline import OFFLINE, Pipeline
 from app.main import read_served
-from app.observability.metrics import Metrics, Recorder
 from app.schemas.service import Instances
 from app.settings import Settings, SettingsError, load_settings, redacted
 
@@ -31,11 +27,15 @@ def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
         instances = Instances.model_validate_json(body).instances
     except ValidationError as error:
         raise from_validation(error, content) from None
-    artifact = read_served(settings)
-    policy = Policy(settings.review_threshold, settings.out_of_range, execution="inline")
-    pipeline = Pipeline(artifact, load_runtime(artifact), Recorder(Metrics()), policy)
-    answers = asyncio.run(pipeline.predict(instances, [""] * len(instances), perf_counter() + 3600))
-    return [{key: value for key, value in asdict(one).items() if key != "prediction_id"} for one in answers]
+    policy = replace(OFFLINE, review_threshold=settings.review_threshold, out_of_range=settings.out_of_range)
+    predictions = []
+    for answer in Pipeline.offline(read_served(settings), policy).answers(instances):
+        if isinstance(answer, ServiceError):
+            raise answer
+        fields = asdict(answer)
+        del fields["prediction_id"]
+        predictions.append(fields)
+    return predictions
 
 
 def main() -> int:

@@ -36,20 +36,21 @@ from app.api.routes import inference, operations
 from app.api.routing import JSONRoute
 from app.api.security import SCHEMES, Guard
 from app.core.admission import Admission
-from app.rollout.canary import JUDGE_SECONDS, Canary, Counts
 from app.core.errors import ArtifactError, ServiceError, reason_of
-from app.monitoring.feedback import Feedback, Given
 from app.core.manifest import VERSION_PATTERN
-from app.core.pipeline import Pipeline, Policy
-from app.rollout.release import Follower, Role, Wanted
+from app.core.model import Policy
+from app.core.pipeline import Pipeline
 from app.core.remote import local_folder
-from app.core.runtimes import import_library, load_runtime
-from app.rollout.shadow import BUSY, Shadow
+from app.core.runtimes import import_library
 from app.core.store import Artifact, read_artifact, read_manifest, read_release
-from app.observability import flight
 from app.monitoring.drift import Drift
+from app.monitoring.feedback import Feedback, Given
+from app.observability import flight
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder, scrape
+from app.rollout.canary import JUDGE_SECONDS, Canary, Counts
+from app.rollout.release import Follower, Role, Wanted
+from app.rollout.shadow import BUSY, Shadow
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.settings import Settings, load_settings
 
@@ -314,8 +315,7 @@ def _build(service: Service, metrics: Metrics, artifact: Artifact, role: Role = 
         batch_max_rows=min(settings.batch_max_rows, settings.max_concurrency),
         batch_max_wait_seconds=settings.batch_max_wait_ms / 1000,
     )
-    pipeline = Pipeline(artifact, load_runtime(artifact), service.recorder, policy)
-    pipeline.replay()
+    pipeline = Pipeline.load(artifact, service.recorder, policy)
     if role != "shadow":  # which answers nobody
         _expect(service, metrics, artifact)
     pipeline.load_seconds = perf_counter() - began
@@ -336,7 +336,7 @@ def _serve(service: Service, metrics: Metrics, pipeline: Pipeline | None, _: Wan
     metrics.execution.labels(pipeline.execution).set(1)
     metrics.model_load.set(pipeline.load_seconds)
     metrics.fallback.set(pipeline.stands_in)
-    admission.expect(pipeline.seconds_per_row)
+    admission.expect(pipeline.costs.per_row)
     pipeline.batcher.on_call = admission.learn
     _know(service, metrics, pipeline)
     service.pipeline = pipeline

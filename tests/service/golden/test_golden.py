@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from app.core.batcher import Batch
-from app.core.pipeline import Execution, Pipeline, Policy
-from app.core.runtimes import load_runtime
+from app.core.batcher import Silent
+from app.core.model import Execution, Policy
+from app.core.pipeline import Pipeline
 from app.core.store import read_artifact
 from app.schemas.predict import Features, Prediction
 from load.run import service
@@ -36,20 +36,10 @@ from tests.service.conftest import (
 )
 
 
-class Silent:
-    """An observer that nobody reads."""
-
-    def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """See `Observer`."""
-
-    def shed(self, reason: str) -> None:
-        """See `Observer`."""
-
-
 def pipeline_of(version: str, execution: Execution = "inline") -> Pipeline:
     """The version as the service loads it."""
     artifact = read_artifact(ARTIFACTS, version)
-    return Pipeline(artifact, load_runtime(artifact), Silent(), Policy(execution=execution))
+    return Pipeline.load(artifact, Silent(), Policy(execution=execution))
 
 
 async def answers(pipeline: Pipeline, instances: list[Features]) -> list[Prediction]:

@@ -376,7 +376,7 @@ def create_app():
 
     @app.get("/break")
     async def break_model(call: CurrentCall) -> None:
-        call.pipeline._runtime = Quoting(call.pipeline._runtime)
+        call.pipeline.model.runtime = Quoting(call.pipeline.model.runtime)
 
     @app.get("/crash/{secret}")
     async def crash(secret: str) -> None:

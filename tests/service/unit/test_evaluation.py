@@ -19,7 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from app.core.pipeline import Pipeline, Policy
+from app.core.pipeline import Pipeline
 from app.core.runtimes import load_runtime
 from app.core.store import read_artifact
 from app.schemas.contract import contract_inputs, contract_outputs
@@ -258,18 +258,11 @@ def test_a_row_that_the_model_fails_on_fails_alone() -> None:
                 raise ValueError
             return inner.infer(matrix)
 
-    class Quiet:
-        """Sees nothing."""
-
-        def batch(self, *_: object) -> None: ...
-
-        def shed(self, *_: object) -> None: ...
-
     poison: Any = object()
-    pipeline = Pipeline(artifact, Poisoned(), Quiet(), Policy(batch_max_rows=256, execution="inline"))
+    pipeline = Pipeline.offline(artifact, runtime=Poisoned())
     file = [dict(row["features"], truth=truth(row)) for row in rows]
     data = data_of(file)
-    poison = pipeline.run([tuple(next(instances(data.table, "rows"))[2].__dict__.values())]).matrix.tolist()[
+    poison = pipeline.model.run([tuple(next(instances(data.table, "rows"))[2].__dict__.values())]).matrix.tolist()[
         0
     ]
     same = [one["features"] == rows[2]["features"] for one in rows]

@@ -21,8 +21,9 @@ from app.core.admission import Admission
 from app.core.batcher import Batch, Batcher, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.manifest import Input, Manifest, Outputs
-from app.core.pipeline import Execution, Pipeline, Policy, choose_execution, rows_of_a_call
-from app.core.runtimes import Matrix, Runtime, load_runtime
+from app.core.model import Costs, Execution, Policy
+from app.core.pipeline import Pipeline, choose_execution, rows_of_a_call
+from app.core.runtimes import Matrix, Runtime
 from app.core.store import Artifact, read_artifact
 from app.schemas.predict import Features, Prediction
 from tests.service.conftest import ARTIFACTS, EXAMPLE, LABELS, NUMBER, SERVED, VERSIONS, golden_set, number
@@ -289,7 +290,7 @@ def pipeline_of(
     runtime: Runtime, seen: Seen | None = None, *, manifest: Manifest = OWN, **policy: Any
 ) -> Pipeline:
     """A pipeline of v1, its model replaced."""
-    return Pipeline(Artifact(manifest, V1.files), runtime, seen or Seen(), Policy(**policy))
+    return Pipeline.load(Artifact(manifest, {}), seen or Seen(), Policy(**policy), runtime)
 
 
 async def ask(pipeline: Pipeline, *instances: BaseModel) -> list[Prediction]:
@@ -416,7 +417,7 @@ def test_how_it_runs_follows_from_what_the_model_costs(
     per_call: float, per_row: float, execution: Execution
 ) -> None:
     """A quick model pays for no thread, nor for batching it gains nothing from; a slow one gets a thread."""
-    assert choose_execution(per_call, per_row, 64) == execution
+    assert choose_execution(Costs(per_call, per_row), 64) == execution
 
 
 @pytest.mark.parametrize(
@@ -479,7 +480,7 @@ async def test_a_probability_is_never_beyond_0_or_1() -> None:
 async def test_no_numpy_type_leaves_the_pipeline(version: str) -> None:
     """Every field of an answer is of Python's own types, and the whole of it is JSON."""
     artifact = read_artifact(ARTIFACTS, version)
-    pipeline = Pipeline(artifact, load_runtime(artifact), seen := Seen(), Policy(execution="inline"))
+    pipeline = Pipeline.load(artifact, seen := Seen(), Policy(execution="inline"))
     instances = [Features.model_validate(row["features"]) for row in golden_set(version)]
     far = {NUMBER: number(2)} if NUMBER else {}
     for answer in await ask(pipeline, *instances, Features.model_validate({**EXAMPLE, **far})):
@@ -488,7 +489,7 @@ async def test_no_numpy_type_leaves_the_pipeline(version: str) -> None:
         assert {type(value) for value in outputs(answer)} == {float}
         assert json.loads(json.dumps(asdict(answer))) == asdict(answer)
     assert {type(count) for count in seen.batches[-1].out_of_range.values()} <= {int}
-    assert all(type(cost) is float for cost in (pipeline.seconds_per_call, pipeline.seconds_per_row))
+    assert all(type(cost) is float for cost in pipeline.costs)
 
 
 class Missing:

@@ -11,14 +11,14 @@ from fastapi import Depends, Request
 
 from app.api.security import Guard
 from app.core.admission import Admission
-from app.rollout.canary import Canary
 from app.core.errors import ServiceError
-from app.monitoring.feedback import STEM_DIGITS, Feedback
 from app.core.pipeline import Pipeline
-from app.rollout.shadow import Shadow
+from app.monitoring.feedback import STEM_DIGITS, Feedback
 from app.observability.flight import FlightRecorder
 from app.observability.logging import Logger, RequestLine
 from app.observability.metrics import Recorder
+from app.rollout.canary import Canary
+from app.rollout.shadow import Shadow
 from app.schemas.predict import Prediction
 from app.settings import Settings
 

@@ -60,7 +60,7 @@ async def predict(features: Features, call: CurrentCall) -> Prediction:
     """One instance in, one prediction out. `score` is the model's probability of `label`."""
     pipeline = call.pipeline
     predictions = await pipeline.predict([features], call.stems(1), call.deadline, single=True)
-    call.record(predictions, pipeline.thresholds)
+    call.record(predictions, pipeline.model.thresholds)
     return predictions[0]
 
 
@@ -73,7 +73,7 @@ async def predict_batch(batch: Instances, call: CurrentCall) -> Batch:
         raise ServiceError("invalid_input", "too many instances", [error])
     pipeline = call.pipeline
     predictions = await pipeline.predict(batch.instances, call.stems(count), call.deadline)
-    call.record(predictions, pipeline.thresholds)
+    call.record(predictions, pipeline.model.thresholds)
     return Batch(pipeline.version, predictions)
 
 

@@ -33,13 +33,23 @@ class Batch:
 
 
 class Observer(Protocol):
-    """Whoever keeps the metrics; called on the event loop only."""
+    """Is told of every call of the model; on the event loop only."""
 
     def batch(self, batch: Batch, waits: Sequence[float]) -> None:
         """One call of the model, and the seconds each request in it waited."""
 
     def shed(self, reason: str) -> None:
         """A request whose deadline passed before its answer."""
+
+
+class Silent:
+    """An observer that keeps nothing, for work without a server."""
+
+    def batch(self, batch: Batch, waits: Sequence[float]) -> None:
+        """Nothing is counted."""
+
+    def shed(self, reason: str) -> None:
+        """No request is there to be given up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,17 +121,12 @@ class Batcher:
         """Answer what is here, then end: another model takes what comes."""
         self._retired = True
         if self._draining is None:
-            self._end()
+            self.close()
 
     def close(self) -> None:
         """Let the thread end once its current call has."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _end(self) -> None:
-        """Let go of the model at once: in a cycle with it, it would stay until the collector looks."""
-        self.close()
-        del self._run
 
     def _drain_here(self) -> None:
         """One call each turn of the loop, so that probes and new requests get theirs."""
@@ -130,7 +135,7 @@ class Batcher:
             self._finish(jobs, started, self._call(jobs))
         self._draining = asyncio.get_running_loop().call_soon(self._drain_here) if self._queue else None
         if self._retired and self._draining is None:
-            self._end()
+            self.close()
 
     async def _drain_in_thread(self, loop: asyncio.AbstractEventLoop, executor: ThreadPoolExecutor) -> None:
         await asyncio.sleep(self._max_wait)  # 0 lets what is ready join
@@ -143,7 +148,7 @@ class Batcher:
             self._finish(jobs, started, batches)
         self._draining = None
         if self._retired:
-            self._end()
+            self.close()
 
     def _take(self) -> list[_Job]:
         """Jobs for one call: at least one, and otherwise no more rows than fit."""

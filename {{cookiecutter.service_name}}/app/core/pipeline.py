@@ -1,56 +1,35 @@
-"""From typed instances to typed predictions: preprocess -> infer -> postprocess, one deployed artifact.
+"""From validated instances to predictions, by the model of one version.
 
     predict(instances) -> rows -> [inline | micro-batched | micro-batched in a thread] -> Prediction each
 
-Which of the three is chosen once, at warm-up, from what the model costs on this machine.
+`Pipeline.load` is for the service: it chooses one of the three by what the model costs on this machine.
+`Pipeline.offline` is for everything that has no server: commands, evaluation, import.
 """
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from time import perf_counter
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Self
 
-import numpy as np
 from pydantic import BaseModel
 
-from app.core.batcher import Batch, Batcher, Observer, Row
-from app.core.errors import ArtifactError, ServiceError
-from app.core.runtimes import Matrix, Runtime
+from app.core.batcher import Batcher, Observer, Silent
+from app.core.errors import ServiceError
+from app.core.model import Costs, Execution, Model, Policy, rows_of
+from app.core.runtimes import Runtime, load_runtime
 from app.core.store import Artifact
-from app.schemas.contract import label_key
-from app.schemas.predict import Features, Prediction
-
-# A classifier's and a regressor's take different fields, and any one service has only one of the two.
-_prediction: Any = Prediction
-
-Execution = Literal["inline", "batch", "thread"]
+from app.schemas.predict import Prediction
 
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
 MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
 MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
-ROUNDING = 1e-4  # by which a sum of float32 may miss what a probability can be
-GOLDEN = "golden.jsonl"
-WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
+OFFLINE = Policy(batch_max_rows=256)
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The decisions an operator may change without a new model; None leaves one to manifest or warm-up."""
-
-    review_threshold: float | None = None
-    out_of_range: Literal["accept", "review", "reject"] = "review"
-    batch_max_rows: int = 64
-    batch_max_wait_seconds: float = 0.0
-    execution: Execution | None = None
-
-
-def choose_execution(seconds_per_call: float, seconds_per_row: float, max_rows: int) -> Execution:
-    """How to run a model that costs so much for a call with one row, and per row of a full call."""
-    if max(seconds_per_call, seconds_per_row * max_rows) > MAX_LOOP_SECONDS:
+def choose_execution(costs: Costs, max_rows: int) -> Execution:
+    """How to run a model that costs so much, when a full call has `max_rows`."""
+    if max(costs.per_call, costs.per_row * max_rows) > MAX_LOOP_SECONDS:
         return "thread"
-    return "batch" if seconds_per_call > MIN_BATCH_GAIN * seconds_per_row else "inline"
+    return "batch" if costs.per_call > MIN_BATCH_GAIN * costs.per_row else "inline"
 
 
 def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
@@ -59,40 +38,58 @@ def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
 
 
 class Pipeline:
-    """A loaded model behind one `async predict(instances)`."""
+    """A model behind one `async predict(instances)`. Made by `load` or `offline`."""
 
-    def __init__(self, artifact: Artifact, runtime: Runtime, observer: Observer, policy: Policy) -> None:
-        self.artifact, self.version = artifact, artifact.manifest.version
-        self.stands_in = False  # for a version that cannot be used; known, as the next, to whoever finds out
-        self.load_seconds = 0.0  # to verify, load and warm up; known to whoever does it
-        inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
-        self._runtime, self._observer, self._policy = runtime, observer, policy
-        self._labels: list[Any] = list(outputs.labels)
-        self._keys = [label_key(label) for label in outputs.labels]
-        # Of the class: a method of this object would keep it, and the model, until the collector looks.
-        self._answer = Pipeline._classify if outputs.labels else Pipeline._measure
-        own = policy.review_threshold
-        self._threshold = outputs.review_threshold if own is None else own
-        # For the record of what was decided by them.
-        self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
-        # Columns that have a training range, and the ranges as precise as the rows are.
-        self._ranged = [index for index, entry in enumerate(inputs) if entry.training_range]
-        self._names: list[str] = [inputs[index].name for index in self._ranged]
-        precision = np.float64 if runtime.dtype is np.object_ else runtime.dtype
-        ranges = np.array([inputs[index].training_range for index in self._ranged], precision)
-        self._low, self._high = ranges.reshape(-1, 2).T
-        self._every = len(self._ranged) == len(inputs) and runtime.dtype is not np.object_
-        self.seconds_per_call, self.seconds_per_row = self._warm_up([entry.example for entry in inputs])
-        self.execution = policy.execution or choose_execution(
-            self.seconds_per_call, self.seconds_per_row, policy.batch_max_rows
-        )
+    def __init__(self, model: Model, policy: Policy, costs: Costs, observer: Observer) -> None:
+        self.model, self.artifact, self.version = model, model.artifact, model.version
+        self.costs, self._max_rows, self._observer = costs, policy.batch_max_rows, observer
+        self.execution = policy.execution or choose_execution(costs, policy.batch_max_rows)
         self.batcher = Batcher(
-            self.run,
+            model.run,
             observer,
-            max_rows=rows_of_a_call(self.seconds_per_row, policy.batch_max_rows),
+            max_rows=rows_of_a_call(costs.per_row, policy.batch_max_rows),
             max_wait_seconds=policy.batch_max_wait_seconds,
             threaded=self.execution == "thread",
         )
+        self.load_seconds, self.stands_in = 0.0, False
+
+    @classmethod
+    def load(
+        cls, artifact: Artifact, observer: Observer, policy: Policy, runtime: Runtime | None = None
+    ) -> Self:
+        """Load a verified version, warm it up and replay its golden set; raises ArtifactError.
+
+        `observer` is told of every call of the model, on the event loop. `runtime` is loaded from the
+        artifact unless given. Takes up to a second of the thread that it is called in.
+        """
+        model = Model(artifact, runtime or load_runtime(artifact), policy)
+        costs = model.warm_up(policy.batch_max_rows)
+        model.replay()
+        return cls(model, policy, costs, observer)
+
+    @classmethod
+    def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:
+        """The same answers without a server; raises ArtifactError if the model fails on its own example.
+
+        No batching, no thread, no metrics, no measuring. Ask it with `answers`; `model.replay()` compares
+        with the golden set. `policy` says what is reviewed, `runtime` is loaded unless given:
+
+            pipeline = Pipeline.offline(read_artifact(root, "v1"))
+            for answer in pipeline.answers(instances): ...
+        """
+        model = Model(artifact, runtime or load_runtime(artifact), policy)
+        model.try_example()
+        return cls(model, replace(policy, execution="inline"), Costs(), Silent())
+
+    def answers(self, instances: Sequence[BaseModel]) -> list[Prediction | ServiceError]:
+        """Per instance its prediction, without an id, or the error that is its own; needs no event loop.
+
+        Raises ServiceError for values outside the training range if the policy is to reject them.
+        """
+        rows = rows_of(instances)
+        self.model.reject(rows, single=False)
+        parts = (rows[at : at + self._max_rows] for at in range(0, len(rows), self._max_rows))
+        return [answer for part in parts for answer in self.model.run(part).answers]
 
     async def predict(
         self, instances: Sequence[BaseModel], ids: Sequence[str], deadline: float, *, single: bool = False
@@ -101,11 +98,11 @@ class Pipeline:
 
         Raises ServiceError; where several rows fail, the first one's.
         """
-        rows = [tuple(instance.__dict__.values()) for instance in instances]
-        if self._policy.out_of_range == "reject":
-            self._reject(rows, single)
-        if self.execution == "inline" and len(rows) <= self._policy.batch_max_rows:
-            batch = self.run(rows)
+        rows = rows_of(instances)
+        self.model.reject(rows, single)
+        answers: list[Any]
+        if self.execution == "inline" and len(rows) <= self._max_rows:
+            batch = self.model.run(rows)
             self._observer.batch(batch, (0.0,))
             answers = batch.answers
         else:
@@ -115,117 +112,3 @@ class Pipeline:
                 raise answer
             answer.prediction_id = prediction_id
         return answers
-
-    def replay(self) -> None:
-        """Raise ArtifactError unless every golden row gets the answer recorded when the version was made."""
-        lines = [json.loads(line) for line in self.artifact.files.get(GOLDEN, b"").splitlines()]
-        rows = [tuple(Features.model_validate(line["features"]).__dict__.values()) for line in lines]
-        answers = self.run(rows).answers if rows else []
-        for index, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
-            if isinstance(answer, ServiceError) or not _as_recorded(answer, line):
-                raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
-
-    def run(self, rows: Sequence[Row]) -> Batch:
-        """One call of the model; a bad row has its error for an answer."""
-        start = perf_counter()
-        matrix = np.asarray(rows, self._runtime.dtype)
-        beyond = self._beyond(matrix)
-        outside, counts = self._outside(beyond) if beyond.any() else (frozenset(), {})
-        ready = perf_counter()
-        outputs = self._infer(matrix)
-        inferred = perf_counter()
-        answers = [self._answer(self, one, index in outside) for index, one in enumerate(outputs)]
-        return Batch(
-            answers,
-            (ready - start, inferred - ready, perf_counter() - inferred),
-            counts,
-            matrix,
-            self.version,
-            rows,
-        )
-
-    def _beyond(self, matrix: Matrix) -> Any:
-        """Which values lie outside of the training range, [rows, columns that have one]."""
-        numbers = matrix if self._every else matrix[:, self._ranged].astype(self._low.dtype)
-        return (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
-
-    def _outside(self, beyond: Any) -> tuple[frozenset[int], dict[str, int]]:
-        """Rows to review for a value outside the training range, and the number of such values by feature."""
-        counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
-        rows = np.flatnonzero(beyond.any(axis=1)).tolist()
-        return frozenset(rows if self._policy.out_of_range == "review" else ()), counts
-
-    def _infer(self, matrix: Matrix) -> list[Any]:
-        """The model's output per row; where the model raises, halves find the row whose fault it is."""
-        try:
-            rows = self._runtime.infer(matrix)
-            if len(rows) != len(matrix) or len(rows[0]) != max(len(self._labels), 1):
-                raise ValueError("the model answered in another shape than it was asked")
-            return rows
-        except Exception as error:  # whatever a model raises is this row's answer, not the service's end
-            if len(matrix) == 1:
-                failure = ServiceError("model_error")
-                failure.__cause__ = error
-                return [failure]
-            half = len(matrix) // 2
-            return self._infer(matrix[:half]) + self._infer(matrix[half:])
-
-    def _measure(self, output: Any, outside: bool) -> Any:
-        """A regressor's answer."""
-        if isinstance(output, ServiceError):
-            return output
-        (value,) = output
-        if not math.isfinite(value):
-            return ServiceError("non_finite_output")
-        return _prediction("", self.version, value, "review" if outside else "accept")
-
-    def _classify(self, probabilities: Any, outside: bool) -> Any:
-        """A classifier's answer."""
-        if isinstance(probabilities, ServiceError):
-            return probabilities
-        if not math.isfinite(sum(probabilities)):  # one NaN or infinity among them is enough
-            return ServiceError("non_finite_output")
-        score = max(probabilities)
-        label = self._labels[probabilities.index(score)]
-        if 1.0 < score < 1.0 + ROUNDING or -ROUNDING < min(probabilities) < 0.0:
-            probabilities = [min(max(one, 0.0), 1.0) for one in probabilities]
-            score = min(score, 1.0)
-        action: Literal["accept", "review"] = "review" if outside or score < self._threshold else "accept"
-        by_label = dict(zip(self._keys, probabilities, strict=True))
-        return _prediction("", self.version, label, score, by_label, action)
-
-    def _reject(self, rows: Sequence[Row], single: bool) -> None:
-        where = np.argwhere(self._beyond(np.asarray(rows, self._runtime.dtype))).tolist()
-        message = {"msg": "outside the range seen in training", "type": "out_of_range"}
-        locations = [([] if single else ["instances", row], self._names[column]) for row, column in where]
-        errors = [{"loc": ["body", *row, name], **message} for row, name in locations]
-        if errors:
-            raise ServiceError("invalid_input", errors=errors)
-
-    def _warm_up(self, example: list[Any]) -> tuple[float, float]:
-        """Seconds of a call with one row, and per row of a full call; the best of several sheds the noise."""
-        best = {}
-        for rows in (1, self._policy.batch_max_rows):
-            matrix, began, times = (
-                np.asarray([example] * rows, self._runtime.dtype),
-                perf_counter(),
-                [math.inf],
-            )
-            while len(times) <= WARM_UP_CALLS and perf_counter() - began < WARM_UP_SECONDS:
-                start = perf_counter()
-                self._infer(matrix)
-                times.append(perf_counter() - start)
-            if any(isinstance(answer, ServiceError) for answer in self.run([tuple(example)] * rows).answers):
-                raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
-            best[rows] = min(times) / rows
-        return best[1], best[self._policy.batch_max_rows]
-
-
-def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
-    """Whether an answer is the one of a golden line, each number within the line's tolerance."""
-    if "value" in line:
-        return abs(answer.value - line["value"]) <= line["tolerance"]  # type: ignore[no-any-return]
-    return all(
-        abs(answer.probabilities[key] - recorded) <= line["tolerance"]
-        for key, recorded in line["probabilities"].items()
-    )

@@ -32,7 +32,7 @@ class Shadow:
         self._score = metrics.shadow_score.labels(version)
         self._value = metrics.shadow_value and metrics.shadow_value.labels(version)
         self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # of values
-        self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.seconds_per_row, 1e-9))))
+        self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.costs.per_row, 1e-9))))
         self._queue: deque[tuple[Row, Any]] = deque()
         self._thread = ThreadPoolExecutor(1, "shadow")
         self._working: asyncio.Task[None] | None = None
@@ -60,7 +60,9 @@ class Shadow:
             pairs = [self._queue.popleft() for _ in range(min(self._rows, len(self._queue)))]
             began = loop.time()
             try:
-                batch = await loop.run_in_executor(self._thread, self.pipeline.run, [row for row, _ in pairs])
+                batch = await loop.run_in_executor(
+                    self._thread, self.pipeline.model.run, [row for row, _ in pairs]
+                )
                 found = Counter(map(self._compare, [given for _, given in pairs], batch.answers))
                 self._duration.observe(sum(batch.stages))
                 for spread, name in ((self._score, "score"), (self._value, "value")):

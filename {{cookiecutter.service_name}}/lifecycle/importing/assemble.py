@@ -22,10 +22,8 @@ import pyarrow.compute as pc
 
 from app.core.errors import ArtifactError
 from app.core.manifest import Training
-from app.core.pipeline import Pipeline, Policy
-from app.core.runtimes import load_runtime
+from app.core.pipeline import Pipeline
 from app.core.store import MANIFEST, RELEASE, read_artifact
-from app.observability.metrics import Metrics, Recorder
 from app.schemas.contract import contract_inputs
 from lifecycle.importing.convert import ANSWERS, REQUEST, RESULT, SAMPLE
 from lifecycle.operations.docs import documents, snapshot
@@ -67,7 +65,7 @@ def main(folder: Path) -> None:
 def check(root: Path, version: str) -> None:
     """Raise ArtifactError unless the service takes the version, and answers its golden set as recorded."""
     artifact = read_artifact(root, version)
-    Pipeline(artifact, load_runtime(artifact), Recorder(Metrics()), Policy(execution="inline")).replay()
+    Pipeline.offline(artifact).model.replay()
 
 
 def version_files(

@@ -6,23 +6,18 @@
 Features are drawn one by one, so what they had to do with each other is lost but for what the weights keep.
 """
 
-import asyncio
 import json
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.batcher import Batch
 from app.core.manifest import Input
-from app.core.pipeline import Pipeline, Policy
-from app.core.runtimes import load_runtime
+from app.core.pipeline import Pipeline
 from app.core.store import read_artifact
 from app.schemas.contract import label_key
 from app.schemas.predict import Features
@@ -30,16 +25,6 @@ from app.schemas.predict import Features
 DRAWN, ROUNDS = 3000, 50
 SEED = 0
 Instance = dict[str, Any]
-
-
-class _Nobody:
-    """An observer that nobody reads."""
-
-    def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """See `Observer`."""
-
-    def shed(self, reason: str) -> None:
-        """See `Observer`."""
 
 
 def usual(artifacts: Path, version: str, count: int = 1000) -> list[Instance]:
@@ -52,9 +37,7 @@ def usual(artifacts: Path, version: str, count: int = 1000) -> list[Instance]:
         {one.name: _drawn(baseline["features"][one.name], one, chance) for one in inputs}
         for _ in range(DRAWN)
     ]
-    answers = _answers(
-        Pipeline(artifact, load_runtime(artifact), _Nobody(), Policy(execution="inline")), drawn
-    )
+    answers: list[Any] = Pipeline.offline(artifact).answers([Features.model_validate(row) for row in drawn])
     dimensions = [
         (
             [_bin(baseline["features"][one.name], row[one.name]) for row in drawn],
@@ -116,10 +99,3 @@ def _bin(feature: Instance, value: Any) -> int:
         known = feature["categories"]
         return known.index(value) if value in known else bins
     return bisect_left(feature["edges"], value)
-
-
-def _answers(pipeline: Pipeline, rows: list[Instance]) -> list[Any]:
-    """What the model says of each."""
-    instances = [Features.model_validate(row) for row in rows]
-    names = [""] * len(rows)
-    return asyncio.run(pipeline.predict(instances, names, perf_counter() + 600))

@@ -6,7 +6,6 @@
 The served version answers the same rows, so that a release is never worse than what it replaces.
 """
 
-import asyncio
 import hashlib
 import itertools
 import json
@@ -24,13 +23,11 @@ import typer
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.core.batcher import Batch
 from app.core.errors import ArtifactError, ServiceError
-from app.core.pipeline import Pipeline, Policy
-from app.core.runtimes import load_runtime
+from app.core.pipeline import Pipeline
 from app.core.store import MANIFEST, Artifact, read_artifact, read_release
 from app.schemas.contract import contract_inputs
-from app.schemas.predict import Features, Prediction
+from app.schemas.predict import Features
 from lifecycle.package import canonical_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,41 +323,15 @@ def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Dat
     )
 
 
-class _Unobserved:
-    """An observer who counts nothing."""
-
-    def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """One call."""
-
-    def shed(self, reason: str) -> None:
-        """Nobody waits."""
-
-
 def load(artifact: Artifact) -> Pipeline:
     """The pipeline that would serve it, with the settings a service has by default."""
-    policy = Policy(batch_max_rows=ROWS_A_CALL, execution="inline")
-    return Pipeline(artifact, load_runtime(artifact), _Unobserved(), policy)
-
-
-async def _predict(pipeline: Pipeline, rows: Sequence[Features]) -> list[Prediction | ServiceError]:
-    try:
-        return list(await pipeline.predict(rows, [""] * len(rows), math.inf))
-    except ServiceError as error:
-        if len(rows) == 1:
-            return [error]
-        return [answer for row in rows for answer in await _predict(pipeline, [row])]
-
-
-async def _predict_all(pipeline: Pipeline, data: Data) -> list[Prediction | ServiceError]:
-    found: list[Prediction | ServiceError] = []
-    for rows in instances(data.table, data.name):
-        found += await _predict(pipeline, rows)
-    return found
+    return Pipeline.offline(artifact)
 
 
 def ask(pipeline: Pipeline, data: Data) -> Answers:
     """The version's answers to every row."""
-    answers = asyncio.run(_predict_all(pipeline, data))
+    found = (pipeline.answers(rows) for rows in instances(data.table, data.name))
+    answers = [answer for answers in found for answer in answers]
     failures = Counter(one.code for one in answers if isinstance(one, ServiceError))
     nothing = [math.nan] * max(len(data.labels), 1)
     values = []
@@ -566,7 +537,7 @@ def judge(
 def golden_gate(pipeline: Pipeline) -> Gate:
     """The condition that every golden row gets the recorded answer."""
     try:
-        pipeline.replay()
+        pipeline.model.replay()
     except ArtifactError as error:
         return Gate("golden set", str(error), "the recorded answers", passed=False)
     return Gate("golden set", "the recorded answers", "the recorded answers", passed=True)
