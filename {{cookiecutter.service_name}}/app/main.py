@@ -105,8 +105,9 @@ class State(TypedDict):
 def read_served(settings: Settings) -> Artifact:
     """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
     place, version = settings.artifacts_dir, settings.model_version
-    with local_folder(place, version, settings.artifacts_allow_private) as root:
-        artifact = read_artifact(root, version or read_release(root).serving)
+    private, signed = settings.artifacts_allow_private, bool(settings.trusted_keys)
+    with local_folder(place, version, private, signed) as root:
+        artifact = read_artifact(root, version or read_release(root).serving, settings.trusted_keys)
     if settings.env == "production" and (missing := artifact.manifest.unpinned):
         raise ArtifactError(f"{artifact.manifest.version}/manifest.json: production needs {missing}")
     return artifact

@@ -7,6 +7,7 @@
 
 import os
 import re
+from base64 import b64decode
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +27,7 @@ from pydantic_settings import (
 PREFIX = "APP_"
 SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
 GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
+PUBLIC_KEY_BYTES = 32  # of Ed25519
 _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
 
 
@@ -56,6 +58,7 @@ class Settings(BaseSettings):
     artifacts_allow_private: bool = False
     model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
     fallback_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
+    trusted_keys: Annotated[tuple[str, ...], NoDecode] = ()
     canary_header: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = None
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -84,6 +87,16 @@ class Settings(BaseSettings):
         return (
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
+
+    @field_validator("trusted_keys", mode="before")
+    @classmethod
+    def _public(cls, value: Any) -> Any:
+        # An empty part is refused, not skipped: "," must not mean that nothing has to be signed.
+        keys = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        with suppress(ValueError):
+            if all(len(b64decode(key, validate=True)) == PUBLIC_KEY_BYTES for key in keys):
+                return keys
+        raise ValueError("each key must be an Ed25519 public key: the base64 of its 32 bytes")
 
     @field_validator("artifacts_dir")
     @classmethod

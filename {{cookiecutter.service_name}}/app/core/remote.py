@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
 from app.core.errors import ArtifactError
+from app.core.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
 from app.core.store import MANIFEST, MAX_JSON_BYTES, RELEASE, read_manifest, read_release
 
 SECONDS = 4  # for everything, and on top of that the time that the files take at the lowest speed:
@@ -38,17 +39,21 @@ REFUSED = 3  # exit code: the last line printed is the reason; else it is the ob
 
 
 @contextmanager
-def local_folder(place: Path | str, version: str | None, allow_private: bool) -> Iterator[Path]:
+def local_folder(
+    place: Path | str, version: str | None, allow_private: bool, signed: bool = False
+) -> Iterator[Path]:
     """The folder to read from: `place` itself, or while in use a copy of what is served from there.
 
-    `version` is what release.json says unless given. Raises ArtifactError, which names places, not copies.
+    `version` is what release.json says unless given; with `signed`, manifest.sig is fetched too. Raises
+    ArtifactError, which names places, not copies.
     """
     if isinstance(place, Path):
         yield place
         return
     place = place.rstrip("/")
     with TemporaryDirectory(prefix="artifacts-") as folder:  # for this user alone
-        command = [sys.executable, "-m", __name__, place, version or "", folder, str(int(allow_private))]
+        flags = [str(int(allow_private)), str(int(signed))]
+        command = [sys.executable, "-m", __name__, place, version or "", folder, *flags]
         project = Path(__file__).resolve().parents[2]
         # Nothing but our own words is passed on: what libraries and servers say may hold credentials.
         done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603
@@ -63,7 +68,7 @@ def local_folder(place: Path | str, version: str | None, allow_private: bool) ->
             raise ArtifactError(str(error).replace(folder, place)) from None
 
 
-def fetch_version(place: str, version: str, folder: Path, allow_private: bool) -> None:
+def fetch_version(place: str, version: str, folder: Path, allow_private: bool, signed: bool) -> None:
     """Fetch one version, or the served one, into `folder`; the process is ended if that takes too long."""
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     started, address = monotonic(), addresses(place)
@@ -82,9 +87,15 @@ def fetch_version(place: str, version: str, folder: Path, allow_private: bool) -
         version = read_release(folder).serving
     (folder / version).mkdir()
     fetch(f"{version}/{MANIFEST}", MAX_JSON_BYTES)
+    if signed:
+        fetch(f"{version}/{SIGNATURE}", MAX_SIGNATURE_BYTES)
     listed = read_manifest(folder / version).files.items()
     # What has no plain name is not fetched, and then missed by whoever verifies.
-    sizes = {name: entry.size for name, entry in listed if PLAIN.fullmatch(name) and name != MANIFEST}
+    sizes = {
+        name: entry.size
+        for name, entry in listed
+        if PLAIN.fullmatch(name) and name not in (MANIFEST, SIGNATURE)
+    }
     total = sum(sizes.values())
     if total > shutil.disk_usage(folder).free:
         raise ArtifactError(f"{version}/{MANIFEST}: lists more than there is room for")
@@ -177,9 +188,9 @@ def check_address(address: str, secure: bool, allow_private: bool) -> None:
 
 
 if __name__ == "__main__":
-    url, wanted, into, private = sys.argv[1:]
+    url, wanted, into, private, with_signature = sys.argv[1:]
     try:
-        fetch_version(url, wanted, Path(into), private == "1")
+        fetch_version(url, wanted, Path(into), private == "1", with_signature == "1")
     except ArtifactError as refusal:
         print(str(refusal).removeprefix(f"{into}/"))  # noqa: T201
         sys.exit(REFUSED)

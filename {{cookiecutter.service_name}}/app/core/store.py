@@ -1,6 +1,6 @@
 """From the artifacts folder to verified bytes. Nothing is deserialised here but JSON.
 
-    release.json -> version -> manifest -> every file read once, checked -> Artifact (bytes in memory)
+    release.json -> version -> manifest, its signature -> every file read once, checked -> Artifact (bytes)
 
 What is loaded later are these same bytes, so a file that changes on disk afterwards changes nothing.
 """
@@ -8,6 +8,7 @@ What is loaded later are these same bytes, so a file that changes on disk afterw
 import hashlib
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import ArtifactError
 from app.core.manifest import VERSION_PATTERN, Manifest
+from app.core.signatures import MAX_SIGNATURE_BYTES, SIGNATURE, verify
 from app.schemas.contract import contract_outputs, contract_sha256, served_contract_sha256
 
 RELEASE, MANIFEST = "release.json", "manifest.json"
@@ -65,8 +67,11 @@ def read_release(root: Path) -> Release:
         raise ArtifactError(f"{path}: {_first(error)}") from None
 
 
-def read_artifact(root: Path, version: str) -> Artifact:
-    """Read and verify one version below `root`; raises ArtifactError, which names file and reason."""
+def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) -> Artifact:
+    """Read and verify one version below `root`; raises ArtifactError, which names file and reason.
+
+    With `trusted_keys`, the manifest must be signed by one of them; that is checked before it is parsed.
+    """
     if not re.fullmatch(VERSION_PATTERN, version):
         raise ArtifactError(f"{root}: {version[:20]!r} is not a version name like v1")
     folder = root / version
@@ -74,7 +79,10 @@ def read_artifact(root: Path, version: str) -> Artifact:
         raise ArtifactError(f"{folder}: there is no such version")
     if folder.resolve() != root.resolve() / version:
         raise ArtifactError(f"{folder}: is a link that leads out of its place in {root}")
-    manifest = read_manifest(folder)
+    content = _read(folder / MANIFEST)
+    if trusted_keys:
+        _check_signature(folder, content, trusted_keys)
+    manifest = _parse(folder, content)
     if manifest.version != version:
         raise ArtifactError(f"{folder / MANIFEST}: is of version {manifest.version}")
     files = _verified_files(folder, manifest)
@@ -89,14 +97,26 @@ def read_artifact(root: Path, version: str) -> Artifact:
 
 def read_manifest(folder: Path) -> Manifest:
     """What the version in `folder` says of itself, still to be verified; raises ArtifactError."""
+    return _parse(folder, _read(folder / MANIFEST))
+
+
+def _parse(folder: Path, content: bytes) -> Manifest:
     try:
-        return Manifest.model_validate_json(_read(folder / MANIFEST))
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         raise ArtifactError(f"{folder / MANIFEST}: {_first(error)}") from None
 
 
+def _check_signature(folder: Path, manifest: bytes, trusted_keys: Sequence[str]) -> None:
+    path = folder / SIGNATURE
+    if not path.exists():
+        raise ArtifactError(f"{path}: is missing, and APP_TRUSTED_KEYS asks for a signature")
+    if not verify(manifest, _read(path, size=MAX_SIGNATURE_BYTES), trusted_keys):
+        raise ArtifactError(f"{path}: does not sign this {MANIFEST} with a key in APP_TRUSTED_KEYS")
+
+
 def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    present = {path.name for path in folder.iterdir()} - {MANIFEST, SIGNATURE}
     if unlisted := sorted(present - manifest.files.keys()):
         raise ArtifactError(f"{folder / unlisted[0]}: not listed in {MANIFEST}")
     files = {}

@@ -19,8 +19,8 @@ import typer
 from app.core.errors import ArtifactError
 from app.core.manifest import Manifest
 from app.core.store import MANIFEST, RELEASE, Release, read_artifact, read_release
-from lifecycle.release.evaluate import ROOT, THRESHOLDS, golden_gate, load, sha256, write
 from lifecycle.package import write_release
+from lifecycle.release.evaluate import ROOT, THRESHOLDS, golden_gate, load, sha256, write
 
 CHANGELOG = "CHANGELOG.md"
 CARD = "docs/model_card.md"

@@ -16,10 +16,19 @@ from typing import Annotated, Any
 
 import typer
 
-from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
 from app.core.errors import ArtifactError
 from app.core.store import Release, read_artifact, read_release
-from lifecycle.operations.monitor import MINIMUM, ROOT, Prometheus, Scrape, UnusableError, Window, ask, scraped
+from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
+from lifecycle.operations.monitor import (
+    MINIMUM,
+    ROOT,
+    Prometheus,
+    Scrape,
+    UnusableError,
+    Window,
+    ask,
+    scraped,
+)
 from lifecycle.package import write_release
 
 Artifacts = Annotated[Path, typer.Option(help="Folder of the versions and of release.json.")]
