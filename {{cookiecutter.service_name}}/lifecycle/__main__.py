@@ -28,6 +28,8 @@ MODULES = {  # by command; some import training libraries, which takes seconds
     "promote": "release.promote",
     "rollback": "release.promote",
     "release-check": "release.checklist",
+    "new-key": "release.commands",
+    "sign": "release.commands",
     "import-model": "importing.import_model",
 }
 

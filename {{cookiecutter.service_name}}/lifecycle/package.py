@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
+from app.core.signatures import SIGNATURE
 from app.core.store import MANIFEST, RELEASE, Release
 from app.monitoring.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
@@ -177,8 +178,12 @@ def canonical_json(value: object) -> bytes:
 
 
 def differing(folder: Path, files: dict[str, bytes]) -> list[str]:
-    """Names of files in `folder` that differ from `files`, are missing or are too many; [] if equal."""
-    present = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+    """Names of files in `folder` that differ from `files`, are missing or are too many; [] if equal.
+
+    A signature is no part of a version.
+    """
+    paths = [path for path in folder.iterdir() if path.name != SIGNATURE] if folder.is_dir() else []
+    present = {path.name: path.read_bytes() for path in paths}
     return sorted(name for name in present.keys() | files.keys() if present.get(name) != files.get(name))
 
 

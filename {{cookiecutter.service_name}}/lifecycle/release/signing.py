@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def new_key(path: Path) -> str:
-    """Write a new private key to `path`, which must not exist; returns the public key for APP_TRUSTED_KEYS."""
+    """Write a private key to `path`, which must not exist; returns the public key for APP_TRUSTED_KEYS."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
