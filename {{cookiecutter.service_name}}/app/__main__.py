@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from app.api.errors import from_validation, problem
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import OFFLINE, Pipeline
-from app.main import read_served
+from app.rollout.fleet import read_served
 from app.schemas.service import Instances
 from app.settings import Settings, SettingsError, load_settings, redacted
 

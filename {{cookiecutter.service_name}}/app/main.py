@@ -5,18 +5,15 @@ create_app(settings) -> FastAPI; its lifespan loads and warms the model, and yie
 
 import asyncio
 import gc
-import multiprocessing
 import os
 import re
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from ctypes import c_int
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 from zlib import crc32
 
 from fastapi import FastAPI, Response, Security
@@ -40,22 +37,17 @@ from app.core.errors import ArtifactError, ServiceError, reason_of
 from app.core.manifest import VERSION_PATTERN
 from app.core.model import Policy
 from app.core.pipeline import Pipeline
-from app.core.remote import local_folder
-from app.core.runtimes import import_library
-from app.core.store import Artifact, read_artifact, read_manifest, read_release
+from app.core.store import Artifact, read_manifest
 from app.monitoring.drift import Drift
-from app.monitoring.feedback import Feedback, Given
-from app.observability import flight
+from app.monitoring.feedback import Feedback
 from app.observability.logging import LineWriter, configure_logging
 from app.observability.metrics import Metrics, Recorder, scrape
-from app.rollout.canary import JUDGE_SECONDS, Canary, Counts
+from app.rollout.canary import JUDGE_SECONDS, Canary
+from app.rollout.fleet import FLEET, Fleet, read_fallback, read_served
 from app.rollout.release import Follower, Role, Wanted
 from app.rollout.shadow import BUSY, Shadow
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.settings import Settings, load_settings
-
-if TYPE_CHECKING:
-    from multiprocessing.sharedctypes import Synchronized
 
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
 GC_ALLOCATIONS = 10_000  # between two collections of what is young; a request leaves hardly any cycles
@@ -63,54 +55,10 @@ HANDLED = (HTTPException, RequestValidationError, ServiceError, Exception)
 BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
 
 
-@dataclass(frozen=True, slots=True)
-class Inheritance:
-    """What the master gives its workers by forking them.
-
-    A worker that starts later depends on no file that may have changed since: it could not start, and then
-    gunicorn would stop the healthy ones, too.
-    """
-
-    settings: Settings
-    artifact: Artifact  # verified
-    fallen: str  # what is wrong with the served version, if it is another one
-    workers: int
-    loaded: "Synchronized[int]"  # how many workers have loaded the model so far
-    serving: "Synchronized[int]"  # how many have begun to take connections
-    wanted: c_int  # how many must have before a worker that is being replaced may go
-    stopping: c_int  # 1 when nobody is being replaced any more
-    given: Given  # labels that came back
-    counts: Counts  # of a canary
-
-    @property
-    def all_loaded(self) -> bool:
-        """Whether a request may land on any worker and find the model there."""
-        return self.loaded.value >= self.workers
-
-    @property
-    def relieved(self) -> bool:
-        """Whether a worker that is told to go may."""
-        return bool(self.stopping.value) or self.serving.value >= self.wanted.value
-
-
-inheritance: Inheritance | None = None
-
-
 class State(TypedDict):
     """What the lifespan gives every request."""
 
     service: Service
-
-
-def read_served(settings: Settings) -> Artifact:
-    """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
-    place, version = settings.artifacts_dir, settings.model_version
-    private, signed = settings.artifacts_allow_private, bool(settings.trusted_keys)
-    with local_folder(place, version, private, signed) as root:
-        artifact = read_artifact(root, version or read_release(root).serving, settings.trusted_keys)
-    if settings.env == "production" and (missing := artifact.manifest.unpinned):
-        raise ArtifactError(f"{artifact.manifest.version}/manifest.json: production needs {missing}")
-    return artifact
 
 
 def _label(drifts: dict[str, Any], answer: Any) -> str:
@@ -121,30 +69,12 @@ def _label(drifts: dict[str, Any], answer: Any) -> str:
     return drift.bin_of(answer.value) if drift else "value"
 
 
-def read_usable(settings: Settings) -> tuple[Artifact, str]:
-    """The served version; or that of APP_FALLBACK_VERSION, and what is wrong with the served one."""
-    try:
-        artifact = read_served(settings)
-        import_library(artifact)  # its memory is then shared by all workers
-    except ArtifactError as error:
-        return _fall_back(settings, error), str(error)
-    return artifact, ""
-
-
-def _fall_back(settings: Settings, error: Exception) -> Artifact:
-    """Raises `error` where there is nothing to fall back on."""
-    if settings.fallback_version is None:
-        raise error
-    return read_served(settings.model_copy(update={"model_version": settings.fallback_version}))
-
-
-def _feedback(settings: Settings) -> Feedback:
-    place, versions = settings.artifacts_dir, None
+def _feedback(fleet: Fleet) -> Feedback:
+    place, versions = fleet.settings.artifacts_dir, None
     if isinstance(place, Path):
         found = [path for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
         versions = {path.name: _tolerance(path) for path in found}
-    given = inheritance.given if inheritance else Given()
-    return Feedback(contract_outputs()["labels"], versions, served_contract_sha256(), given)
+    return Feedback(contract_outputs()["labels"], versions, served_contract_sha256(), fleet.given)
 
 
 def _tolerance(folder: Path) -> float:
@@ -153,61 +83,41 @@ def _tolerance(folder: Path) -> float:
     return 0.0  # of what will not serve either
 
 
-def prepare_workers(settings: Settings, workers: int) -> None:
-    """In the master, before it forks: verify the artifact, and share what can be shared."""
-    global inheritance
-    loaded, serving = multiprocessing.Value("i"), multiprocessing.Value("i")
-    wanted, stopping = multiprocessing.RawValue("i"), multiprocessing.RawValue("i")
-    artifact, fallen = read_usable(settings)
-    inheritance = Inheritance(
-        settings, artifact, fallen, workers, loaded, serving, wanted, stopping, Given(), Counts()
-    )
-    _project()
-    gc.collect()
-    gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
-
-
-def replace_workers(settings: Settings, workers: int) -> None:
-    """In the master, before it forks others in the place of those it has: what they are to know and to do."""
-    global inheritance
-    if inheritance is not None:
-        inheritance = replace(inheritance, settings=settings)
-        inheritance.wanted.value = inheritance.serving.value + workers
-
-
 @cache
-def _project() -> dict[str, Any]:
-    project: dict[str, Any] = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
-    return project
+def project() -> dict[str, Any]:
+    """The `project` table of pyproject.toml: name, version, description."""
+    table: dict[str, Any] = tomllib.loads(PROJECT_FILE.read_text("utf-8"))["project"]
+    return table
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The ASGI application; settings come from the master, or else the environment, unless given."""
-    settings = settings or (inheritance.settings if inheritance else load_settings())
+def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
+    """The ASGI application; without arguments that of the master's fleet, or else of the environment."""
+    fleet = fleet or (Fleet(settings) if settings else FLEET.get(None) or Fleet(load_settings()))
+    settings = fleet.settings
     log, request_line, writer = configure_logging(settings.log_level, settings.log_format)
     metrics = Metrics()
     writer.on_drop = metrics.dropped_lines.inc
     tracing = None
-    project = _project()
+    about = project()
     telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
     if settings.tracing_endpoint:
         from app.observability.tracing import Tracing  # here, because nobody else needs its libraries
 
         endpoint, on_drop = settings.tracing_endpoint, metrics.dropped_spans.inc
-        tracing = Tracing(project["name"], project["version"], endpoint, on_drop)
+        tracing = Tracing(about["name"], about["version"], endpoint, on_drop)
         telemetry |= {"tracing": True, "tracer_provider": tracing.provider, "operation_spans": False}
     service = Service(
-        name=project["name"],
-        version=project["version"],
+        name=about["name"],
+        version=about["version"],
         settings=settings,
         log=log,
         request_line=request_line,
         admission=Admission(settings.max_concurrency + settings.max_queue, settings.request_deadline_seconds),
         guard=Guard(settings, log, metrics.fallbacks.inc),
         recorder=Recorder(metrics),
-        feedback=_feedback(settings),
-        flight=flight.inherited or flight.FlightRecorder(),
-        all_loaded=lambda: inheritance is None or inheritance.all_loaded,
+        feedback=_feedback(fleet),
+        flight=fleet.flight,
+        fleet=fleet,
         tracing=tracing,
     )
     service.recorder.label = partial(_label, service.recorder.drifts)
@@ -216,7 +126,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
         # In the background, so that /health and /ready tell the truth while a large model loads; but a worker
         # that replaces another takes no requests before it can answer them.
-        replaces = inheritance is not None and inheritance.all_loaded
+        replaces = fleet.replaces
         loading = asyncio.create_task(_load(service, metrics, writer))
         follower = _follower(service, metrics)
         if replaces:
@@ -246,7 +156,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title=service.name,
         version=service.version,
-        description=project["description"],
+        description=about["description"],
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
@@ -284,7 +194,7 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
         service.log.error("cannot start", reason=reason_of(error))
         writer.close()
         # A worker that replaces another is tried again, and the others go on meanwhile.
-        os._exit(1 if inheritance is not None and inheritance.all_loaded else BOOT_ERROR)
+        os._exit(1 if service.fleet.replaces else BOOT_ERROR)
     # Half of the tail latency is the collector walking what never changes: take it out of its sight.
     gc.collect()
     gc.freeze()
@@ -293,19 +203,17 @@ async def _load(service: Service, metrics: Metrics, writer: LineWriter) -> None:
     _serve(service, metrics, pipeline)
     if fallen:
         service.log.error("fallback serves", reason=fallen, model_version=pipeline.version)
-    if inheritance is not None:
-        with inheritance.loaded:
-            inheritance.loaded.value += 1
+    service.fleet.note_loaded()
 
 
 def _build_usable(service: Service, metrics: Metrics) -> tuple[Pipeline, str]:
     """See `read_usable`; a version that looks well may still not load, or answer otherwise than it should."""
     settings = service.settings
-    artifact, fallen = (inheritance.artifact, inheritance.fallen) if inheritance else read_usable(settings)
+    artifact, fallen = service.fleet.served()
     try:
         return _build(service, metrics, artifact), fallen
     except Exception as error:
-        return _build(service, metrics, _fall_back(settings, error)), reason_of(error)
+        return _build(service, metrics, read_fallback(settings, error)), reason_of(error)
 
 
 def _build(service: Service, metrics: Metrics, artifact: Artifact, role: Role = "serving") -> Pipeline:
@@ -394,7 +302,7 @@ def _try(service: Service, metrics: Metrics, pipeline: Pipeline | None, wanted: 
     """Let `pipeline` be the canary from now on, unless a worker has found it worse already."""
     if service.canary is not None:
         service.canary.pipeline.batcher.retire()
-    counts, key = inheritance.counts if inheritance else Counts(), crc32(repr(wanted).encode())
+    counts, key = service.fleet.counts, crc32(repr(wanted).encode())
     stopped, service.canary = counts.begin(key), None
     if pipeline is not None and wanted is not None and not stopped:
         service.canary = canary = Canary(pipeline, wanted.percent, counts, key)

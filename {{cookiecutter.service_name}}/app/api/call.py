@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from app.observability.flight import FlightRecorder
 from app.observability.logging import Logger, RequestLine
 from app.observability.metrics import Recorder
 from app.rollout.canary import Canary
+from app.rollout.fleet import Fleet
 from app.rollout.shadow import Shadow
 from app.schemas.predict import Prediction
 from app.settings import Settings
@@ -51,7 +52,7 @@ class Service:
     recorder: Recorder
     feedback: Feedback
     flight: FlightRecorder
-    all_loaded: Callable[[], bool]  # this worker and all others
+    fleet: Fleet
     tracing: "Tracing | None" = None
     pipeline: Pipeline | None = None
     canary: Canary | None = None

@@ -106,7 +106,7 @@ async def health() -> Health:
 async def ready(call: CurrentCall) -> Ready:
     """Readiness: 503 with the failing check named until a model is loaded and warm."""
     answer = Ready(call.pipeline.version)
-    if not call.service.all_loaded():
+    if not call.service.fleet.all_loaded:
         raise ServiceError("model_not_ready", "check `workers` fails: one is still loading the model")
     return answer
 
