@@ -30,6 +30,7 @@ from app.core.manifest import Input
 from app.schemas.contract import served_contract_sha256
 from app.schemas.predict import Features, Prediction
 from lifecycle.operations.trial import make_trial, number_of
+from tests.service import reliability
 from tests.service.where import ROOT
 
 ARTIFACTS = ROOT / "artifacts"
@@ -37,8 +38,20 @@ GUNICORN = ("gunicorn", "--config", str(ROOT / "gunicorn.conf.py"), "app.main:cr
 PATIENCE_SECONDS = 60.0  # for what is waited for; only a broken service takes as long
 
 # No test asserts how long a thing takes: the machine may be busy.
-settings.register_profile("service", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No database of examples: it would be written into the service's folder.
+settings.register_profile(
+    "service", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("service")
+
+# Reasons for which a test may be skipped; any other fails the run, so that no case is lost unseen.
+MAY_BE_SKIPPED = {
+    "no feature may be null",
+    "no feature of this contract is a number",
+    "a regressor has no score",
+    "another model was imported; these are of the demo's",
+}
+INSTALLED = "is not installed"  # how the reason ends where a program is missing; in CI such tests fail
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -365,6 +378,15 @@ def serving(
         end(process)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _in_the_folder() -> None:
+    """Commands of the service take its folder as their working folder.
+
+    Not before tests run: the workers of xdist are given paths relative to the first working folder.
+    """
+    os.chdir(ROOT)
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The service as it comes, shared by tests that only ask."""
@@ -377,3 +399,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """`start(**settings)`: a service of one's own."""
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(serving(tmp_path, **settings))
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Adds the plugin that gathers what faults did; registered here, xdist's main process has it too."""
+    pluginmanager.register(reliability)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run when a test was skipped for a reason that is not on the list."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # in a worker of xdist
+        return
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ())}
+    if unknown := {one for one in reasons if INSTALLED not in one} - MAY_BE_SKIPPED:
+        reporter.write_line(f"\nskipped for a reason that is not listed: {sorted(unknown)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

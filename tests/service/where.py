@@ -12,4 +12,3 @@ SERVICE = "{{cookiecutter.service_name}}"
 ROOT = Path(os.environ.get("PROVE_SERVICE") or TEMPLATE / SERVICE).resolve()
 
 sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)  # commands of the service take its folder as their working folder

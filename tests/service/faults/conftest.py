@@ -1,6 +1,6 @@
-"""What each fault did to requests, gathered from a whole run into the table of docs/reliability.md.
+"""Sends requests while a fault lasts, and reports how each of them ended.
 
-fault("kill -9", sent=..., answered=..., ...) -> the test's report -> pytest_sessionfinish -> the table
+load(url) -> Load.counts() -> fault("kill -9", sent=..., answered=..., ...) -> tests/service/reliability.py
 """
 
 import http.client
@@ -16,14 +16,10 @@ import httpx2
 import pytest
 
 from tests.service.conftest import EXAMPLE, PATIENCE_SECONDS, Document, assert_golden, recorded, until
-from tests.service.where import ROOT
+from tests.service.reliability import row
 
-TABLE_OF, RULER = ROOT / "docs" / "reliability.md", "|---|--:|--:|--:|--:|\n"
 PREDICTION = json.dumps(EXAMPLE).encode()
 Fault = Callable[..., None]
-Row = tuple[str, int, str]
-
-_rows: dict[Row, None] = {}  # of this run: file, line, row of the table
 
 
 class Load:
@@ -103,23 +99,13 @@ def fault(record_property: Callable[[str, object], None]) -> Fault:
 
     def report(name: str, *, sent: int, answered: int, refused: int = 0, lost: int = 0) -> None:
         assert sent == answered + refused + lost, "every request has one end"
-        record_property("fault", f"| {name} | {sent:,} | {answered:,} | {refused:,} | {lost:,} |\n")
+        record_property("fault", row(name, sent, answered, refused, lost))
 
     return report
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Takes what a passed test reported; with xdist, in the process that gathers the reports."""
-    file, line, _ = report.location
-    if report.when == "call" and report.passed:
-        reported = [str(row) for name, row in report.user_properties if name == "fault"]
-        _rows.update({(file, line or 0, row): None for row in reported})
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Writes the table below the words that people wrote, after a run of everything that went well."""
-    config = session.config
-    everything = config.args == ["tests/faults"] and not (config.option.keyword or config.option.markexpr)
-    if everything and exitstatus == pytest.ExitCode.OK and not hasattr(config, "workerinput"):
-        words = TABLE_OF.read_text("utf-8").partition(RULER)[0]
-        TABLE_OF.write_text(words + RULER + "".join(row for *_, row in sorted(_rows)), "utf-8")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of this folder, so that a run can leave them out."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.faults)
