@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 _NUMBER = re.compile(r"[-+]?\.?\d.*|-|n/a|")
 
@@ -25,3 +27,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         for row in cells
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:]))
+
+
+def save_picture(figure: Any, folder: Path, name: str) -> Path:
+    """Write a matplotlib figure as SVG into `folder`; characters that file names may not have become `_`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".svg")
+    figure.savefig(path)
+    return path

@@ -1,7 +1,7 @@
-"""What the service does at 1, 4, 16, 64 connections, and what stops it first: load/profile.md and .svg.
+"""What the service does at 1, 4, 16, 64 connections, and what limits it: load/profile.md and .svg.
 
     golden rows -> keep-alive connections, each asks again when answered -> latencies
-    /metrics, /proc before and after each step -> stages, processor time -> table, bottleneck, advice
+    /metrics and processor time before and after each step -> stages, cost -> table, bottleneck, advice
 
 The clients share this machine with the service, so their processor time is measured too, and stated.
 """
@@ -9,34 +9,34 @@ The clients share this machine with the service, so their processor time is meas
 import asyncio
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import tomllib
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import Any, cast
+from time import perf_counter
 from urllib.parse import urlsplit
 
+import httpx2
+import numpy as np
+import psutil
 import uvloop
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from app.core.store import read_artifact, read_release
+from load.service import ROOT, Running
 
-ROOT = Path(__file__).resolve().parents[1]
-PROC = Path("/proc")
 CONNECTIONS = (1, 4, 16, 64)
 PATH = "/v1/predict"
 STAGES = ("queue", "preprocess", "inference", "postprocess")
-PATIENCE_SECONDS = 30.0  # for the last answer of a step
-BUSY = 0.9  # of what there is; the rest is lost in hand-overs even when nothing else is short
-STRAY = 0.25  # processors used by others, above which figures are not to be quoted
+LAST_ANSWER_SECONDS = 30.0
+BUSY = 0.9  # share of the processors that counts as all: some is lost in hand-overs
+STRAY = 0.25  # processors used by other programs, above which figures are not to be quoted
 
 
 @dataclass
@@ -47,69 +47,39 @@ class Answers:
     others: Counter[int] = field(default_factory=Counter)  # other statuses; 0 is a lost connection
 
 
-class _Connection(asyncio.Protocol):
-    """One client on one keep-alive connection: the next request leaves when the last is answered."""
-
-    def __init__(self, requests: Iterator[bytes], answers: Answers, end: float) -> None:
-        self._requests, self._answers, self._end = requests, answers, end
-        self._buffer, self._sent, self.done = b"", 0.0, asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # it is TCP
-        self._ask()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, separator, body = self._buffer.partition(b"\r\n\r\n")
-        length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
-        if not separator or len(body) < int(length[1] if length else 0):
-            return
-        now, status, self._buffer = perf_counter(), int(head[9:12]), b""
-        if status == 200:
-            self._answers.seconds.append(now - self._sent)
-        else:
-            self._answers.others[status] += 1
-        if now < self._end:
-            self._ask()
-        else:
-            self.done.set_result(None)
-            self._transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self._answers.others[0] += 1
-            self.done.set_result(None)
-
-    def _ask(self) -> None:
-        self._sent = perf_counter()
-        self._transport.write(next(self._requests))
-
-
 def drive(address: str, connections: int, seconds: float) -> Answers:
     """Ask for predictions on so many connections for so long."""
     return uvloop.run(_drive(address, connections, seconds))
 
 
 async def _drive(address: str, connections: int, seconds: float) -> Answers:
-    answers, where = Answers(), urlsplit(address)
+    answers, where, end = Answers(), urlsplit(address), perf_counter() + seconds
     requests = itertools.cycle(_requests(where.netloc))
-    loop, end = asyncio.get_running_loop(), perf_counter() + seconds
-
-    async def client() -> None:
-        try:
-            _, connection = await loop.create_connection(
-                lambda: _Connection(requests, answers, end), where.hostname or "", where.port or 80
-            )
-        except OSError:
-            answers.others[0] += 1
-        else:
-            await connection.done
-
-    clients = [asyncio.create_task(client()) for _ in range(connections)]
-    _, silent = await asyncio.wait(clients, timeout=seconds + PATIENCE_SECONDS)
-    if silent:
-        answers.others[0] += len(silent)
+    clients = [
+        asyncio.create_task(_client(where.hostname or "", where.port or 80, requests, answers, end))
+        for _ in range(connections)
+    ]
+    _, silent = await asyncio.wait(clients, timeout=seconds + LAST_ANSWER_SECONDS)
+    answers.others[0] += len(silent)
     return answers
+
+
+async def _client(host: str, port: int, requests: Iterator[bytes], answers: Answers, end: float) -> None:
+    """One client on one keep-alive connection: the next request leaves when the last is answered."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+        while (sent := perf_counter()) < end:
+            writer.write(next(requests))
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+            await reader.readexactly(int(length[1] if length else 0))
+            if (status := int(head[9:12])) == 200:
+                answers.seconds.append(perf_counter() - sent)
+            else:
+                answers.others[status] += 1
+        writer.close()
+    except (OSError, asyncio.IncompleteReadError):
+        answers.others[0] += 1
 
 
 def _requests(host: str) -> list[bytes]:
@@ -126,58 +96,6 @@ def _requests(host: str) -> list[bytes]:
     return requests
 
 
-def get(address: str) -> str:
-    """The body of a GET."""
-    with urllib.request.urlopen(address, timeout=10) as response:  # noqa: S310  # our own http address
-        return str(response.read().decode())
-
-
-def served(address: str) -> dict[str, Any]:
-    """What /version says of the model."""
-    model: dict[str, Any] = json.loads(get(f"{address}/version"))["model"]
-    return model
-
-
-def workers_of(pid: int) -> list[int]:
-    """Processes started by `pid`; none where there is no /proc."""
-    # "pid (name) state ppid ...", where the name may hold anything.
-    stats = (path.read_text(errors="replace") for path in PROC.glob("[0-9]*/stat") if path.exists())
-    return [int(stat.split()[0]) for stat in stats if int(stat.rpartition(")")[2].split()[1]) == pid]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Counters at one moment; processor time in seconds, None where the system does not tell."""
-
-    samples: dict[str, float]
-    clock: float
-    client: float
-    server: float | None
-    machine: float | None
-
-    @classmethod
-    def take(cls, address: str, pid: int) -> "Reading":
-        """Read /metrics first: its own cost then lies outside every step."""
-        lines = (line for line in get(f"{address}/metrics").splitlines() if not line.startswith("#"))
-        samples = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-        tick = os.sysconf("SC_CLK_TCK")
-        server = machine = None
-        if workers := workers_of(pid):
-            fields = [(PROC / str(one) / "stat").read_text().rpartition(")")[2].split() for one in workers]
-            server = sum(int(one[11]) + int(one[12]) for one in fields) / tick
-            total = [int(part) for part in (PROC / "stat").read_text().splitlines()[0].split()[1:9]]
-            machine = (sum(total) - total[3] - total[4]) / tick  # without idle and waiting for disks
-        return cls(samples, perf_counter(), process_time(), server, machine)
-
-    def sum(self, name: str, *labels: str) -> float:
-        """The sum of a metric's samples that carry all `labels`, each as it is exposed."""
-        return sum(
-            value
-            for sample, value in self.samples.items()
-            if sample.partition("{")[0] == name and all(label in sample for label in labels)
-        )
-
-
 @dataclass(frozen=True)
 class Step:
     """One number of connections; times in milliseconds, processors as the mean number in use."""
@@ -192,53 +110,63 @@ class Step:
     stages: dict[str, float]  # mean milliseconds of a request, and "total"
     rows_a_call: float
     client: float
-    server: float | None
+    server: float
     model: float  # of `server`, about: the time inside the model's calls
     stray: float  # processors used by neither the service nor the clients
 
 
-def step(address: str, pid: int, connections: int, seconds: float) -> Step:
+def _scrape(running: Running) -> list[Sample]:
+    families = text_string_to_metric_families(httpx2.get(f"{running.address}/metrics").text)
+    return [sample for family in families for sample in family.samples]
+
+
+def _total(samples: list[Sample], name: str, labels: dict[str, str]) -> float:
+    return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+
+def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return float(sum(one.user + one.system for one in times))
+
+
+def step(running: Running, connections: int, seconds: float) -> Step:
     """Measure one number of connections."""
-    before = Reading.take(address, pid)
-    began, client = perf_counter(), process_time()
-    answers = drive(address, connections, seconds)
-    took, client = perf_counter() - began, process_time() - client
-    after = Reading.take(address, pid)
+    workers, own = running.workers(), [psutil.Process()]
+    before = _scrape(running)
+    psutil.cpu_percent()  # what it says next is of the time since this call
+    began, server, client = perf_counter(), _processor_seconds(workers), _processor_seconds(own)
+    answers = drive(running.address, connections, seconds)
+    took = perf_counter() - began
+    server = (_processor_seconds(workers) - server) / took
+    client = (_processor_seconds(own) - client) / took
+    busy = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
+    after = _scrape(running)
 
-    def grown(name: str, *labels: str) -> float:
-        return after.sum(name, *labels) - before.sum(name, *labels)
+    def grown(name: str, **labels: str) -> float:
+        return _total(after, name, labels) - _total(before, name, labels)
 
-    def mean_ms(name: str, *labels: str) -> float:
-        return 1000 * grown(f"{name}_sum", *labels) / max(grown(f"{name}_count", *labels), 1)
+    def mean_ms(name: str, **labels: str) -> float:
+        return 1000 * grown(f"{name}_sum", **labels) / max(grown(f"{name}_count", **labels), 1)
 
-    stages = {name: mean_ms("inference_stage_duration_seconds", f'stage="{name}"') for name in STAGES}
-    stages["total"] = mean_ms("http_request_duration_seconds", f'handler="{PATH}"')
+    stages = {name: mean_ms("inference_stage_duration_seconds", stage=name) for name in STAGES}
+    stages["total"] = mean_ms("http_request_duration_seconds", handler=PATH)
     calls = grown("inference_batch_rows_count")
-    server = machine = None
-    if before.server is not None and after.server is not None:
-        server = (after.server - before.server) / took
-    if before.machine is not None and after.machine is not None:
-        machine = (after.machine - before.machine) / took
-    times = sorted(answers.seconds)
-    p50, p95, p99 = (
-        1000 * times[min(int(share * len(times)), len(times) - 1)] if times else math.nan
-        for share in (0.5, 0.95, 0.99)
-    )
-    others = sum(answers.others.values())
+    p50, p95, p99 = (1000 * np.quantile(answers.seconds or [np.nan], (0.5, 0.95, 0.99))).tolist()
+    good, others = len(answers.seconds), sum(answers.others.values())
     return Step(
         connections=connections,
-        rate=len(times) / took,
+        rate=good / took,
         p50=p50,
         p95=p95,
         p99=p99,
-        refused=dict(answers.others),
-        refused_share=others / max(others + len(times), 1),
+        refused=+answers.others,
+        refused_share=others / max(others + good, 1),
         stages=stages,
         rows_a_call=grown("inference_batch_rows_sum") / max(calls, 1),
-        client=client / took,
+        client=client,
         server=server,
         model=stages["inference"] / 1000 * calls / took,
-        stray=max(0.0, (machine or 0) - (server or 0) - client / took),
+        stray=max(0.0, busy - server - client),
     )
 
 
@@ -252,7 +180,7 @@ class Machine:
 
 
 def bottleneck(peak: Step, machine: Machine) -> tuple[str, str]:
-    """What stopped the service at its highest throughput, and what to do about it."""
+    """What limited the service at its highest throughput, and what to do about it."""
     cpus, workers = machine.processors, machine.workers
     if peak.refused.get(503, 0) and peak.refused_share > 0.01:
         return (
@@ -260,9 +188,9 @@ def bottleneck(peak: Step, machine: Machine) -> tuple[str, str]:
             "Raise `APP_MAX_CONCURRENCY` or `APP_MAX_QUEUE` only if the latency above may still grow; "
             "otherwise more workers or machines.",
         )
-    if peak.server is None:
-        return "Unknown: this system does not tell what the workers used.", "Measure on Linux."
-    per_request = 1e6 * peak.server / max(peak.rate, 1e-9)
+    if not peak.rate:
+        return "Unknown: no request was answered with 200.", "Find out why, from the statuses below."
+    per_request = 1e6 * peak.server / peak.rate
     share = min(1.0, peak.model / max(peak.server, 1e-9))
     inside = (
         f"the model, {share:.0%} of it" if share >= 0.5 else f"HTTP and validation; the model is {share:.0%}"
@@ -293,59 +221,60 @@ def bottleneck(peak: Step, machine: Machine) -> tuple[str, str]:
     )
 
 
-def report(steps: Sequence[Step], machine: Machine, chart: str, day: str) -> str:
+REPORT = """\
+# Performance profile
+
+Written by `make load` on {day}: {machine.model}; {machine.workers} workers, \
+{machine.processors} processors, shared with the load generator; Python {python}.
+One instance a request, on connections that each ask again when answered: at many connections the latency is \
+mostly waiting for the requests before.
+
+![Throughput and latency by number of connections]({picture})
+
+- **Peak:** {peak.rate:,.0f} predictions a second at {peak.connections} connections, p99 {p99} ms.
+- **Promise:** p95 below {promised:g} ms {held}.
+- **First bottleneck:** {what}
+- **Workers:** {advice} `make size` says what the memory carries.
+{warning}
+| connections | requests/s | p50 ms | p95 ms | p99 ms | not 200 | rows a model call | processors: workers \
+| load generator |
+|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+{figures}
+
+Mean milliseconds of a request inside the service, as `/metrics` has them; `rest` is HTTP, validation and \
+waiting for other requests.
+
+| connections | queue | preprocess | inference | postprocess | rest | total |
+|--:|--:|--:|--:|--:|--:|--:|
+{stages}
+"""
+
+
+def report(steps: Sequence[Step], machine: Machine, picture: str, day: str) -> str:
     """The profile as Markdown."""
-    peak = max(steps, key=lambda one: one.rate)
+    peak, worst = max(steps, key=lambda one: one.rate), max(one.stray for one in steps)
     promised = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))["latency_p95_ms"]
     kept = list(itertools.takewhile(lambda one: one.p95 < promised, steps))
     what, advice = bottleneck(peak, machine)
     held = f"holds up to {kept[-1].connections} connections" if kept else "does not hold"
     if kept and kept[-1] is steps[-1]:
         held += ", the most tried"
-    lines = [
-        "# Performance profile",
-        "",
-        f"Written by `make load` on {day}: {machine.model}; {machine.workers} workers, "
-        f"{machine.processors} processors, shared with the load generator; "
-        f"Python {platform.python_version()}.",
-        "One instance a request, on connections that each ask again when answered: at many connections the "
-        "latency is mostly waiting for one's turn.",
-        "",
-        f"![Throughput and latency by number of connections]({chart})",
-        "",
-        f"- **Peak:** {peak.rate:,.0f} predictions a second at {peak.connections} connections, "
-        f"p99 {_ms(peak.p99)} ms.",
-        f"- **Promise:** p95 below {promised:g} ms {held}.",
-        f"- **First bottleneck:** {what}",
-        f"- **Workers:** {advice} `make size` says what the memory carries.",
+    warning = f"- **Do not quote:** other programs used up to {worst:.1f} processors meanwhile.\n"
+    figures = [
+        f"| {one.connections} | {one.rate:,.0f} | {_ms(one.p50)} | {_ms(one.p95)} | {_ms(one.p99)} "
+        f"| {_statuses(one.refused)} | {one.rows_a_call:.1f} | {one.server:.2f} | {one.client:.2f} |"
+        for one in steps
     ]
-    if (worst := max(one.stray for one in steps)) > STRAY:
-        lines.append(f"- **Do not quote:** something else used up to {worst:.1f} processors meanwhile.")
-    lines += [
-        "",
-        "| connections | requests/s | p50 ms | p95 ms | p99 ms | not 200 | rows a model call "
-        "| processors: workers | load generator |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for one in steps:
-        workers = "-" if one.server is None else f"{one.server:.2f}"
-        lines.append(
-            f"| {one.connections} | {one.rate:,.0f} | {_ms(one.p50)} | {_ms(one.p95)} | {_ms(one.p99)} "
-            f"| {_statuses(one.refused)} | {one.rows_a_call:.1f} | {workers} | {one.client:.2f} |"
-        )
-    lines += [
-        "",
-        "Mean milliseconds of a request inside the service, as `/metrics` has them; `rest` is HTTP, "
-        "validation and the turn of others.",
-        "",
-        "| connections | queue | preprocess | inference | postprocess | rest | total |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    stages = []
     for one in steps:
         known = [one.stages[name] for name in STAGES]
         cells = [*known, max(0.0, one.stages["total"] - sum(known)), one.stages["total"]]
-        lines.append(f"| {one.connections} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        stages.append(f"| {one.connections} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    return REPORT.format(
+        day=day, machine=machine, python=platform.python_version(), picture=picture, peak=peak,
+        p99=_ms(peak.p99), promised=promised, held=held, what=what, advice=advice,
+        warning=warning if worst > STRAY else "", figures="\n".join(figures), stages="\n".join(stages),
+    )  # fmt: skip
 
 
 def _ms(value: float) -> str:
@@ -357,65 +286,36 @@ def _statuses(refused: dict[int, int]) -> str:
     return ", ".join(named) or "0"
 
 
-def chart(steps: Sequence[Step]) -> str:
-    """Throughput and latency by number of connections, as SVG; the latency's scale is logarithmic."""
-    top = max(max(one.rate for one in steps), 1e-9)
-    times = [t for one in steps for t in (one.p50, one.p95, one.p99) if t > 0]
-    low, high = (math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))) if times else (0, 1)
-    high = max(high, low + 1)
+def draw(steps: Sequence[Step], path: Path) -> None:
+    """Throughput and latency by number of connections; the latency's scale is logarithmic."""
+    from matplotlib.figure import Figure  # here, because it takes a second
 
-    def x(left: int, index: int) -> float:
-        return left + (index + 0.5) * 300 / len(steps)
-
-    def y(milliseconds: float) -> float:
-        return 240 - 190 * (math.log10(milliseconds) - low) / (high - low)
-
-    parts = [text(200, 24, "requests a second"), text(560, 24, "latency, ms")]
-    for power in range(low, high + 1):
-        level = y(10.0**power)
-        parts.append(f'<path d="M410 {level:.0f}h300" stroke="#ddd"/>')
-        parts.append(text(404, level + 4, f"{10.0**power:g}", "end"))
-    for index, one in enumerate(steps):
-        bar, at = 190 * one.rate / top, x(50, index)
-        parts.append(f'<path d="M{at - 20:.0f} 240v-{bar:.1f}h40v{bar:.1f}z" fill="#4878a8"/>')
-        parts.append(text(at, 234 - bar, f"{one.rate:,.0f}"))
-        parts += [text(place, 258, str(one.connections)) for place in (at, x(410, index))]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    rates, latency = figure.subplots(1, 2)
+    names = [str(one.connections) for one in steps]
+    rates.bar_label(rates.bar(names, [one.rate for one in steps]), fmt="{:,.0f}")
+    rates.set(title="requests a second", xlabel="connections")
     for name, colour in (("p50", "#4878a8"), ("p95", "#d08030"), ("p99", "#b03030")):
-        values = [(x(410, index), getattr(one, name)) for index, one in enumerate(steps)]
-        points = " ".join(f"{at:.0f},{y(value):.1f}" for at, value in values if value > 0)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(text(440 + 60 * int(name > "p50") + 60 * int(name > "p95"), 44, name, colour=colour))
-    parts += [text(place, 278, "connections") for place in (200, 560)]
-    return picture(730, 290, parts)
+        latency.plot(names, [getattr(one, name) for one in steps], "o-", label=name, color=colour)
+    latency.set(title="latency, ms", xlabel="connections", yscale="log")
+    latency.legend()
+    figure.savefig(path)
 
 
-def picture(width: int, height: int, parts: Sequence[str]) -> str:
-    """An SVG on white."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="#fff"/>' + "".join(parts) + "</svg>\n"
-    )
-
-
-def text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#333") -> str:
-    """Words in an SVG."""
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
-
-
-def write(address: str, pid: int, target: Path, seconds: float) -> None:
-    """Measure every number of connections and write `target` and the chart beside it."""
-    model = served(address)
-    drive(address, CONNECTIONS[-1], seconds)  # what only happens once happens here
+def write(running: Running, target: Path, seconds: float) -> None:
+    """Measure every number of connections and write `target` and the picture beside it."""
+    model = running.model()
+    drive(running.address, CONNECTIONS[-1], seconds)  # a first time, for caches and connections
     steps = []
     for connections in CONNECTIONS:
-        steps.append(step(address, pid, connections, seconds))
+        steps.append(step(running, connections, seconds))
         rate, p99 = steps[-1].rate, _ms(steps[-1].p99)
         print(f"profile: {connections} connections, {rate:,.0f} a second, p99 {p99} ms", flush=True)
     machine = Machine(
-        workers=len(workers_of(pid)) or int(os.environ.get("APP_WORKERS", "1")),
+        workers=len(running.workers()),
         processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         model=f"model {model['version']} ({model['runtime']}, run as `{model['execution']}`)",
     )
     picture = target.with_suffix(".svg")
-    picture.write_text(chart(steps), "utf-8")
+    draw(steps, picture)
     target.write_text(report(steps, machine, picture.name, str(datetime.now(UTC).date())), "utf-8")

@@ -21,7 +21,7 @@ from app.core.model import Execution, Policy
 from app.core.pipeline import Pipeline
 from app.core.store import read_artifact
 from app.schemas.predict import Features, Prediction
-from load.run import service
+from load.service import service
 from tests.service.conftest import (
     ARTIFACTS,
     EXAMPLE,

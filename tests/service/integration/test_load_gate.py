@@ -47,7 +47,7 @@ def test_a_service_that_keeps_its_promises_passes(tmp_path: Path) -> None:
     assert "**First bottleneck:**" in profile
     assert "2 workers" in profile
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", profile)
-    assert (tmp_path / picture).read_text("utf-8").startswith("<svg ")
+    assert "<svg " in (tmp_path / picture).read_text("utf-8")
 
 
 def test_a_service_slower_than_promised_fails(tmp_path: Path) -> None:

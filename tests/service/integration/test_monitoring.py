@@ -13,7 +13,7 @@ import httpx2
 from typer.testing import CliRunner
 
 from lifecycle.__main__ import commands
-from lifecycle.operations.monitor import DRIFTED, STABLE
+from lifecycle.operations.drift import DRIFTED, STABLE
 from lifecycle.operations.traffic import usual
 from lifecycle.operations.watching import Watch
 from tests.service.conftest import (
@@ -92,12 +92,10 @@ def test_drift_is_seen_by_prometheus(start: Start, tmp_path: Path) -> None:
             send(service, chance.choices(grown, k=200))
             done = CliRunner().invoke(commands, command)
             assert done.exit_code == 0, done.output
-            verdicts = {
-                name: line.removeprefix(f"{SERVED:<7}  {name}").split()[1]
-                for line in done.stdout.splitlines()
-                for name in INPUTS
-                if line.startswith(f"{SERVED:<7}  {name} ")
-            }
+            cells = [
+                [cell.strip() for cell in line.strip("|").split(" | ")] for line in done.stdout.splitlines()
+            ]
+            verdicts = {row[1]: row[3] for row in cells if row[0] == SERVED and row[1] in INPUTS}
             return verdicts.pop(NUMBER) == "drifted" and {*verdicts.values()} <= {"stable"}
 
         until(told, "the same from `make drift`")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from app.core.sizing import Machine, machine
-from lifecycle.operations.size import MIB, Cost, advise, carried, table
+from lifecycle.operations.size import MIB, Cost, advise, carried, size_table
 from lifecycle.package import differing, publish
-from load.profile import STAGES, Step, bottleneck, chart, report
+from load.profile import STAGES, Step, bottleneck, draw, report
 from load.profile import Machine as Place
 
 
@@ -56,7 +56,8 @@ def test_memory_limits_the_workers_where_it_is_short() -> None:
     workers, reason = advise(COST, small)
     assert workers == 3
     assert reason.startswith("memory bound")
-    assert "350 MiB           70%                30,000  <-" in table(COST, small)
+    cells = [line.replace("|", " ").split() for line in size_table(COST, small).splitlines()]
+    assert ["3", "350", "MiB", "70%", "30,000", "<-"] in cells
 
 
 def test_processors_limit_the_workers_otherwise() -> None:
@@ -66,7 +67,7 @@ def test_processors_limit_the_workers_otherwise() -> None:
         workers, reason = advise(cost, large)
         assert workers == 4
         assert reason.startswith("CPU bound")
-    assert "n/a" in table(replace(COST, shared=None, worker=None), large)
+    assert "n/a" in size_table(replace(COST, shared=None, worker=None), large)
 
 
 def test_a_machine_too_small_still_gets_a_worker() -> None:
@@ -90,7 +91,7 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
         (replace(STEP, server=1.0, client=0.97), 4, "The load generator"),
         (replace(STEP, refused={503: 900}, refused_share=0.3), 2, "Admission: 30% were refused"),
         (replace(STEP, stages=STEP.stages | {"queue": 9.0}), 2, "The longest stage is `queue`"),
-        (replace(STEP, server=None), 2, "Unknown"),
+        (replace(STEP, rate=0.0), 2, "Unknown"),
     ],
 )
 def test_the_first_bottleneck_is_decided_by_figures(found: Step, workers: int, said: str) -> None:
@@ -99,10 +100,11 @@ def test_the_first_bottleneck_is_decided_by_figures(found: Step, workers: int, s
     assert said in what
 
 
-def test_the_profile_survives_a_service_that_answers_nothing() -> None:
+def test_the_profile_survives_a_service_that_answers_nothing(tmp_path: Path) -> None:
     """Where no request was answered with 200, the profile says what came instead."""
     nothing = replace(STEP, rate=0, p50=float("nan"), p95=float("nan"), p99=float("nan"), refused={401: 7})
     text = report([nothing], Place(2, 2, "model v1"), "profile.svg", "2026-01-01")
     assert "| 7 of 401 |" in text
     assert "does not hold" in text
-    assert chart([nothing]).startswith("<svg ")
+    draw([nothing], tmp_path / "profile.svg")
+    assert "<svg " in (tmp_path / "profile.svg").read_text("utf-8")

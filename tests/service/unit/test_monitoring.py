@@ -29,7 +29,7 @@ from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
 from app.schemas.service import Feedback as Truth
 from lifecycle.__main__ import commands
-from lifecycle.operations import monitor
+from lifecycle.operations import drift as monitor
 from lifecycle.package import MAX_BINS
 from tests.service.conftest import ANSWER, ARTIFACTS, SERVED, prediction
 from tests.service.conftest import LABELS as OWN_LABELS
@@ -137,9 +137,9 @@ def test_of_little_training_there_is_no_index() -> None:
     for name, bins in BINS.items():
         rows["v1", name] = Counter({bins[0]: 600})
     table = monitor.drift_table(monitor.compare("v1", few, rows)).splitlines()
-    assert all(" - " in line and "too few rows" in line for line in table[1:])
+    assert all(" - " in line and "too few rows" in line for line in table[2:])
     enough = monitor.drift_table(monitor.compare("v1", json.loads(BASELINE), rows)).splitlines()
-    assert all("drifted" in line for line in enough[1:-1])
+    assert all("drifted" in line for line in enough[2:-1])
 
 
 def test_few_rows_are_no_line_of_the_log() -> None:
@@ -442,12 +442,8 @@ ONE_BIN = {MOVED: {RARE: 600}}
 
 def verdicts(output: str) -> dict[str, list[str]]:
     """PSI, verdict and the rest of each feature's line."""
-    return {
-        name: line.removeprefix(f"{SERVED:<7}  {name} ").split()
-        for line in output.splitlines()
-        for name in [*AS_TRAINED, monitor.PREDICTION]
-        if line.startswith(f"{SERVED:<7}  {name} ")
-    }
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in output.splitlines()]
+    return {row[1]: row[2:] for row in rows if row[0] == SERVED}
 
 
 @pytest.mark.parametrize(
@@ -469,7 +465,7 @@ def test_drift_is_printed_and_drawn(
     assert {name for name, words in lines.items() if words[1] == "stable"} == {*AS_TRAINED} - {MOVED}
     (picture,) = (tmp_path / "pictures").iterdir()
     assert picture.name == f"drift-{SERVED}-" + re.sub(r"[^\w.-]+", "_", MOVED) + ".svg"
-    assert picture.read_text().startswith("<svg ")
+    assert "<svg " in picture.read_text()
 
 
 def test_too_few_rows_are_no_verdict(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -479,6 +475,11 @@ def test_too_few_rows_are_no_verdict(run: Callable[..., Result], tmp_path: Path)
     assert "too few rows" in done.stdout
     assert "drifted" not in done.stdout
     assert not (tmp_path / "pictures").exists()
+
+
+def cells(line: str) -> list[str]:
+    """The words of a table's line."""
+    return line.replace("|", " ").split()
 
 
 LOG = "".join(
@@ -521,8 +522,8 @@ def test_quality_is_printed_and_drawn(
     first, second = done.stdout.split("v2:")
     assert first.startswith("v1: 10 predictions with a label, accuracy 0.800, calibration error 0.050")
     assert second.startswith(" 4 predictions with a label, accuracy 0.000, calibration error 0.850")
-    assert ["0.8", "to", "0.9", "10", "0.850", "0.800"] in [line.split() for line in first.splitlines()]
-    assert ["no", "0", "2"] in [line.split() for line in first.splitlines()]
+    assert ["0.8", "to", "0.9", "10", "0.850", "0.800"] in [cells(line) for line in first.splitlines()]
+    assert ["no", "0", "2"] in [cells(line) for line in first.splitlines()]
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"quality-v1.svg", "quality-v2.svg"}
 
 
@@ -538,9 +539,9 @@ def test_errors_of_a_regressor_are_printed_and_drawn(run: Callable[..., Result],
     assert done.exit_code == 0, done.stderr
     words = "v1: 20 predictions with a true value, RMSE 3.162, MAE 3, bias -1\n"
     assert done.stdout.startswith(words)
-    assert ["180", "to", "190", "2", "3.162", "3", "-1"] in [one.split() for one in done.stdout.splitlines()]
+    assert ["180", "to", "190", "2", "3.162", "3", "-1"] in [cells(one) for one in done.stdout.splitlines()]
     picture = (tmp_path / "pictures" / "quality-v1.svg").read_text()
-    assert picture.count("<circle") == 20
+    assert picture.partition('id="PathCollection_1"')[2].partition("</g>")[0].count("<use ") == 20
     (tmp_path / "labels").write_text("prediction_id,label\nid1,many\n")
     done = run("quality", "--logs", "log", "--labels", "labels")
     assert (done.exit_code, done.stderr) == (1, "quality: id1 has a truth that is no number\n")

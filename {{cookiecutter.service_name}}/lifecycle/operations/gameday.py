@@ -32,13 +32,12 @@ import typer
 
 from app.core.runtimes import load_runtime
 from app.core.store import RELEASE, read_artifact, read_release
-from lifecycle.operations.monitor import PREDICTION, trained_features
-from lifecycle.package import canonical_json
+from lifecycle.operations.drift import PREDICTION, trained_features
 from lifecycle.operations.traffic import usual
 from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of
 from lifecycle.operations.watching import Watch, program, queries, watching
-from load.profile import workers_of
-from load.run import Running, service
+from lifecycle.package import canonical_json
+from load.service import Running, service
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = 120  # an hour of the rules passes in 30 s
@@ -214,7 +213,7 @@ class GameDay:
         self, day: Day, watch: Watch, own: Running, artifacts: Path, served: str, slow_seconds: float
     ) -> None:
         self._day, self._watch, self._artifacts, self._served = day, watch, artifacts, served
-        self._address, self._pid = own.address, own.pid
+        self._address, self._own = own.address, own
         self._host = own.address.removeprefix("http://")
         self._usual = usual(artifacts, self._served)
         manifest = read_artifact(artifacts, self._served).manifest
@@ -356,7 +355,7 @@ class GameDay:
 
     def _killed(self) -> None:
         self._day.begin("a worker is killed")
-        os.kill(workers_of(self._pid)[0], signal.SIGKILL)
+        os.kill(self._own.workers()[0].pid, signal.SIGKILL)
         self._fires("WorkerRestarts")
 
     def _bad_artifact(self) -> None:
@@ -405,7 +404,7 @@ class GameDay:
 
     def _frozen(self) -> None:
         self._day.begin("all workers frozen")
-        frozen = workers_of(self._pid)
+        frozen = [one.pid for one in self._own.workers()]
         for worker in frozen:
             os.kill(worker, signal.SIGSTOP)
         self._fires("ServiceNotReady")

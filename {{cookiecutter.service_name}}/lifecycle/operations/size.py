@@ -1,4 +1,4 @@
-"""How many workers this machine carries: measured, not guessed.
+"""How many workers this machine carries, measured.
 
 the service with 1 and with 2 workers, under load -> memory of each, processor time of a request
 -> a table of workers, the number to set, and what limits it
@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from app.core.sizing import Machine, default_workers, machine
-from load import profile
-from load.run import service
+from lifecycle.errors import LifecycleError
+from lifecycle.printing import table
+from load.profile import step
+from load.service import Running, service
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"
-MEMORY_SHARE = 0.8  # the rest is for the system's buffers, and for requests larger than the usual
+MEMORY_SHARE = 0.8  # the rest is for buffers of the system and for unusually large requests
 CONNECTIONS = 64
 MIB = 2**20
 
@@ -24,45 +27,36 @@ MIB = 2**20
 class Cost:
     """What was measured. Memory in bytes, a page that n processes share counted as 1/n in each (PSS)."""
 
-    shared: int | None  # what is there once, however many workers
-    worker: int | None  # what each worker adds; None where the system does not tell
+    shared: int | None  # memory that exists once, however many workers; None where the system has no PSS
+    worker: int | None  # memory that each worker adds
     model_seconds: float  # the model's part of one request alone
-    request_seconds: float | None  # processor time of a request among many
+    request_seconds: float  # processor time of a request among many
     execution: str
 
 
-def pss(pid: int) -> int | None:
-    """Bytes of a process and its workers together; None where the system does not tell (not Linux)."""
-    total = 0
-    try:
-        for one in (pid, *profile.workers_of(pid)):
-            lines = (profile.PROC / str(one) / "smaps_rollup").read_text().splitlines()
-            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    except OSError:
-        return None
-    return total * 1024
-
-
 def measure(seconds: float) -> Cost:
-    """Start the service with one and then with two workers, load each for `seconds` a step, weigh it."""
-    weights: list[int] = []
-    for workers in (2, 1):  # what the steps find is then that of one worker
+    """Start the service with two workers and then with one, load each for `seconds` a step, weigh it."""
+    weights: list[int | None] = []
+    for workers in (2, 1):  # the last steps are those with one worker
         typer.echo(f"size: measuring with {workers} workers ...", err=True)
         with service(APP_WORKERS=str(workers), APP_METRICS_ENABLED="true") as running:
-            busy = profile.step(running.address, running.pid, CONNECTIONS, seconds)
-            weight = pss(running.pid)
-            weights += [weight] if weight else []
-            alone = profile.step(running.address, running.pid, 1, seconds)
-            execution = profile.served(running.address)["execution"]
+            busy = step(running, CONNECTIONS, seconds)
+            weights.append(_pss(running))
+            alone = step(running, 1, seconds)
+            execution = running.model()["execution"]
     if not (alone.rate and busy.rate):
-        typer.echo(f"size: the service answered nothing with 200; statuses: {busy.refused}", err=True)
-        raise typer.Exit(1)
-    shared = worker = None
-    if len(weights) == 2:
-        worker = max(weights[0] - weights[1], 1)
-        shared = max(weights[1] - worker, 0)
-    request = busy.server / busy.rate if busy.server is not None else None
-    return Cost(shared, worker, alone.stages["inference"] / 1000, request, execution)
+        raise LifecycleError(f"the service answered nothing with 200; statuses: {busy.refused}")
+    two, one = weights
+    worker = None if two is None or one is None else max(two - one, 1)
+    shared = None if worker is None or one is None else max(one - worker, 0)
+    return Cost(shared, worker, alone.stages["inference"] / 1000, busy.server / busy.rate, execution)
+
+
+def _pss(running: Running) -> int | None:
+    """Bytes of the service's processes together; None where the system has no PSS (not Linux)."""
+    if not psutil.LINUX:
+        return None
+    return sum(int(one.memory_full_info().pss) for one in (running.process, *running.workers()))
 
 
 def carried(cost: Cost, there: Machine) -> int | None:
@@ -80,21 +74,18 @@ def advise(cost: Cost, there: Machine) -> tuple[int, str]:
     return there.cpus, "CPU bound: beyond one worker a processor, workers add memory and no answers"
 
 
-def table(cost: Cost, there: Machine) -> str:
+def size_table(cost: Cost, there: Machine) -> str:
     """Workers, their memory, and about how many predictions a second they give."""
     chosen, _ = advise(cost, there)
-    lines = ["workers     memory  of the limit   about predictions/s"]
+    rows = []
     for workers in sorted({1, 2, 4, 8, there.cpus, chosen}):
         memory = share = "n/a"
         if cost.shared is not None and cost.worker is not None:
             total = cost.shared + workers * cost.worker
             memory, share = f"{total / MIB:,.0f} MiB", f"{total / there.memory:.0%}"
-        rate = "n/a"
-        if cost.request_seconds:
-            rate = f"{min(workers, there.cpus) / cost.request_seconds:,.0f}"
-        mark = "  <-" if workers == chosen else ""
-        lines.append(f"{workers:>7} {memory:>10} {share:>13} {rate:>21}{mark}")
-    return "\n".join(lines)
+        rate = f"{min(workers, there.cpus) / cost.request_seconds:,.0f}"
+        rows.append((workers, memory, share, rate, "<-" if workers == chosen else ""))
+    return table(("workers", "memory", "of the limit", "about predictions/s", ""), rows)
 
 
 def size(
@@ -105,13 +96,12 @@ def size(
     workers, reason = advise(cost, there)
     picked = default_workers(ARTIFACTS)
     each = "not available on this system" if cost.worker is None else f"{cost.worker / MIB:.0f} MiB each"
-    request = "n/a" if cost.request_seconds is None else f"{cost.request_seconds * 1e6:.0f} µs"
     typer.echo(
         f"machine    {there.cpus} processors, {there.memory / MIB:,.0f} MiB\n"
         f"worker     {each}\n"
         f"model      {cost.model_seconds * 1e6:.0f} µs a row alone, run as `{cost.execution}`\n"
-        f"request    {request} of processor time, with {CONNECTIONS} at once\n\n"
-        f"{table(cost, there)}\n\n"
+        f"request    {cost.request_seconds * 1e6:.0f} µs of processor time, with {CONNECTIONS} at once\n\n"
+        f"{size_table(cost, there)}\n\n"
         f"{reason}\n"
         f"without APP_WORKERS the service starts {picked}, "
         f"{'the same' if picked == workers else 'from the size of the model file: set it'}\n"

@@ -19,18 +19,11 @@ import typer
 from app.core.errors import ArtifactError
 from app.core.store import Release, read_artifact, read_release
 from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
-from lifecycle.operations.monitor import (
-    MINIMUM,
-    ROOT,
-    Prometheus,
-    Scrape,
-    UnusableError,
-    Window,
-    ask,
-    scraped,
-)
+from lifecycle.errors import LifecycleError
+from lifecycle.operations.sources import MINIMUM, Prometheus, Scrape, Window, ask, scraped
 from lifecycle.package import write_release
 
+ROOT = Path(__file__).resolve().parents[2]
 Artifacts = Annotated[Path, typer.Option(help="Folder of the versions and of release.json.")]
 # What is read, and the label that names the version.
 COUNTERS = {
@@ -256,8 +249,8 @@ def compare(
     try:
         found = sides(scraped(metrics) if metrics else from_prometheus(prometheus, window))
         if [side.role for side in found[:2]] not in (["serving", "canary"], ["serving", "shadow"]):
-            raise UnusableError(f"{metrics or prometheus}: there is no shadow and no canary to compare")
-    except UnusableError as error:
+            raise LifecycleError(f"{metrics or prometheus}: there is no shadow and no canary to compare")
+    except LifecycleError as error:
         typer.echo(f"compare: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(table(found))

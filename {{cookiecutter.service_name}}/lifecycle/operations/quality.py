@@ -1,0 +1,168 @@
+"""How often a model is right where it serves, and whether its scores mean what they say.
+
+predictions in the log + true labels by prediction_id -> by version, of labels accuracy, calibration and
+  confusion, of values errors -> tables, pictures
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+
+from lifecycle.errors import LifecycleError
+from lifecycle.operations.sources import log_lines, read
+from lifecycle.printing import save_picture, table
+
+ROOT = Path(__file__).resolve().parents[2]
+BLUE, GREY = "#4878a8", "#999999"
+MOST_DOTS = 5000  # in a picture
+BINS = 10
+
+
+def join(logs: Path, labels: Path | None) -> dict[str, pd.DataFrame]:
+    """By version, the predictions in the log whose truth is known; without `labels`, the truth is feedback.
+
+    A classifier's frame has the columns label, truth (as text) and score, a regressor's value and truth.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    truths: dict[str, str] = {}
+    for line in log_lines(logs):
+        for one in line.get("predictions", []) if isinstance(line.get("thresholds"), dict) else []:
+            made[one["prediction_id"]] = {"version": line["model_version"], **one}
+        if line.get("news"):
+            truths[line["prediction_id"]] = _label(line["feedback"])
+    if not made:
+        raise LifecycleError(f"{logs}: no predictions in this log; they are logged at APP_LOG_LEVEL=INFO")
+    if labels is not None:
+        truths = dict(_labels(labels))
+    known = [one | {"truth": truths[id_]} for id_, one in made.items() if id_ in truths]
+    if not known:
+        source = labels or "feedback"
+        raise LifecycleError(f"none of the {len(made)} predictions in {logs} has a label from {source}")
+    for one in known:
+        if "label" in one:
+            one["label"] = _label(one["label"])
+        else:
+            try:
+                one["truth"] = float(one["truth"])
+            except ValueError:
+                raise LifecycleError(f"{one['prediction_id']} has a truth that is no number") from None
+    return dict([*pd.DataFrame(known).groupby("version")])
+
+
+def _labels(path: Path) -> Iterator[tuple[str, str]]:
+    """prediction_id and label, from JSON lines or from CSV with these columns; the last of an id counts."""
+    content = read(path)
+    rows: Iterable[Any]
+    if content.lstrip().startswith("{"):
+        rows = ((number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip())
+    else:
+        rows = enumerate(csv.DictReader(content.splitlines()), 2)
+    for number, row in rows:
+        try:
+            found = json.loads(row) if isinstance(row, str) else row
+            prediction_id, label = found["prediction_id"].strip(), found["label"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            label = None
+        if label in (None, ""):
+            raise LifecycleError(f"{path}:{number}: needs prediction_id and label, as CSV or JSON lines")
+        yield prediction_id, _label(label)
+
+
+def _label(label: Any) -> str:
+    """A label as text, the same from CSV and from JSON: 1 is 1 and true is true."""
+    return label.strip() if isinstance(label, str) else json.dumps(label)
+
+
+def reliability(known: pd.DataFrame) -> pd.DataFrame:
+    """Tenths of the score that have predictions, by number: count, mean score, share that was right."""
+    tenths = np.minimum((known.score * BINS).astype(int), BINS - 1)
+    rows = pd.DataFrame({"score": known.score, "right": known.label == known.truth})
+    return rows.groupby(tenths).agg(count=("score", "size"), score=("score", "mean"), right=("right", "mean"))
+
+
+def quality_report(version: str, known: pd.DataFrame) -> str:
+    """Accuracy, calibration and confusion of one version of a classifier."""
+    bins = reliability(known)
+    error = np.average((bins.score - bins.right).abs(), weights=bins["count"])
+    scores = [
+        (f"{tenth / BINS:.1f} to {(tenth + 1) / BINS:.1f}", f"{count:,}", f"{score:.3f}", f"{right:.3f}")
+        for tenth, count, score, right in bins.itertuples(name=None)
+    ]
+    labels = sorted({*known.truth, *known.label})
+    cells = pd.crosstab(known.truth, known.label).reindex(index=labels, columns=labels, fill_value=0)
+    return "\n\n".join(
+        (
+            f"{version}: {len(known):,} predictions with a label, "
+            f"accuracy {(known.label == known.truth).mean():.3f}, calibration error {error:.3f}",
+            table(("score", "predictions", "mean score", "right"), scores),
+            table(("true, predicted", *labels), cells.itertuples(name=None)),
+        )
+    )
+
+
+def error_report(version: str, known: pd.DataFrame) -> str:
+    """RMSE, MAE and bias of one version of a regressor, in all and by tenths of the predicted values."""
+    ordered = known.sort_values("value")
+    tenths = np.array_split(np.arange(len(ordered)), min(BINS, len(ordered)))
+    rows = []
+    for own in (ordered.iloc[tenth] for tenth in tenths):
+        low, high = own.value.iloc[0], own.value.iloc[-1]
+        rows.append((f"{low:.4g} to {high:.4g}", f"{len(own):,}", *_errors(own)))
+    rmse, mae, bias = _errors(known)
+    return (
+        f"{version}: {len(known):,} predictions with a true value, RMSE {rmse}, MAE {mae}, bias {bias}\n\n"
+        + table(("predicted", "predictions", "RMSE", "MAE", "bias"), rows)
+    )
+
+
+def _errors(known: pd.DataFrame) -> tuple[str, str, str]:
+    """Root of the mean square, mean of the absolute, and mean of the errors; too large is positive."""
+    errors = known.value - known.truth
+    return f"{(errors**2).mean() ** 0.5:.4g}", f"{errors.abs().mean():.4g}", f"{errors.mean():+.4g}"
+
+
+def draw(version: str, known: pd.DataFrame, folder: Path) -> Path:
+    """Write a picture of calibration and confusion, or of a regressor's errors; its path."""
+    from matplotlib.figure import Figure  # here, because these take a second
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    if "label" in known:
+        left, right = figure.subplots(1, 2)
+        bins = reliability(known)
+        left.plot([0, 1], [0, 1], color=GREY, linestyle="--")
+        left.scatter(bins.score, bins.right, 20 + 200 * bins["count"] / bins["count"].max(), BLUE)
+        left.set(title=f"{version}: right against score", xlabel="score", ylabel="share that was right")
+        ConfusionMatrixDisplay.from_predictions(
+            known.truth, known.label, ax=right, cmap="Blues", colorbar=False
+        )
+    else:
+        axes, shown = figure.subplots(), known.tail(MOST_DOTS)
+        axes.axhline(0, color=GREY, linestyle="--")
+        axes.scatter(shown.value, shown.value - shown.truth, 10, BLUE, alpha=0.6)
+        axes.set(title=f"{version}: errors", xlabel="predicted", ylabel="predicted - true")
+    return save_picture(figure, folder, f"quality-{version}")
+
+
+def quality(
+    logs: Annotated[Path | None, typer.Option(envvar="LOGS", help="The service's log.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LABELS", help="CSV or JSON lines: prediction_id, label; else feedback in the log."
+        ),
+    ] = None,
+    pictures: Annotated[Path, typer.Option(help="Where a picture of each version goes.")] = ROOT / "build",
+) -> None:
+    """Say how often each version was right, and whether its scores mean what they say."""
+    if logs is None:
+        raise LifecycleError("say which log: LOGS=service.log")
+    for version, known in join(logs, labels).items():
+        report = quality_report if "label" in known else error_report
+        typer.echo(f"{report(version, known)}\n\npicture: {draw(version, known, pictures)}\n")

@@ -1,0 +1,99 @@
+"""Programs that run for as long as a block takes, above all the service itself: for load tests and game days.
+
+command -> ready -> the block -> SIGTERM, or SIGKILL where it does not end
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS, END_SECONDS = 60.0, 60.0
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], seconds: float) -> T | None:
+    """The first true result of `condition`, or None after `seconds`; a failed connection counts as false."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        with suppress(OSError, httpx2.TransportError):
+            if found := condition():
+                return found
+        time.sleep(0.05)
+    return None
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    log: Path,
+    ready: Callable[[], object],
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[psutil.Popen]:
+    """Run a program in the service's folder, once `ready` says so; what it prints goes to `log`.
+
+    SystemExit, with the end of the log, if the program ends or is not ready in time.
+    """
+    with log.open("wb") as output:
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: process.poll() is not None or ready(), START_SECONDS)
+        if process.poll() is not None or not ready():
+            said = log.read_text("utf-8", errors="replace")[-4000:]
+            raise SystemExit(f"{said}\n{log.stem} did not become ready")
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that is ready: its address, and the process that started its workers."""
+
+    address: str
+    process: psutil.Process
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes."""
+        workers: list[psutil.Process] = self.process.children()
+        return workers
+
+    def model(self) -> dict[str, Any]:
+        """The `model` part of /version: version, runtime, how it is run."""
+        model: dict[str, Any] = httpx2.get(f"{self.address}/version").raise_for_status().json()["model"]
+        return model
+
+
+@contextmanager
+def service(**settings: str) -> Iterator[Running]:
+    """Run the service on a free port, with these `APP_` variables; SystemExit if it does not start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "app.main:create_app()"]
+    environment = {**os.environ, **settings, "APP_HOST": "127.0.0.1", "APP_PORT": str(port)}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "service.log")
+        with started(command, log, lambda: _is_ready(address), environment) as process:
+            yield Running(address, process)
+
+
+def _is_ready(address: str) -> bool:
+    return httpx2.get(f"{address}/ready", timeout=2).status_code == 200
