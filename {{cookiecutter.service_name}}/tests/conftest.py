@@ -129,6 +129,13 @@ class Service:
         raise AssertionError(f"no log line has the request_id {request_id}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests of the running service to one process, so that it is started once."""
+    for item in items:
+        if "service" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("service"))
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The service with a key and one worker, ready; shared by all tests."""

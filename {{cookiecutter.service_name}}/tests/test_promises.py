@@ -1,0 +1,54 @@
+"""The promises can be kept: they are readable, the served version meets them, load tests can measure them.
+
+slo.toml, evaluation/thresholds.toml, evaluation/<version>.json, load/locustfile.py
+"""
+
+import json
+import tomllib
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from app.core.store import read_artifact
+from lifecycle.release.evaluate import read_thresholds
+from tests.conftest import ARTIFACTS, ROOT, SERVED, VERSIONS, read, run
+
+THRESHOLDS = ROOT / "evaluation" / "thresholds.toml"
+VERDICTS = sorted((ROOT / "evaluation").glob("v*.json"))
+
+
+def test_the_service_level_is_within_reason() -> None:
+    """`slo.toml` promises shares between 0 and 1, and a latency that is shorter than the deadline."""
+    promises = tomllib.loads(read("slo.toml"))
+    assert 0 < promises["availability"] < 1
+    assert 0 <= promises["error_ratio"] < 1
+    assert 0 < promises["latency_p95_ms"] < promises["request_deadline_seconds"] * 1000
+
+
+def test_the_thresholds_are_readable() -> None:
+    """`evaluation/thresholds.toml` has no misspelt name and no value of a wrong type; its rows are there."""
+    thresholds = read_thresholds(THRESHOLDS)
+    file = thresholds.data.file
+    assert file is None or (THRESHOLDS.parent / file).is_file(), f"evaluation/{file} is not there"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_version_is_whole(version: str) -> None:
+    """Every file of a version has the checksum in its manifest, and the version is for this contract."""
+    assert read_artifact(ARTIFACTS, version).manifest.version == version
+
+
+@pytest.mark.parametrize("path", VERDICTS, ids=lambda path: path.stem)
+def test_a_verdict_is_about_the_version_that_is_there(path: Path) -> None:
+    """A verdict names the manifest it judged; that of the served version says that it passed."""
+    verdict, manifest = json.loads(path.read_bytes()), ARTIFACTS / path.stem / "manifest.json"
+    again = f"make evaluate VERSION={path.stem} writes it again"
+    assert verdict["manifest_sha256"] == sha256(manifest.read_bytes()).hexdigest(), again
+    assert path.stem != SERVED or verdict["passed"], f"{SERVED} serves, but failed: {verdict['failed']}"
+
+
+def test_the_load_test_can_start(tmp_path: Path) -> None:
+    """Locust reads `load/locustfile.py` and finds its clients."""
+    done = run(tmp_path, "locust", "--locustfile", ROOT / "load" / "locustfile.py", "--list")
+    assert done.returncode == 0, done.stdout + done.stderr
