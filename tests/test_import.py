@@ -414,7 +414,7 @@ def reading(process: int, project: Path, data: Path) -> bool:
 
 def converting(process: int, project: Path, data: Path) -> bool:
     """Whether the step that opens the model is at work."""
-    return (project / ".import" / "request.json").is_file()
+    return (project / ".import" / "conversion.json").is_file()
 
 
 def writing(process: int, project: Path, data: Path) -> bool:

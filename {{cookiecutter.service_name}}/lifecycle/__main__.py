@@ -30,7 +30,7 @@ MODULES = {  # by command; some import training libraries, which takes seconds
     "release-check": "release.checklist",
     "new-key": "release.commands",
     "sign": "release.commands",
-    "import-model": "importing.import_model",
+    "import-model": "importing.commands",
 }
 
 

@@ -136,15 +136,21 @@ def pack(
     training: Training | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     trusted_types: Sequence[str] = (),
+    words: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, bytes]:
     """The whole folder: `files` and the manifest that signs them.
 
     `outputs` holds the meaning of the answer and the review threshold, `ranges` the least and the greatest
-    value in training; inputs and labels come from the contract in `app/schemas/predict.py`.
+    value in training; inputs and labels come from the contract in `app/schemas/predict.py`. `words` holds the
+    description and example of inputs whose words are not those of the contract.
     """
-    ranges = ranges or {}
+    ranges, words = ranges or {}, words or {}
     schema = Features.model_json_schema()
-    example = schema["examples"][0]
+    examples = schema["examples"][0]
+    described = {
+        name: {"description": one.get("description", ""), "example": examples[name]}
+        for name, one in schema["properties"].items()
+    }
     manifest = Manifest(
         name=name,
         version=version,
@@ -155,13 +161,9 @@ def pack(
             for name, content in sorted(files.items())
         },
         inputs=[
-            Input(
-                **entry,
-                description=schema["properties"][entry["name"]].get("description", ""),
-                training_range=ranges.get(entry["name"]),
-                example=example[entry["name"]],
-            )
+            Input(**entry, **described[name] | words.get(name, {}), training_range=ranges.get(name))
             for entry in contract_inputs()
+            for name in [entry["name"]]
         ],
         outputs=Outputs(labels=list(labels()), **outputs),
         training=training,

@@ -1,17 +1,16 @@
 """Makes the files of an imported version, with the contract that they are for in place of the served one.
 
-    repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, result.json
+    repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, Assembly, Converted
     -> golden set, baseline, manifest, v0 -> the service's own check of them -> openapi.json, documents
     -> evaluation/: the thresholds of a new contract, and the rows given for it
 
-`python -m lifecycle.importing.assemble FOLDER`, started by `make import-model` in FOLDER/repository: there Python finds
-the `app` with the new contract, so that everything here is made for it.
+A process of its own, started in `repository`: there Python finds the `app` with the new contract, so that
+everything here is made for it.
 """
 
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,45 +20,42 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from app.core.errors import ArtifactError
-from app.core.manifest import Training
 from app.core.pipeline import Pipeline
-from app.core.store import MANIFEST, RELEASE, read_artifact
+from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
-from lifecycle.importing.convert import ANSWERS, REQUEST, RESULT, SAMPLE
-from lifecycle.operations.docs import documents, snapshot
-from lifecycle.package import baseline, canonical_json, golden_set, labels, pack, publish, start_release
+from lifecycle.errors import LifecycleError
+from lifecycle.importing.documents import ANSWERS, SAMPLE, Assembly, Converted
+from lifecycle.importing.steps import step
 from lifecycle.importing.stub import VERSION as STUB
 from lifecycle.importing.stub import ignorant_stub
-from lifecycle.tables import Refusal, read_sample
+from lifecycle.operations.docs import documents, snapshot
+from lifecycle.package import baseline, golden_set, labels, pack, publish, start_release
+from lifecycle.tables import instances, read_sample, read_table, truths
 
 GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
 SCORE = "The model's probability of the label; not calibrated beyond training."
 
 
-def main(folder: Path) -> None:
-    """Write into folder/repository; a version that the service would refuse ends as a line in result.json."""
-    request = json.loads((folder / REQUEST).read_bytes())
-    result = json.loads((folder / RESULT).read_bytes())
+def assemble(folder: Path) -> None:
+    """Write into folder/repository; raises LifecycleError for a version that the service would refuse."""
+    assembly, model = Assembly.read(folder), Converted.read(folder)
     root = folder / "repository"
     sample = read_sample(folder / SAMPLE)
-    made = version_files(folder, request, result, sample, np.load(folder / ANSWERS))
+    content = (folder / model.file).read_bytes()
+    made = version_files(assembly, model, content, sample, np.load(folder / ANSWERS))
     for name, files in made.items():
         publish(root / "artifacts", name, files)
     if STUB in made:
         (root / "artifacts" / RELEASE).unlink(missing_ok=True)
-        start_release(root / "artifacts", serving=request["version"], previous=STUB)
+        start_release(root / "artifacts", serving=assembly.version, previous=STUB)
     try:
         for name in made:
             check(root / "artifacts", name)
         for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
             (root / path).write_text(text, "utf-8", newline="\n")
-        prepare_evaluation(root, request, sample.column(request["target"]))
-    except Refusal as refusal:
-        result["refused"] = str(refusal)
-        (folder / RESULT).write_text(json.dumps(result), "utf-8")
     except (ArtifactError, ValueError) as error:  # a document may lack a heading
-        result["refused"] = f"what was made is not fit to be served: {error}"
-        (folder / RESULT).write_text(json.dumps(result), "utf-8")
+        raise LifecycleError(f"the version that was made is not fit to be served: {error}") from None
+    prepare_evaluation(root, assembly, sample.column(assembly.target))
 
 
 def check(root: Path, version: str) -> None:
@@ -69,41 +65,39 @@ def check(root: Path, version: str) -> None:
 
 
 def version_files(
-    folder: Path, request: dict[str, Any], result: dict[str, Any], sample: Any, answers: Any
+    assembly: Assembly, model: Converted, content: bytes, sample: Any, answers: Any
 ) -> dict[str, dict[str, bytes]]:
     """The files of the new version, and of v0 where the contract is new."""
     names = list(inputs())
     chosen = golden_rows(sample, answers)
     rows = [list(row.values()) for row in sample.select(names).take(chosen).to_pylist()]
-    model = f"model.{result['runtime']}"
-    outputs: dict[str, Any] = {"score": SCORE, "review_threshold": request["review_threshold"]}
+    outputs: dict[str, Any] = {"score": SCORE, "review_threshold": assembly.review_threshold}
     if not labels():
         outputs = {
-            "value": f"The model's estimate of {request['target']}.",
-            "feedback_tolerance": request["feedback_tolerance"] or float(f"{answers.std() / 10:.2g}"),
+            "value": f"The model's estimate of {assembly.target}.",
+            "feedback_tolerance": assembly.feedback_tolerance or float(f"{answers.std() / 10:.2g}"),
         }
     files = {
-        model: (folder / model).read_bytes(),
+        model.file: content,
         "baseline.json": baseline([values(sample.column(name)) for name in names], answers),
-        "golden.jsonl": golden_set(rows, answers[chosen], result["tolerance"]),
+        "golden.jsonl": golden_set(rows, answers[chosen], model.tolerance),
     }
-    packed = pack(
-        version=request["version"],
-        name=request["name"],
-        runtime=result["runtime"],
-        files=files,
-        outputs=outputs,
-        libraries=result["libraries"],
-        training=Training(**request["training"]),
-        ranges={name: (low, high) for name, (low, high) in request["ranges"].items()},
-        trusted_types=result["trusted_types"],
-    )
-    manifest = json.loads(packed[MANIFEST])
-    for entry in manifest["inputs"]:
-        entry |= request["words"].get(entry["name"], {})
-    made = {request["version"]: packed | {MANIFEST: canonical_json(manifest)}}
-    if request["new_contract"]:
-        made[STUB] = ignorant_stub(request["name"], rows, answers)
+    made = {
+        assembly.version: pack(
+            version=assembly.version,
+            name=assembly.name,
+            runtime=model.runtime,
+            files=files,
+            outputs=outputs,
+            libraries=model.libraries,
+            training=assembly.training,
+            ranges=assembly.ranges,
+            trusted_types=model.trusted_types,
+            words={name: words.model_dump() for name, words in assembly.words.items()},
+        )
+    }
+    if assembly.new_contract:
+        made[STUB] = ignorant_stub(assembly.name, rows, answers)
     return made
 
 
@@ -149,21 +143,21 @@ def strata_of(answers: Any) -> Any:
     return np.searchsorted(np.quantile(values, np.linspace(0.1, 0.9, 9)), values)
 
 
-def prepare_evaluation(root: Path, request: dict[str, Any], target: Any) -> None:
-    """Make `make evaluate` ask what this model can be asked; raises Refusal where given rows do not fit."""
+def prepare_evaluation(root: Path, assembly: Assembly, target: Any) -> None:
+    """Fit evaluation/ to the model; raises LifecycleError where the given rows break the contract."""
     path = root / "evaluation" / "thresholds.toml"
-    text, holdout = path.read_text("utf-8") if path.is_file() else "", request["holdout"]
-    if request["rewritten"]:
-        text = thresholds(text, request["target"], target)
-    if holdout:
-        # Here, because it takes long to import.
-        from lifecycle.release.evaluate import EvaluationError, read_data
-
-        text = _replaced(text, "data", "file", json.dumps(Path(holdout).name))
-        try:
-            read_data(root / holdout, request["target"], labels(), root)
-        except EvaluationError as error:
-            raise Refusal(str(error)) from None
+    text = path.read_text("utf-8") if path.is_file() else ""
+    if assembly.rewritten:
+        text = thresholds(text, assembly.target, target)
+    if assembly.holdout:
+        held = root / assembly.holdout
+        text = _replaced(text, "data", "file", json.dumps(held.name))
+        table = read_table(held)
+        if assembly.target not in table.column_names:
+            raise LifecycleError(f"{assembly.holdout}: has no column {assembly.target!r}")
+        for _ in instances(table, assembly.holdout):
+            pass  # each row is checked under the contract
+        truths(table.column(assembly.target).to_pylist(), labels(), assembly.holdout, assembly.target)
     if path.is_file():
         path.write_text(text, "utf-8", newline="\n")
 
@@ -197,4 +191,4 @@ def _replaced(text: str, section: str, key: str, value: str, *, comment: bool = 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    step(assemble)

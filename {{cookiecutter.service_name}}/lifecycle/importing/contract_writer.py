@@ -38,44 +38,29 @@ from pydantic import BaseModel, ConfigDict, Field
 
 '''
 
-CLASSIFIER = '''@dataclass(slots=True)
+PREDICTION = '''@dataclass(slots=True)
 class Prediction:
     """One answer."""
 
     prediction_id: Annotated[str, Field(description="Names this prediction in logs and in feedback.")]
     model_version: Annotated[str, Field(description="The artifact that answered.", examples=["v1"])]
-    label: Annotated[Label, Field(description="The most probable class.")]
+ANSWER
+    action: Annotated[
+        Action,
+        Field(
+            description="`review`: a person should look, because REASON"
+            "a value lies outside the range seen in training."
+        ),
+    ]
+'''
+CLASSIFIED = """    label: Annotated[Label, Field(description="The most probable class.")]
     score: Annotated[
         float,
         Field(ge=0, le=1, description="The model's probability of `label`; not calibrated beyond training."),
     ]
     probabilities: Annotated[
         dict[str, float], Field(description="Every class with its probability; they sum to 1.")
-    ]
-    action: Annotated[
-        Action,
-        Field(
-            description="`review`: a person should look, because the score is below the review threshold "
-            "or a value lies outside the range seen in training."
-        ),
-    ]
-'''
-
-REGRESSOR = '''@dataclass(slots=True)
-class Prediction:
-    """One answer."""
-
-    prediction_id: Annotated[str, Field(description="Names this prediction in logs and in feedback.")]
-    model_version: Annotated[str, Field(description="The artifact that answered.", examples=["v1"])]
-    value: Annotated[float, Field(description=VALUE)]
-    action: Annotated[
-        Action,
-        Field(
-            description="`review`: a person should look, because a value lies outside the range seen in "
-            "training."
-        ),
-    ]
-'''
+    ]"""
 
 
 @dataclass(frozen=True)
@@ -115,19 +100,21 @@ def source(
     """The module: for a classifier with `labels`, for a regressor without."""
     names = [feature.name for feature in features]
     fields = [_field(own, one) for own, one in zip(field_names(names), features, strict=True)]
+    value = _literal(f"The model's estimate of {target}.")
     label = f"Literal[{', '.join(map(_literal, labels))}]" if labels else "float"
     parts = [
         HEAD,
         f"Label = {label}\n",
         'Action = Literal["accept", "review"]\n\n\n',
         "class Features(BaseModel):\n",
-        f'    """The {len(names)} columns that the model takes."""\n\n' if len(names) > 1 else
-        '    """The column that the model takes."""\n\n',
+        f'    """The {f"{len(names)} columns" if len(names) > 1 else "column"} that the model takes."""\n\n',
         '    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, '
         f'json_schema_extra={{"examples": {[_Source(one) for one in examples]!r}}})\n\n',
         *fields,
         "\n\n",
-        CLASSIFIER if labels else REGRESSOR.replace("VALUE", _literal(f"The model's estimate of {target}.")),
+        PREDICTION.replace("REASON", "the score is below the review threshold or " if labels else "").replace(
+            "ANSWER", CLASSIFIED if labels else f"    value: Annotated[float, Field(description={value})]"
+        ),
     ]  # fmt: skip
     return formatted("".join(parts))
 

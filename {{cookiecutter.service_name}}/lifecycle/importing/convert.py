@@ -1,20 +1,12 @@
 """Opens a model file, in a process of its own: unpickling runs whatever code the file holds.
 
-    request.json -> model -> ONNX, one form after the other, or skops -> the same answers on every row?
-    -> model.onnx or model.skops, answers.npy (of the original), result.json: or why not, in a line
-
-`python -m lifecycle.importing.convert FOLDER`, started by `make import-model`. Nothing comes back but these files.
+Conversion -> model -> ONNX, one form after the other, or skops -> the same answers on every row?
+-> model.onnx or model.skops, answers.npy (of the original), Converted: or a Refusal
 """
 
-import copy
-import io
-import json
-import sys
-import time
 import warnings
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -24,7 +16,11 @@ from typing import Any
 import numpy as np
 
 from app.core.manifest import Input
-from app.core.runtimes import OnnxRuntime, SkopsRuntime, skops_types
+from app.core.runtimes import OnnxRuntime, skops_types
+from lifecycle.errors import LifecycleError
+from lifecycle.importing import libraries
+from lifecycle.importing.documents import ANSWERS, SAMPLE, Conversion, Converted
+from lifecycle.importing.libraries import skops
 from lifecycle.importing.original import (
     OPSET,
     SCORE_TOLERANCE,
@@ -33,19 +29,16 @@ from lifecycle.importing.original import (
     Original,
     as_served,
     open_model,
-    open_onnx,
     original_answers,
     parts,
-    tell,
 )
-from lifecycle.tables import Refusal, read_sample
-from lifecycle.importing.torch_module import SUFFIXES, open_torch
+from lifecycle.importing.steps import Progress, step
+from lifecycle.tables import read_sample
 
-REQUEST, RESULT, ANSWERS, SAMPLE = "request.json", "result.json", "answers.npy", "sample.arrow"
 ROWS_ALONE = 20  # asked one at a time, because an answer may not depend on the rows beside it
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
 # Types that estimators of these libraries are made of; anything else is for the person to trust.
-KNOWN = ("sklearn.", "numpy.", "scipy.", "xgboost.", "lightgbm.", "pandas.")
+KNOWN = ("sklearn.", "numpy.", "scipy.", "pandas.")
 KNOWN_BUILTINS = {
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "set", "slice", "str",
                                       "tuple", "type", "complex", "frozenset", "range", "bytearray")),
@@ -53,30 +46,15 @@ KNOWN_BUILTINS = {
 }  # fmt: skip
 
 
-def main(folder: Path) -> None:
-    """Do what request.json says; whatever is wrong with the model ends as a line in result.json."""
-    sys.stdout = sys.stderr  # whatever the model's own code prints
-    request = json.loads((folder / REQUEST).read_bytes())
-    try:
-        result = convert(folder, request)
-    except Refusal as refusal:
-        result = {"refused": str(refusal)}
-    except MemoryError:
-        result = {"refused": "there is not enough memory for this model"}
-    (folder / RESULT).write_text(json.dumps(result), "utf-8")
-
-
-def convert(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Open, convert, prove; raises Refusal."""
+def convert(folder: Path) -> None:
+    """Open, convert, prove; writes the converted model and a `Converted`. Raises LifecycleError."""
+    request = Conversion.read(folder)
     table = read_sample(folder / SAMPLE)
-    inputs = {entry["name"]: Input(**entry) for entry in request["inputs"]}
-    path = Path(request["model"])
-    if path.suffix == ".onnx":
-        original = open_onnx(path, inputs, table, request["target"])
-    elif path.suffix in SUFFIXES:
-        original = open_torch(path, inputs, request["unusable"], table, request["target"])
+    inputs = {entry.name: entry for entry in request.inputs}
+    if open_file := libraries.opener(request.model.suffix):
+        original = open_file(request.model, inputs, request.unusable, table, request.target)
     else:
-        original = open_model(path, inputs, request["unusable"])
+        original = open_model(request.model, inputs, request.unusable)
     chosen = [inputs[name] for name in original.names]
     rows = table.select(original.names)
     answers = original_answers(original, rows, chosen)
@@ -84,67 +62,76 @@ def convert(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     tolerance = SCORE_TOLERANCE
     if original.task == "regression":
         tolerance = VALUE_TOLERANCE * float(answers.std()) or 1e-6 * max(1.0, float(np.abs(answers).max()))
-    proof = Proof(rows, chosen, answers, tolerance, bool(original.labels))
-    tries: list[str] = []
-    found = None
-    if original.forms:
-        found = proven(proof, original.forms, tries)
-    elif request["runtime"] != "skops":
-        found = proven(proof, onnx_forms(original, chosen), tries)
-    result: dict[str, Any] = {
-        "task": original.task, "labels": original.labels, "names": original.names,
-        "described": original.described, "tolerance": tolerance, "tried": tries, "trusted_types": [],
-        "runtime": "onnx",
-    }  # fmt: skip
-    libraries = {"numpy", "onnx", "onnxruntime", *original.libraries}
-    if found:
-        content, result["form"], result["gap"] = found
-        if not original.forms:
-            libraries |= {"skl2onnx"}
-    elif original.forms:
-        raise Refusal(f"the model cannot be served as ONNX: {'; '.join(tries)}")
-    else:
-        content = skops_content(original)
-        types = sorted(skops_types(content))
-        strange = [one for one in types if not known(one)]
-        untrusted = (
-            [one for one in strange if one not in request["trust"]] if not request["trust_all"] else []
-        )
-        if request["runtime"] != "skops":
-            raise Refusal(_offer(tries, strange))
-        if untrusted:
-            raise Refusal(
-                f"skops: the model is made of types that are not trusted: {', '.join(untrusted)}. "
-                f"If you know them: --trust {','.join(untrusted)}"
-            )
-        runtime = SkopsRuntime(_skops(), content, types, chosen, original.labels)
-        result |= {"runtime": "skops", "form": "scikit-learn itself", "gap": proof.gap(runtime)}
-        result["trusted_types"] = types
-        libraries = {"numpy", "scikit-learn", "skops", *original.libraries}
-        if any(entry.dtype != "float64" for entry in chosen):
-            libraries.add("pandas")
-    (folder / f"model.{result['runtime']}").write_bytes(content)
-    result["libraries"] = {name: metadata.version(name) for name in sorted(libraries)}
-    return result
-
-
-def _skops() -> Any:
-    import skops.io
-
-    return skops.io
-
-
-def _offer(tries: list[str], strange: list[str]) -> str:
-    trust = f" --trust {','.join(strange)}" if strange else ""
-    return (
-        f"no ONNX form of this model answers as it does ({'; '.join(dict.fromkeys(tries))}). It can be "
-        f"served by scikit-learn itself, some hundred times slower: repeat with --runtime skops{trust}"
+    proof = Proof(rows, chosen, answers, tolerance)
+    form, content, gap, types = _converted(original, proof, request)
+    converted = Converted(
+        task=original.task,
+        labels=original.labels,
+        names=original.names,
+        described=original.described,
+        runtime="skops" if types else "onnx",
+        form=form,
+        tolerance=tolerance,
+        gap=gap,
+        trusted_types=types,
+        libraries={name: metadata.version(name) for name in sorted(_packages(original, chosen, types))},
     )
+    (folder / converted.file).write_bytes(content)
+    converted.write(folder)
+
+
+def _converted(
+    original: Original, proof: "Proof", request: Conversion
+) -> tuple[str, bytes, float, list[str]]:
+    """Name, bytes, gap and, of skops, the types of the first form that answers as the original does."""
+    tries: list[str] = []
+    forms = original.forms
+    if not forms and request.runtime == "onnx":
+        forms = onnx_forms(original, proof.entries)
+    if found := proven(proof, forms, tries):
+        return *found, []
+    if original.forms:
+        raise LifecycleError(f"the model cannot be served as ONNX: {'; '.join(tries)}")
+    content = skops.content(original.estimator)
+    types = sorted(skops_types(content))
+    strange = [one for one in types if not known(one)]
+    if request.runtime == "onnx":
+        trust = f" --trust {','.join(strange)}" if strange else ""
+        raise LifecycleError(
+            f"no ONNX form of this model answers as it does ({'; '.join(dict.fromkeys(tries))}). It can be "
+            f"served by scikit-learn itself, some hundred times slower: repeat with --runtime skops{trust}"
+        )
+    untrusted = [one for one in strange if one not in request.trust and not request.trust_listed]
+    if untrusted:
+        raise LifecycleError(
+            f"skops: the model is made of types that are not trusted: {', '.join(untrusted)}. "
+            f"If you know them: --trust {','.join(untrusted)}"
+        )
+    return (
+        "scikit-learn itself",
+        content,
+        proof.gap(skops.runtime(original, content, types, proof.entries)),
+        types,
+    )
+
+
+def _packages(original: Original, entries: Sequence[Input], types: list[str]) -> set[str]:
+    """The packages whose versions the manifest records."""
+    if not types:
+        return (
+            original.libraries
+            | {"numpy", "onnx", "onnxruntime"}
+            | ({"skl2onnx"} if not original.forms else set())
+        )
+    pandas = {"pandas"} if any(entry.dtype != "float64" for entry in entries) else set()
+    return original.libraries | pandas | {"numpy", "scikit-learn", "skops"}
 
 
 def known(name: str) -> bool:
     """Whether a type may be loaded because it belongs to a library that models are made with."""
-    return name.startswith(KNOWN) or name in KNOWN_BUILTINS
+    return name.startswith((*KNOWN, *(f"{one}." for one in libraries.modules("convertible")))) or (
+        name in KNOWN_BUILTINS
+    )
 
 
 @dataclass
@@ -155,41 +142,40 @@ class Proof:
     entries: list[Input]
     answers: Answers
     tolerance: float
-    labelled: bool
 
     def gap(self, runtime: Any) -> float:
-        """How far its answers are from the original's at most; raises Refusal beyond the tolerance."""
-        worst, row, began = 0.0, 0, time.monotonic()
+        """How far its answers are from the original's at most; raises LifecycleError beyond the tolerance."""
+        worst, row, progress = 0.0, 0, Progress("asking the converted model")
         alone = [self.table.slice(at, 1) for at in range(min(ROWS_ALONE, self.table.num_rows))]
         for part in chain(alone, parts(self.table.slice(len(alone)))):
             given = np.asarray(runtime.infer(as_served(part, self.entries, runtime.dtype)), np.float64)
             wanted = self.answers[row : row + len(given)]
             if given.shape != wanted.shape:
-                raise Refusal(
+                raise LifecycleError(
                     f"answers {given.shape[1]} numbers a row where the original gives {wanted.shape[1]}"
                 )
             gaps = np.nan_to_num(np.abs(given - wanted).max(axis=1), nan=np.inf)
             if gaps.max() > self.tolerance:
                 at = int(np.argmax(gaps > self.tolerance))
-                raise Refusal(
+                raise LifecycleError(
                     f"row {row + at + 1} is {gaps[at]:.2g} away from the original, allowed is "
                     f"{self.tolerance:.2g}"
                 )
             worst, row = max(worst, float(gaps.max())), row + len(given)
-            began = tell(began, f"the converted model agrees on {row:,} of {self.table.num_rows:,} rows")
+            progress(row)
         return worst
 
 
-def proven(proof: Proof, forms: Sequence[Form], tries: list[str]) -> tuple[bytes, str, float] | None:
-    """The first form that answers as the original does: bytes, name, gap. `tries` tells what failed."""
+def proven(proof: Proof, forms: Sequence[Form], tries: list[str]) -> tuple[str, bytes, float] | None:
+    """The first form that answers as the original does: name, bytes, gap. `tries` tells what failed."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
     for name, make in forms:
         try:
             content = make()
-            return content, name, proof.gap(OnnxRuntime(onnxruntime, content, len(proof.entries)))
-        except Refusal as refusal:
+            return name, content, proof.gap(OnnxRuntime(onnxruntime, content, len(proof.entries)))
+        except LifecycleError as refusal:
             tries.append(f"{name}: {refusal}")
         except Exception as error:  # whatever a converter or the runtime finds wrong with the model
             words = " ".join(str(error).split())
@@ -201,13 +187,15 @@ def onnx_forms(original: Original, entries: Sequence[Input]) -> list[Form]:
     """The forms to try, the fastest first: one tensor of floats, of doubles, then one for each column."""
     from skl2onnx.common import data_types as types
 
-    register_boosters()
-    original = replace(original, estimator=nameless(original.estimator))
+    estimator = libraries.convertible(original.estimator)
+    classifier = original.task == "classification"
     forms: list[Form] = []
     for precise, single in (("float32", types.FloatTensorType), ("float64", types.DoubleTensorType)):
         if all(entry.dtype != "string" for entry in entries):
             declared = [("features", single([None, len(entries)]))]
-            forms.append((f"one {precise} tensor", partial(to_onnx, original, declared)))
+            forms.append(
+                (f"one {precise} tensor", partial(to_onnx, estimator, declared, classifier=classifier))
+            )
     for precise, single in (("float32", types.FloatTensorType), ("float64", types.DoubleTensorType)):
         for whole in (False, True):
             kinds = {
@@ -225,102 +213,26 @@ def onnx_forms(original: Original, entries: Sequence[Input]) -> list[Form]:
             ]
             name = f"a tensor for each column, numbers as {precise}{', integers as int64' if whole else ''}"
             if not whole or any(entry.dtype in ("int64", "bool") and not entry.nullable for entry in entries):
-                forms.append((name, partial(to_onnx, original, declared)))
+                forms.append((name, partial(to_onnx, estimator, declared, classifier=classifier)))
     return forms
 
 
-def to_onnx(original: Original, declared: list[tuple[str, Any]]) -> bytes:
+def to_onnx(estimator: Any, declared: list[tuple[str, Any]], *, classifier: bool) -> bytes:
     """One ONNX form; the same model and form give the same bytes."""
     import skl2onnx
 
-    options: dict[Any, Any] = {}
-    if original.task == "classification":
-        options = {id(original.estimator): {"zipmap": False}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = skl2onnx.to_onnx(
-            original.estimator,
+            estimator,
             initial_types=declared,
-            options=options or None,
-            name="model",
+            options={id(estimator): {"zipmap": False}} if classifier else None,
+            name="model",  # the default is a new random name each time
             target_opset=OPSET,
         )
     model.domain = ""
     return bytes(model.SerializeToString())
 
 
-def register_boosters() -> None:
-    """Teach skl2onnx the estimators of XGBoost and LightGBM, where the model brought them along."""
-    from skl2onnx import update_registered_converter
-    from skl2onnx.common.shape_calculator import (
-        calculate_linear_classifier_output_shapes as classes,
-    )
-    from skl2onnx.common.shape_calculator import (
-        calculate_linear_regressor_output_shapes as values,
-    )
-
-    options = {"zipmap": [True, False, "columns"], "nocl": [True, False]}
-    if lightgbm := sys.modules.get("lightgbm"):
-        from onnxmltools.convert.lightgbm.operator_converters.LightGbm import convert_lightgbm
-
-        update_registered_converter(
-            lightgbm.LGBMClassifier, "ImportedLgbmClassifier", classes, convert_lightgbm, options=options
-        )
-        update_registered_converter(
-            lightgbm.LGBMRegressor, "ImportedLgbmRegressor", values, convert_lightgbm, options={"split": None}
-        )
-    if xgboost := sys.modules.get("xgboost"):
-        from onnxmltools.convert.xgboost.operator_converters.XGBoost import convert_xgboost
-
-        update_registered_converter(
-            xgboost.XGBClassifier, "ImportedXgbClassifier", classes, convert_xgboost, options=options
-        )
-        update_registered_converter(xgboost.XGBRegressor, "ImportedXgbRegressor", values, convert_xgboost)
-
-
-def nameless(estimator: Any) -> Any:
-    """The estimator, or a copy whose boosters forgot their columns' names: the converter wants f0, f1."""
-    if "xgboost" not in sys.modules:
-        return estimator
-    twin = copy.deepcopy(estimator)
-    for step in (twin, *(one for _, one in getattr(twin, "steps", ()))):
-        if hasattr(step, "get_booster"):
-            step.get_booster().feature_names = step.get_booster().feature_types = None
-    return twin
-
-
-def skops_content(original: Original) -> bytes:
-    """The model as skops saves it, ids and names in order and without times: the same bytes every time."""
-    with zipfile.ZipFile(io.BytesIO(_skops().dumps(original.estimator))) as archive:
-        schema = json.loads(archive.read("schema.json"))
-        files = {name: archive.read(name) for name in archive.namelist() if name != "schema.json"}
-    ids: dict[int, int] = {}
-    names: dict[str, str] = {}
-
-    def renumber(node: Any) -> None:
-        if isinstance(node, dict):
-            if "__id__" in node:
-                node["__id__"] = ids.setdefault(node["__id__"], len(ids))
-            if node.get("file") in files:
-                name = node["file"]
-                node["file"] = names.setdefault(name, f"{len(names)}{Path(name).suffix}")
-            for value in node.values():
-                renumber(value)
-        elif isinstance(node, list):
-            for value in node:
-                renumber(value)
-
-    renumber(schema)
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        ordered = {"schema.json": json.dumps(schema, sort_keys=False).encode()}
-        ordered |= {names[name]: files[name] for name in names}
-        for name, content in ordered.items():
-            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, content)
-    return target.getvalue()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    step(convert)

@@ -1,17 +1,14 @@
 """A model as it was given: what it takes, what it answers, and how to ask it.
 
-    .joblib, .pkl -> an estimator, unpickled: runs whatever code the file holds | .onnx -> a session
-    .pt, .pt2 -> a torch module (lifecycle/torch_module.py)
+    .joblib, .pkl -> an estimator, unpickled, which runs whatever code the file holds
+    .onnx, .pt, .pt2 and others -> libraries/
     rows of the sample, as pandas would have read them -> answers [rows, labels], or [rows, 1] of a regressor
 
-Whatever makes it unfit for serving is a Refusal, in one line.
+Everything that makes it unfit for serving is a LifecycleError, in one line.
 """
 
-import hashlib
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from app.core.manifest import Input
-from app.core.runtimes import OnnxRuntime
-from lifecycle.tables import Refusal
+from lifecycle.errors import LifecycleError
+from lifecycle.importing import libraries
+from lifecycle.importing.steps import Progress
 
 SCORE_TOLERANCE = 1e-5
 OPSET = {"": 18, "ai.onnx.ml": 3}
@@ -40,13 +38,13 @@ class Original:
     names: list[str]
     described: str
     answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
-    libraries: set[str]
+    libraries: set[str]  # packages whose versions decide on the answers
     estimator: Any = None
     forms: Sequence[Form] = ()  # as ONNX, of what is no estimator
 
 
 def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -> Original:
-    """A pickled or joblib-dumped estimator; raises Refusal."""
+    """A pickled or joblib-dumped estimator; raises LifecycleError."""
     estimator = unpickle(path)
     from sklearn.base import is_classifier, is_regressor
     from sklearn.exceptions import NotFittedError
@@ -54,35 +52,35 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
 
     kind = type(estimator).__name__
     if not hasattr(estimator, "predict"):
-        raise Refusal(f"{path.name}: holds a {kind}, not an estimator with `predict`")
+        raise LifecycleError(f"{path.name}: holds a {kind}, not an estimator with `predict`")
     try:
         check_is_fitted(estimator)
     except (NotFittedError, TypeError):
-        raise Refusal(f"{path.name}: the {kind} is not fitted") from None
+        raise LifecycleError(f"{path.name}: the {kind} is not fitted") from None
     if is_classifier(estimator):
         task = "classification"
         if not hasattr(estimator, "predict_proba"):
-            raise Refusal(
+            raise LifecycleError(
                 f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; "
                 "wrap it in CalibratedClassifierCV and fit again"
             )
     elif is_regressor(estimator):
         task = "regression"
     else:
-        raise Refusal(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
+        raise LifecycleError(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
     named = getattr(estimator, "feature_names_in_", None)
     names = [str(name) for name in named] if named is not None else list(inputs)
     if lacking := [name for name in names if name in unusable] if named is not None else list(unusable):
-        raise Refusal(f"column {lacking[0]!r} {unusable[lacking[0]]}")
+        raise LifecycleError(f"column {lacking[0]!r} {unusable[lacking[0]]}")
     if missing := [name for name in names if name not in inputs]:
-        raise Refusal(
-            f"model and data columns differ: the model takes {_quoted(missing)}, and the data has "
-            f"{_quoted([name for name in inputs if name not in names])}"
+        raise LifecycleError(
+            f"model and data columns differ: the model takes {quoted(missing)}, and the data has "
+            f"{quoted([name for name in inputs if name not in names])}"
         )
     if len(names) != (count := getattr(estimator, "n_features_in_", len(names))):
-        raise Refusal(
+        raise LifecycleError(
             f"model and data columns differ: the model takes {count} columns without names, and the data has "
-            f"{len(names)} beside the target: {_quoted(names)}"
+            f"{len(names)} beside the target: {quoted(names)}"
         )
     labels = labels_of(path, estimator) if task == "classification" else []
     columns = [inputs[name] for name in names]
@@ -92,17 +90,19 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
         if task == "regression":
             values = np.asarray(estimator.predict(rows), np.float64)
             if values.size != len(values):
-                raise Refusal(f"{path.name}: predicts {values.shape[1]} values a row; one can be served")
+                raise LifecycleError(
+                    f"{path.name}: predicts {values.shape[1]} values a row; one can be served"
+                )
             return values.reshape(-1, 1)
         scores = np.asarray(estimator.predict_proba(rows), np.float64)
         _same_choice(path, estimator, rows, scores)
         return scores
 
-    return Original(task, labels, names, describe(estimator), answer, libraries_in_use(), estimator)
+    return Original(task, labels, names, describe(estimator), answer, packages(libraries.in_use()), estimator)
 
 
 def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
-    """Whatever the file holds; raises Refusal, with what to install where that is the reason."""
+    """Whatever the file holds; raises LifecycleError, with what to install where that is the reason."""
     import joblib
     from sklearn.exceptions import InconsistentVersionWarning
 
@@ -113,26 +113,26 @@ def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
             return (load or joblib.load)(path)
     except InconsistentVersionWarning as warning:
         made, here = warning.original_sklearn_version, warning.current_sklearn_version
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: was made with scikit-learn {made}, and {here} is installed: install "
             f"scikit-learn=={made} here, or fit and save the model again with {here}"
         ) from None
     except ModuleNotFoundError as error:
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: needs the module {error.name}: install what provides it, or name its folder in "
             "PYTHONPATH"
         ) from None
     except AttributeError as error:
         name = str(error).partition("attribute ")[2].split(" on ")[0] or str(error)
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: is made of {name}, which is not where it was when the model was saved; a class or "
             "function from a notebook has to move into a module that can be imported here"
         ) from None
     except OSError as error:
-        raise Refusal(f"{path.name}: {error.strerror or 'cannot be read'}") from None
+        raise LifecycleError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
     except Exception as error:  # whatever a broken pickle makes of itself
         saved_by = "torch" if load else "joblib or pickle"
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: cannot be read as a model saved by {saved_by} ({type(error).__name__})"
         ) from None
 
@@ -141,31 +141,31 @@ def labels_of(path: Path, estimator: Any) -> list[Any]:
     """The classes, as JSON has them."""
     classes = getattr(estimator, "classes_", None)
     if classes is None or isinstance(classes, list):
-        raise Refusal(f"{path.name}: has several targets; one is what can be served")
+        raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
     return as_labels(path, np.asarray(classes).tolist())
 
 
 def as_labels(path: Path, labels: list[Any]) -> list[Any]:
-    """Labels that an answer can have; raises Refusal."""
+    """Labels that an answer can have; raises LifecycleError."""
     if all(isinstance(label, float) and label.is_integer() for label in labels):
         labels = [int(label) for label in labels]
     if not all(isinstance(label, str | int) for label in labels) or len({type(one) for one in labels}) > 1:
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: its labels are {type(labels[0]).__name__}, and only text, integers or booleans "
             "can be served"
         )
     if len(labels) < 2:
-        raise Refusal(f"{path.name}: knows only the label {labels[0]!r}")
+        raise LifecycleError(f"{path.name}: knows only the label {labels[0]!r}")
     return labels
 
 
 def _same_choice(path: Path, estimator: Any, rows: Any, scores: Answers) -> None:
-    """Raise Refusal where `predict` is not the most probable label: clients get the latter."""
+    """Raise LifecycleError where `predict` is not the most probable label: clients get the latter."""
     classes = np.asarray(estimator.classes_)
     chosen = np.searchsorted(classes, np.asarray(estimator.predict(rows)).ravel())
     own = scores[np.arange(len(scores)), chosen]
     if differing := int((scores.max(axis=1) - own > SCORE_TOLERANCE).sum()):
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: `predict` and `predict_proba` of {_final(estimator)} choose different labels in "
             f"{differing:,} of {len(scores):,} rows; a service answers with the most probable one. Fit it so "
             "that they agree (for SVC: CalibratedClassifierCV in place of probability=True)"
@@ -188,13 +188,14 @@ def describe(estimator: Any) -> str:
     return type(estimator).__name__
 
 
-def libraries_in_use() -> set[str]:
-    """The packages that the model brought along: their versions decide on what it answers."""
+def packages(modules: Iterable[str]) -> set[str]:
+    """The packages that provide these modules; with scikit-learn, which every estimator needs."""
     names = metadata.packages_distributions()
-    return {"scikit-learn"} | {names[name][0] for name in ("xgboost", "lightgbm") if name in sys.modules}
+    return {"scikit-learn"} | {names[name][0] for name in modules}
 
 
-def _quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
+    """At most eight names, for a message."""
     listed = ", ".join(map(repr, names[:8])) or "nothing else"
     return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
@@ -211,17 +212,11 @@ def parts(table: Any) -> Iterator[Any]:
 def column(part: Any, entry: Input) -> Any:
     """A column as pandas would have read it."""
     array = part.column(entry.name)
-    if entry.dtype == "string":
+    if entry.dtype == "string" or (entry.dtype == "bool" and entry.nullable):
         found = np.empty(len(array), object)
         found[:] = [np.nan if value is None else value for value in array.to_pylist()]
         return found
-    if entry.dtype == "bool" and entry.nullable:
-        return np.array([np.nan if value is None else value for value in array.to_pylist()], object)
-    if entry.dtype == "int64" and not entry.nullable:
-        return array.to_numpy()
-    if entry.dtype == "bool":
-        return array.to_numpy().astype(bool)
-    return array.cast("float64").to_numpy().astype(np.float64)
+    return (array.cast("float64") if entry.nullable else array).to_numpy()
 
 
 def frame(part: Any, entries: Sequence[Input]) -> Any:
@@ -229,131 +224,45 @@ def frame(part: Any, entries: Sequence[Input]) -> Any:
     import pandas as pd
 
     columns = {entry.name: column(part, entry) for entry in entries}
-    texts = {name for name, values in columns.items() if values.dtype == object}
-    return pd.DataFrame(
-        {
-            name: pd.Series(values, dtype=object) if name in texts else values
-            for name, values in columns.items()
-        }
-    )
+    return pd.DataFrame({name: pd.Series(one, dtype=one.dtype) for name, one in columns.items()})
 
 
 def plain(part: Any, entries: Sequence[Input]) -> Any:
     """Rows as an array: of float64, or of objects where there is text."""
     columns = [column(part, entry) for entry in entries]
-    if all(values.dtype != object for values in columns):
-        return np.column_stack([values.astype(np.float64) for values in columns])
-    rows = np.empty((len(columns[0]), len(columns)), object)
-    for index, values in enumerate(columns):
-        rows[:, index] = values
-    return rows
+    kind = object if any(one.dtype == object for one in columns) else np.float64
+    return np.column_stack([one.astype(kind) for one in columns])
 
 
 def as_served(part: Any, entries: Sequence[Input], dtype: Any) -> Any:
     """Rows as the service hands them to a runtime."""
     columns = [part.column(entry.name) for entry in entries]
-    if dtype is not np.object_:
-        return np.column_stack([one.cast("float64").to_numpy().astype(dtype) for one in columns])
-    rows = np.empty((part.num_rows, len(columns)), object)
-    for index, one in enumerate(columns):
-        rows[:, index] = one.to_pylist()
-    return rows
+    if dtype is np.object_:
+        return np.column_stack([np.array(one.to_pylist(), object) for one in columns])
+    return np.column_stack([one.cast("float64").to_numpy().astype(dtype) for one in columns])
 
 
 def original_answers(original: Original, table: Any, entries: Sequence[Input]) -> Answers:
-    """What the original says to every row of the sample; raises Refusal."""
-    found, began = [], time.monotonic()
+    """What the original says to every row of the sample; raises LifecycleError."""
+    found: list[Answers] = []
+    progress = Progress("asking the model")
     for part in parts(table):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found.append(original.answer(part))
-        except Refusal:
+        except LifecycleError:
             raise
         except Exception as error:  # an estimator may raise anything about rows it does not like
             kinds = ", ".join(f"{one.name} ({one.dtype})" for one in entries[:5])
             words = " ".join(str(error).split())[:160]
-            raise Refusal(
+            raise LifecycleError(
                 f"the model cannot predict the data's own rows: {type(error).__name__}: {words} "
                 f"[columns: {kinds}{', ...' if len(entries) > 5 else ''}]"
             ) from None
         if not np.isfinite(found[-1]).all():
             row = int(np.flatnonzero(~np.isfinite(found[-1]).all(axis=1))[0])
             before = sum(map(len, found[:-1]))
-            raise Refusal(f"the model answers row {before + row + 1} with something that is no number")
-        began = tell(began, f"the model has answered {sum(map(len, found)):,} of {table.num_rows:,} rows")
+            raise LifecycleError(f"the model answers row {before + row + 1} with something that is no number")
+        progress(sum(map(len, found)))
     return np.concatenate(found)
-
-
-def tell(since: float, what: str) -> float:
-    """Say what is going on, every five seconds; the time of the last such line."""
-    if time.monotonic() - since < 5:
-        return since
-    print(f"import-model: {what}", file=sys.stderr, flush=True)
-    return time.monotonic()
-
-
-def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target_name: str) -> Original:
-    """An ONNX file: nothing to unpickle and nothing to convert, but for a ZipMap, which is taken off."""
-    import onnx
-    import onnxruntime
-
-    try:
-        model = onnx.load_from_string(path.read_bytes())
-        without_zipmap(model)
-        content = bytes(model.SerializeToString())
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except OSError as error:
-        raise Refusal(f"{path.name}: {error.strerror or 'cannot be read'}") from None
-    except Exception as error:  # whatever onnx and its runtime find wrong
-        raise Refusal(f"{path.name}: cannot be read as an ONNX model ({type(error).__name__})") from None
-    taken = session.get_inputs()
-    names = list(inputs)
-    if len(taken) > 1:
-        names = [one.name for one in taken]
-        if missing := [name for name in names if name not in inputs]:
-            raise Refusal(f"model and data columns differ: the data lacks {_quoted(missing)}")
-    elif taken[0].shape[-1] != len(names):
-        raise Refusal(
-            f"model and data columns differ: the model takes {taken[0].shape[-1]} columns, and the data has "
-            f"{len(names)} beside the target: {_quoted(names)}"
-        )
-    entries = [inputs[name] for name in names]
-    runtime = OnnxRuntime(onnxruntime, content, len(names))
-    target = table.column(target_name).drop_null()
-    width = len(runtime.infer(as_served(table.slice(0, 1), entries, runtime.dtype))[0])
-    labels: list[Any] = []
-    if width > 1:
-        labels = as_labels(path, sorted(target.unique().to_pylist()))
-        if len(labels) != width:
-            there = f"{target_name!r} has {len(labels)} values"
-            raise Refusal(f"{path.name}: answers with {width} probabilities, and {there}")
-    elif len(session.get_outputs()) > 1 or str(target.type) not in ("double", "int64"):
-        raise Refusal(
-            f"{path.name}: its last output has to be the probabilities [rows, labels], or the value [rows]"
-        )
-
-    def answer(part: Any) -> Answers:
-        return np.asarray(runtime.infer(as_served(part, entries, runtime.dtype)), np.float64)
-
-    task = "classification" if labels else "regression"
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    return Original(
-        task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[("as it is", lambda: content)]
-    )
-
-
-def without_zipmap(model: Any) -> None:
-    """Take the ZipMap nodes off, which turn probabilities into a list of maps."""
-    for node in [one for one in model.graph.node if one.op_type == "ZipMap"]:
-        for output in model.graph.output:
-            if output.name == node.output[0]:
-                output.CopyFrom(onnx_scores(node.input[0]))
-        model.graph.node.remove(node)
-
-
-def onnx_scores(name: str) -> Any:
-    """An output [rows, labels] of float32."""
-    from onnx import TensorProto, helper
-
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None])

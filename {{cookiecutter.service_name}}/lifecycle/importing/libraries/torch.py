@@ -1,4 +1,4 @@
-"""A torch module as it was given, where torch is installed.
+"""torch: a module as it was given, where torch is installed.
 
     torch.save(module), torch.jit.save, torch.export.save -> asked with the data's rows
     what it says to all of them -> values, probabilities, or logits, which lack a softmax or sigmoid
@@ -10,7 +10,6 @@ The columns are those of the data beside the target, in their order; a missing v
 import importlib
 import io
 import logging
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from app.core.manifest import Input
+from lifecycle.errors import LifecycleError
 from lifecycle.importing.original import OPSET, Answers, Original, as_labels, as_served, parts, unpickle
-from lifecycle.tables import Refusal
+from lifecycle.importing.steps import say
 
 SUFFIXES = (".pt", ".pth", ".pt2", ".ts")
 EXAMPLE_ROWS = 4  # one row would be taken for a constant
@@ -38,21 +38,21 @@ WORDS = {
 }
 
 
-def open_torch(
+def open_file(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
 ) -> Original:
-    """What torch saved, of whatever kind; raises Refusal."""
+    """What torch saved, of whatever kind; raises LifecycleError."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: is for torch, which is not installed here: install torch and onnxscript into "
             ".venv, or export the module to ONNX where torch is and import that file"
         ) from None
     logging.disable(logging.WARNING)  # its exporters tell of what they lack for other models
     text = {name: "holds text" for name, entry in inputs.items() if entry.dtype == "string"}
     for name, why in (unusable | text).items():
-        raise Refusal(f"column {name!r} {why}, and a torch module is given every column, as a number")
+        raise LifecycleError(f"column {name!r} {why}, and a torch module is given every column, as a number")
     columns = list(inputs.values())
     kind, saved, module = load(torch, path)
     weights = {one.dtype for one in module.state_dict().values()}
@@ -65,7 +65,7 @@ def open_torch(
         unknown = np.isnan(rows).any(axis=1)
         if unknown.any() and not np.isfinite(found[unknown]).all():
             name = columns[int(np.isnan(rows).any(axis=0).argmax())].name
-            raise Refusal(
+            raise LifecycleError(
                 f"column {name!r} has missing values, and {path.name} answers such rows with no number: "
                 "fill them in the data, as in training, or in the module (torch.nan_to_num)"
             )
@@ -88,7 +88,7 @@ def open_torch(
 
 
 def load(torch: Any, path: Path) -> tuple[Kind, Any, Any]:
-    """What kind the file is, what it holds, and that as it is asked; raises Refusal."""
+    """What kind the file is, what it holds, and that as it is asked; raises LifecycleError."""
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if any(name.endswith("models/model.json") for name in names):
         program = unpickle(path, torch.export.load)
@@ -98,31 +98,31 @@ def load(torch: Any, path: Path) -> tuple[Kind, Any, Any]:
         return "TorchScript", script, script
     module = unpickle(path, partial(torch.load, map_location="cpu", weights_only=False))
     if isinstance(module, dict):
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: holds weights, and not the module that they are for: load them into it and "
             "save that, with torch.save(module, ...)"
         )
     if not isinstance(module, torch.nn.Module):
-        raise Refusal(f"{path.name}: holds a {type(module).__name__}, not a torch module")
+        raise LifecycleError(f"{path.name}: holds a {type(module).__name__}, not a torch module")
     return "module", module.eval(), module
 
 
 def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
-    """What it says to a matrix; raises Refusal."""
+    """What it says to a matrix; raises LifecycleError."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = module(torch.from_numpy(rows))
     except Exception as error:  # a module may raise anything about rows it does not like
         words = " ".join(str(error).split())[:160]
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: cannot be asked with {len(rows):,} rows of the data's {rows.shape[1]} columns "
             f"beside the target: {type(error).__name__}: {words} [a torch.export program needs "
             "dynamic_shapes for the rows]"
         ) from None
     if not isinstance(found, torch.Tensor) or found.ndim not in (1, 2) or len(found) != len(rows):
         given = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: answers {len(rows):,} rows with {given}; one tensor [rows, labels], [rows, 1] or "
             "[rows] can be served"
         )
@@ -134,22 +134,26 @@ def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
 
 
 def read_as(path: Path, raw: Answers, truth: Any, target: str) -> tuple[list[Any], Reading]:
-    """The labels, in the order of their columns, and what the numbers are; raises Refusal."""
+    """The labels, in the order of their columns, and what the numbers are; raises LifecycleError."""
     values = sorted(truth.drop_null().unique().to_pylist())
     width, within = raw.shape[1], bool(((raw >= 0) & (raw <= 1)).all())
     if width == 1 and (len(values) != 2 or (set(values) - {0, 1} and isinstance(values[0], float))):
         if isinstance(values[0], str | bool):
-            raise Refusal(f"{path.name}: answers with one number, and {target!r} has {len(values)} labels")
+            raise LifecycleError(
+                f"{path.name}: answers with one number, and {target!r} has {len(values)} labels"
+            )
         return [], "value"
     if len(values) != max(width, 2):
-        raise Refusal(f"{path.name}: answers with {width} numbers, and {target!r} has {len(values)} labels")
+        raise LifecycleError(
+            f"{path.name}: answers with {width} numbers, and {target!r} has {len(values)} labels"
+        )
     labels = as_labels(path, values)
     if width == 1:
         return labels, "probability" if within else "logit"
     if within and np.abs(raw.sum(axis=1) - 1).max() <= SUM_TOLERANCE:
         return labels, "probabilities"
     if within:
-        raise Refusal(
+        raise LifecycleError(
             f"{path.name}: all its answers are within 0 and 1 and do not add up to 1, so they are neither "
             "probabilities of one label nor logits; end the module with a softmax, or with nothing"
         )
@@ -170,10 +174,9 @@ def tell(path: Path, reading: Reading, labels: list[Any], scores: Answers, truth
     """Say what was found out of the answers, and how often they are right when they mean that."""
     right = np.mean([labels[at] == value for at, value in zip(scores.argmax(axis=1), truth, strict=True)])
     listed = ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")
-    print(
-        f"import-model: {path.name} answers with {WORDS[reading]}; for {listed}, in this order, it is "
-        f"right in {right:.1%} of the rows",
-        file=sys.stderr,
+    say(
+        f"{path.name} answers with {WORDS[reading]}; for {listed}, in this order, it is right in "
+        f"{right:.1%} of the rows"
     )
 
 
