@@ -262,9 +262,9 @@ def test_a_row_that_the_model_fails_on_fails_alone() -> None:
     pipeline = Pipeline.offline(artifact, runtime=Poisoned())
     file = [dict(row["features"], truth=truth(row)) for row in rows]
     data = data_of(file)
-    poison = pipeline.model.run([tuple(next(instances(data.table, "rows"))[2].__dict__.values())]).matrix.tolist()[
-        0
-    ]
+    poison = pipeline.model.run(
+        [tuple(next(instances(data.table, "rows"))[2].__dict__.values())]
+    ).matrix.tolist()[0]
     same = [one["features"] == rows[2]["features"] for one in rows]
     found = ask(pipeline, data)
     assert found.known.tolist() == [not one for one in same]

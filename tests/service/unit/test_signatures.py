@@ -48,7 +48,9 @@ def test_a_version_is_read_only_with_a_signature_by_a_trusted_key(place: Path, k
     stranger = place / "stranger.pem"
     other = new_key(stranger)
     assert sign("v1", stranger, place) == other
-    with pytest.raises(ArtifactError, match=r"v1/manifest\.sig: does not sign this manifest\.json with a key"):
+    with pytest.raises(
+        ArtifactError, match=r"v1/manifest\.sig: does not sign this manifest\.json with a key"
+    ):
         read_artifact(place / "artifacts", "v1", [key[1]])
     assert sign("v1", key[0], place) == key[1]
     assert read_artifact(place / "artifacts", "v1", [key[1]]).manifest.version == "v1"
@@ -176,5 +178,7 @@ def test_cryptography_is_loaded_only_for_trusted_keys() -> None:
         "read_artifact(Path('artifacts'), read_release(Path('artifacts')).serving);"
         "print('cryptography' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
