@@ -26,7 +26,7 @@ test: .venv/dev.stamp ## render every option, then check, test and run what was 
 
 prove: ## test the machinery of a service in full: make prove SERVICE=path (ARGS='-m "not faults"' spares minutes)
 	$(MAKE) --directory "$(SERVICE)" setup
-	PROVE_SERVICE="$(abspath $(SERVICE))" "$(SERVICE)/$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile $(or $(TESTS),tests/service) $(ARGS)
+	PROVE_SERVICE="$(abspath $(SERVICE))" "$(SERVICE)/$(BIN)/python" -m pytest --numprocesses 2 --dist worksteal $(or $(TESTS),tests/service) $(ARGS)
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
 	$(PYTEST) --dist loadgroup -m models $(ARGS)

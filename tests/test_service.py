@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.render import SERVICE
+from scripts.render import ROOT, SERVICE
 from tests.conftest import Bake, Render, commit, contents, run
 
 pytestmark = pytest.mark.slow
@@ -41,32 +41,10 @@ def test_rendered_service_passes_its_own(service: Path, target: str) -> None:
     assert ended.returncode == 0, ended.stdout[-20_000:]
 
 
-@pytest.mark.parametrize("command", ["check", "test ARGS=--ignore=tests/integration"])
-def test_unrendered_service_passes_its_own(unrendered: Path, command: str) -> None:
-    """The service passes its checks and tests unrendered, so it can be worked on in place.
-
-    All but the integration tests, which take minutes and see the same code once it is rendered.
-    """
-    ended = run("make", *command.split(), cwd=unrendered)
-    assert ended.returncode == 0, ended.stdout[-20_000:]
-
-
-@pytest.mark.faults
-def test_rendered_service_survives_its_faults(service: Path, template: Path) -> None:
-    """The rendered service passes `make test-faults`, skips nothing, and its table lists the same faults."""
-    ended = run("make", "test-faults", cwd=service)
-    assert ended.returncode == 0, ended.stdout[-20_000:]
-    assert " skipped" not in ended.stdout
-    tables = (service, template / SERVICE.name)
-    written, committed = ((folder / "docs" / "reliability.md").read_text("utf-8") for folder in tables)
-    named = re.compile(r"^\| (.+?) \|", re.MULTILINE)
-    assert named.findall(written) == named.findall(committed)
-
-
-@pytest.mark.faults
-def test_rendered_service_raises_every_alert(service: Path) -> None:
-    """In the rendered service's game day every alert fires, names its runbook, and resolves."""
-    ended = run("make", "gameday", cwd=service)
+@pytest.mark.parametrize("target", ["check", "test"])
+def test_unrendered_service_passes_its_own(unrendered: Path, target: str) -> None:
+    """The service passes its checks and tests unrendered, so it can be worked on in place."""
+    ended = run("make", target, cwd=unrendered)
     assert ended.returncode == 0, ended.stdout[-20_000:]
 
 
@@ -133,8 +111,9 @@ def test_alerts_follow_the_answers(service: Path, render: Render, answers: dict[
     checks = "accepts or promise or says or goes"
     ended = run(
         *(service / BIN / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *("tests/integration/test_ops.py", "-k", checks),
-        cwd=folder,
+        *("tests/service/integration/test_ops.py", "-k", checks),
+        cwd=ROOT,
+        PROVE_SERVICE=str(folder),
     )
     assert ended.returncode == 0, ended.stdout
     rules = yaml.safe_load((folder / "ops" / "prometheus" / "rules.yml").read_text(encoding="utf-8"))

@@ -53,6 +53,8 @@ MAY_BE_SKIPPED = {
 }
 INSTALLED = "is not installed"  # how the reason ends where a program is missing; in CI such tests fail
 
+FOUND = pytest.StashKey[set[str]]()  # files of the service before the tests
+
 Document = dict[str, Any]
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -406,12 +408,35 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.register(reliability)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Remembers the files of the service: tests work on copies."""
+    config.stash[FOUND] = files_of_the_service()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails the run when a test was skipped for a reason that is not on the list."""
-    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    """Fails the run when a test left a file in the service, or was skipped for a reason not on the list."""
+    config = session.config
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None:  # in a worker of xdist
         return
     reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ())}
-    if unknown := {one for one in reasons if INSTALLED not in one} - MAY_BE_SKIPPED:
-        reporter.write_line(f"\nskipped for a reason that is not listed: {sorted(unknown)}", red=True)
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    unknown = {one for one in reasons if INSTALLED not in one} - MAY_BE_SKIPPED
+    left = config.stash[FOUND] ^ files_of_the_service()
+    for complaint, found in (
+        ("skipped for a reason that is not listed", unknown),
+        ("added or removed", left),
+    ):
+        if found:
+            reporter.write_line(f"\n{complaint}: {sorted(found)}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def files_of_the_service() -> set[str]:
+    """The files in the service's folder that git would track."""
+    ignored = re.findall(r"^([\w./*]+)$", (ROOT / ".gitignore").read_text("utf-8"), re.MULTILINE)
+    left_out = shutil.ignore_patterns(".git", *(one.removesuffix("/") for one in ignored))
+    found = set()
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = sorted(set(folders) - left_out(folder, folders))
+        found |= {str(Path(folder, file)) for file in set(files) - left_out(folder, files)}
+    return found

@@ -144,7 +144,7 @@ def test_the_commands_make_a_key_and_a_signature(place: Path) -> None:
 def test_a_file_without_a_private_key_signs_nothing(place: Path, content: bytes) -> None:
     """One line names the file."""
     (place / "key.pem").write_bytes(content)
-    with pytest.raises(LifecycleError, match="key.pem: holds no Ed25519 private key"):
+    with pytest.raises(LifecycleError, match=r"key\.pem: holds no Ed25519 private key"):
         sign("v1", place / "key.pem", place)
     assert not (place / "artifacts/v1/manifest.sig").exists()
 
