@@ -60,8 +60,8 @@ class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types
         if os.getppid() != self.ppid:  # its master was killed: it would keep the port for ever
             os.kill(os.getpid(), signal.SIGTERM)
         service = self._server.lifespan.state["service"]
-        if service.pipeline and not self._server.should_exit:
-            seconds = service.pipeline.batcher.busy_seconds
+        if not self._server.should_exit:
+            seconds = service.models.busy_seconds
             if seconds > self.cfg.timeout:  # as long as gunicorn would let the event loop be blocked
-                service.log.error("blocked", model_version=service.pipeline.version, seconds=seconds)
+                service.log.error("blocked", model_version=service.models.serving.version, seconds=seconds)
                 os.kill(os.getpid(), signal.SIGTERM)

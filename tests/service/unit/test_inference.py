@@ -536,8 +536,8 @@ def test_one_too_many_is_refused_at_once() -> None:
 
 def test_work_that_goes_on_without_a_client_keeps_its_slot() -> None:
     """A request that was answered while its rows still run counts until they have."""
-    admission, running = Admission(2, 10), [None]
-    admission.lingering = lambda: len(running)
+    running = [None]
+    admission = Admission(2, 10, lambda: len(running))
     with admission, pytest.raises(ServiceError, match="overloaded"):
         admission.check()
     running.clear()

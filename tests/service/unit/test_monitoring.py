@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections import Counter as Tally
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from app.core.batcher import Batch
 from app.core.errors import ServiceError
 from app.monitoring.drift import LEAST_ROWS, LINE_ROWS, MISSING, OTHER, ROWS_A_BIN, Drift, settled
 from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
-from app.observability.metrics import COUNT_ROWS, COUNT_SECONDS, Metrics, Recorder
+from app.monitoring.calls import COUNT_ROWS, COUNT_SECONDS, Calls
+from app.observability.metrics import Metrics
 from app.schemas.service import Feedback as Truth
 from lifecycle.__main__ import commands
 from lifecycle.operations import drift as monitor
@@ -162,9 +164,11 @@ def test_few_rows_are_no_line_of_the_log() -> None:
 def test_rows_are_held_a_second_at_most() -> None:
     """Rows wait to be counted together, until there are enough of them or a second has passed."""
     metrics = Metrics()
-    recorder, row = Recorder(metrics), np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
-    recorder.label = lambda one: "yes"
-    recorder.drifts["v1"] = Drift("v1", BASELINE, [*BINS], metrics, CapturingLogger())
+    calls, row = Calls(metrics, CapturingLogger()), np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
+    inputs = [SimpleNamespace(name=name) for name in BINS]
+    manifest = SimpleNamespace(version="v1", inputs=inputs)
+    artifact: Any = SimpleNamespace(manifest=manifest, files={"baseline.json": BASELINE})
+    calls.know(artifact)
 
     def seen() -> float:
         return counted(metrics.registry, "feature_observations_total", "feature").get(("length",), 0)
@@ -172,11 +176,11 @@ def test_rows_are_held_a_second_at_most() -> None:
     async def happen() -> None:
         answer = prediction(ANSWER)
         for rows in (COUNT_ROWS - 1, 1, 3):
-            recorder.batch(Batch([answer] * rows, (0, 0, 0), {}, row.repeat(rows, axis=0), "v1"), [0.0])
-            recorder.flush()
+            calls.batch(Batch([answer] * rows, (0, 0, 0), {}, row.repeat(rows, axis=0), "v1"), [0.0])
+            calls.write(everything=False)
             waiting.append(seen())
         counted_all = asyncio.Event()
-        asyncio.get_running_loop().call_later(COUNT_SECONDS, counted_all.set)  # after the recorder's own
+        asyncio.get_running_loop().call_later(COUNT_SECONDS, counted_all.set)  # after the timer of the calls
         await counted_all.wait()
         assert seen() == COUNT_ROWS + 3
 

@@ -7,20 +7,29 @@ import os
 from collections import Counter as Tally
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
+from structlog.testing import CapturingLogger
 
+from app.api.call import Service
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
 from app.observability.logging import ForeignHandler, LineWriter
-from app.observability.metrics import LATENCY, Metrics, Recorder, observe_many
+from app.monitoring.calls import Calls
+from app.monitoring.feedback import Feedback
+from app.observability.metrics import LATENCY, Metrics, observe_many
+from app.observability.recorder import Recorder
+from app.rollout.fleet import Fleet
+from app.rollout.models import Models
 from app.schemas.predict import Prediction
+from app.settings import Settings
 from tests.service.conftest import ANSWER, LABELS, OTHER_ANSWER, answer_of, prediction, spelled
 
 SECRET = "4111 1111 1111 1111"  # noqa: S105  # stands for what a message quotes
@@ -52,8 +61,8 @@ ANSWERS = [(ANSWER, 0.95, "accept"), (OTHER_ANSWER, 0.5, "review"), ServiceError
 
 
 def named(one: Prediction) -> str:
-    """What metrics call an answer."""
-    return spelled(answer_of(asdict(one)))
+    """What metrics call an answer: a label, or `value` where there is no baseline with bins for it."""
+    return spelled(answer_of(asdict(one))) if LABELS else "value"
 
 
 REQUEST = st.tuples(
@@ -70,15 +79,16 @@ REQUEST = st.tuples(
 def test_the_counts_are_what_happened(requests: list[tuple[str, str, int, float, list[list[Any]]]]) -> None:
     """After a scrape's wait every request, batch, stage and prediction has been counted once."""
     metrics = Metrics()
-    recorder = Recorder(metrics)
-    recorder.label = named
+    calls = Calls(metrics, CapturingLogger())
+    recorder = Recorder([calls])
+    service: Any = SimpleNamespace(recorder=recorder, metrics=metrics)
     expected: Tally[tuple[str, ...]] = Tally()
 
     async def happen() -> None:
         for method, handler, status, seconds, batches in requests:
             for batch in batches:
                 rows = [prediction(*one) if isinstance(one, tuple) else one for one in batch]
-                recorder.batch(Batch(rows, (0.1, 0.2, 0.3), {"petal_width": 2}), [0.5, 0.6])
+                calls.batch(Batch(rows, (0.1, 0.2, 0.3), {"petal_width": 2}), [0.5, 0.6])
                 expected["inference_batch_rows_count",] += 1
                 expected["inference_batch_rows_sum",] += len(rows)
                 for stage in ("queue", "preprocess", "inference", "postprocess"):
@@ -89,10 +99,12 @@ def test_the_counts_are_what_happened(requests: list[tuple[str, str, int, float,
                         expected["predictions_total", "v1", named(one), one.action] += 1
                         if LABELS:
                             expected["prediction_score_count", "v1"] += 1
-            recorder.request(method, handler, status, seconds)
+            Service.count_answer(service, method, handler, status, seconds)
+            recorder.count(metrics.disconnects)
             known = method if method != "BREW" else "OTHER"
             expected["http_requests_total", known, handler, str(status)] += 1
             expected["http_request_duration_seconds_count", known, handler] += 1
+            expected["client_disconnects_total",] += 1
         await recorder.settle()
         recorder.flush()  # what was written is not written again
 
@@ -105,10 +117,15 @@ def test_the_counts_are_what_happened(requests: list[tuple[str, str, int, float,
 
 def test_levels_are_read_when_metrics_are_written() -> None:
     """The gauges say how many requests are inside and waiting now, and how many may be."""
-    metrics = Metrics()
-    recorder = Recorder(metrics)
-    recorder.levels = lambda: (5, 3, 320)
-    recorder.flush()
+    metrics, log = Metrics(), CapturingLogger()
+    settings = Settings(max_concurrency=64, max_queue=256)
+    models = Models(Fleet(settings), metrics, log, Feedback(["yes"], {}, "c" * 64))
+    batcher: Any = SimpleNamespace(waiting=3, abandoned=0)
+    models.serving = SimpleNamespace(batcher=batcher)  # type: ignore[assignment]
+    with ExitStack() as inside:
+        for _ in range(5):
+            inside.enter_context(models.admission)
+        Recorder([models]).flush()
     gauges = ("inference_in_flight", "inference_queue_depth", "inference_admission_limit")
     assert [samples(metrics.registry)[name,] for name in gauges] == [5, 3, 320]
 
@@ -119,8 +136,7 @@ class Log:
     def __init__(self, max_lines: int = 10_000) -> None:
         self.source, self.sink = os.pipe()
         self.dropped = 0
-        self.writer = LineWriter(self.sink, max_lines)
-        self.writer.on_drop = self._drop
+        self.writer = LineWriter(self._drop, self.sink, max_lines)
 
     def _drop(self, lines: int = 1) -> None:
         self.dropped += lines

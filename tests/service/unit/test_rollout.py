@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from app.core.store import Release
+from app.observability.metrics import Metrics
 from app.rollout.canary import MIN_REQUESTS, REASONS, Canary, Counts, worse
 from app.rollout.release import Wanted, wanted
 from lifecycle.__main__ import commands
@@ -28,7 +29,7 @@ class Stub:
 def canary(percent: int, counts: Counts | None = None, version: str = "v2") -> Canary:
     """One worker's canary."""
     stub: Any = Stub(version)
-    return Canary(stub, percent, counts or Counts(), key=1)
+    return Canary(stub, "v1", percent, counts or Counts(), 1, Metrics())
 
 
 def asked(one: Canary, taken: bool, times: int, status: int = 200, seconds: float = 0.01) -> None:

@@ -1,8 +1,9 @@
-"""The service that runs, and one request to it: made by the middleware, handed to the route."""
+"""The running service, and one request to it: made by the middleware, handed to the route."""
 
 import hashlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,22 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from app.api.security import Guard
-from app.core.admission import Admission
 from app.core.errors import ServiceError
 from app.core.pipeline import Pipeline
 from app.monitoring.feedback import STEM_DIGITS, Feedback
-from app.observability.flight import FlightRecorder
 from app.observability.logging import Logger, RequestLine
-from app.observability.metrics import Recorder
+from app.observability.metrics import Metrics
+from app.observability.recorder import Recorder
 from app.rollout.canary import Canary
 from app.rollout.fleet import Fleet
-from app.rollout.shadow import Shadow
+from app.rollout.models import Models
 from app.schemas.predict import Prediction
 from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.observability.tracing import Tracing
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
 AUDIT_ROWS = 100  # a line; many collectors of logs cut lines at 16 KiB
 _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 
@@ -40,28 +42,40 @@ def decision(prediction: Any) -> dict[str, Any]:
 
 @dataclass(slots=True, eq=False)
 class Service:
-    """What a process holds; `pipeline` is None until the lifespan has loaded and warmed the model."""
+    """The parts of the running service: what routes, middleware and capabilities work with."""
 
     name: str
     version: str
     settings: Settings
     log: Logger
     request_line: RequestLine
-    admission: Admission
-    guard: Guard
+    metrics: Metrics
     recorder: Recorder
+    guard: Guard
     feedback: Feedback
-    flight: FlightRecorder
+    models: Models
     fleet: Fleet
+    keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of predictions with a key
     tracing: "Tracing | None" = None
-    pipeline: Pipeline | None = None
-    canary: Canary | None = None
-    shadow: Shadow | None = None
+
+    def count_answer(self, method: str, route: str, status: int, seconds: float) -> None:
+        """One answered request; `route` is a path of this service's, or `none`."""
+        method = method if method in METHODS else "OTHER"
+        self.recorder.count(self.metrics.requests, method, route, str(status))
+        self.recorder.observe(self.metrics.duration, seconds, method, route)
+
+    def count_retry(self, prediction_id: str) -> None:
+        """A prediction with an Idempotency-Key; one seen lately in this worker is a retry."""
+        if prediction_id in self.keyed:
+            self.recorder.count(self.metrics.retried, "key")
+        self.keyed[prediction_id] = None
+        if len(self.keyed) > MAX_KEYED:
+            self.keyed.popitem(last=False)
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What one request carries from the door to the log line; times are of `perf_counter`."""
+    """State of one request, from its headers to its log line; times are of `perf_counter`."""
 
     service: Service
     started: float
@@ -77,22 +91,15 @@ class Call:
     content_length: int = 0
     body: bytes = b""
     model_version: str | None = None
-    canary: Canary | None = None  # the one it took part in,
-    taken: bool = False  # and whether it was answered by it
+    canary: Canary | None = None  # the one it is counted for
     prediction_id: str | None = None
     audit: dict[str, Any] = field(default_factory=dict)  # what the log line has on top
     error: BaseException | None = None  # for the log, not for the client
 
     @property
     def pipeline(self) -> Pipeline:
-        """The model that answers; raises ServiceError while there is none."""
-        pipeline = self.service.pipeline
-        if pipeline is None:
-            raise ServiceError("model_not_ready", "check `model` fails: it is still loading")
-        canary = self.service.canary
-        if canary is not None and self.client:  # /ready has no client
-            self.canary, self.taken = canary, canary.takes(self.session or self.client)
-            pipeline = canary.pipeline if self.taken else pipeline
+        """The model that answers this client; raises ServiceError while there is none."""
+        pipeline, self.canary = self.service.models.pipeline_for(self.session or self.client)
         self.model_version = pipeline.version
         return pipeline
 
@@ -109,7 +116,7 @@ class Call:
         stems = [
             hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:STEM_DIGITS] for index in range(count)
         ]
-        self.service.recorder.keyed(stems[0])
+        self.service.count_retry(stems[0])
         return stems
 
     def record(self, predictions: Sequence[Prediction], thresholds: dict[str, Any]) -> None:
@@ -129,8 +136,12 @@ class Call:
         for start in range(0, len(entries), AUDIT_ROWS):
             service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
 
-    def write_line(self, method: str, route: str, status: int, seconds: float) -> None:
-        """The one line of this request."""
+    def finish(self, method: str, route: str, status: int, seconds: float, *, counted: bool = False) -> None:
+        """Count the answer, unless FastAPI's stack has counted it, and write the one line of this request."""
+        if not counted:
+            self.service.count_answer(method, route, status, seconds)
+        if self.canary is not None:
+            self.canary.note(self.model_version == self.canary.pipeline.version, status, seconds)
         fields = {
             "event": "request",
             "request_id": self.request_id,

@@ -70,9 +70,9 @@ class ServiceMiddleware:
                     await guard.refuse(call.client, key, query)
                 if guard.limited:
                     await guard.spend(call.client)
-                if service.canary is not None:
+                if service.models.canary is not None:
                     call.session = _session(scope, service.settings.canary_header)
-            service.flight.route(OTHER if route is None else route.label)
+            service.fleet.flight.route(OTHER if route is None else route.label)
             if route is not None:
                 body = await route.answer(call, receive)
             else:
@@ -82,12 +82,12 @@ class ServiceMiddleware:
                 passed_on = True
                 await self._app(scope, receive, send_marked)
         except ClientDisconnect:
-            service.recorder.disconnect()
+            service.recorder.count(service.metrics.disconnects)
             status = _CLOSED_REQUEST
         except asyncio.CancelledError:  # by the server, when the time to finish what is inside is over
             if started:
                 raise
-            service.recorder.shed("draining")
+            service.recorder.count(service.metrics.shed, "draining")
             failure = ServiceError("model_timeout", "the service stops before this can be finished")
             status, headers, body = self._failed(call, failure)
         except Exception as error:
@@ -103,12 +103,8 @@ class ServiceMiddleware:
                 await send({"type": "http.response.body", "body": body})
         handler = getattr(scope.get("route"), "path", "none") if route is None else route.path
         seconds = perf_counter() - call.started
-        if not passed_on:  # else the instrumentator, which FastAPI's stack holds, has counted it
-            service.recorder.request(method, handler, status, seconds)
-        if call.canary is not None and call.model_version is not None:
-            call.canary.note(call.taken, status, seconds)
-            service.recorder.tried(call.model_version, status >= 500, seconds)
-        call.write_line(method, handler, status, seconds)
+        # A request that was passed on is counted by the instrumentator, which FastAPI's stack holds.
+        call.finish(method, handler, status, seconds, counted=passed_on)
 
     def _open(self, scope: Scope) -> tuple[Call, bytes | None]:
         """The call and the key it shows, from one pass over the headers."""
@@ -136,7 +132,7 @@ class ServiceMiddleware:
                 call.content_encoding = value
             elif name == b"x-envoy-attempt-count" and _ATTEMPT.fullmatch(value):
                 call.attempt = int(value)
-                self._service.recorder.retried("proxy")
+                self._service.recorder.count(self._service.metrics.retried, "proxy")
         if self._service.tracing is not None:
             call.trace_id = self._service.tracing.trace_id()
         call.request_id = call.request_id or os.urandom(16).hex()
@@ -146,14 +142,15 @@ class ServiceMiddleware:
         """The answer to a failure, counted; what a client must not see is kept for the log line."""
         call.error = error.__cause__ if isinstance(error, ServiceError) else error
         failure = error if isinstance(error, ServiceError) else ServiceError("internal_error")
+        recorder, metrics = self._service.recorder, self._service.metrics
         if reason := _SHED.get(failure.code):
-            self._service.recorder.shed(reason)
+            recorder.count(metrics.shed, reason)
         elif failure.status == 500:
-            self._service.recorder.failure(failure.code)
+            recorder.count(metrics.failures, failure.code)
         for one in failure.errors:
             # Labels come from closed sets: a name the client made up is `other`.
             field = next((part for part in reversed(one["loc"]) if part in self._features), "other")
-            self._service.recorder.violation(field, one["type"])
+            recorder.count(metrics.violations, field, one["type"])
         headers: dict[str, Any] = {"content-type": MEDIA_TYPE, **failure.headers}
         encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
         return failure.status, encoded, problem(failure, call.request_id)

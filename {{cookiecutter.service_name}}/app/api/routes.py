@@ -90,7 +90,8 @@ async def feedback(truth: Feedback, call: CurrentCall) -> Accepted:
     """The true label of an earlier prediction; the same again changes nothing, another one is refused."""
     version, correct, news = call.service.feedback.judge(truth.prediction_id, truth.label)
     if news:
-        call.service.recorder.feedback(version, correct)
+        outcome = "correct" if correct else "incorrect"
+        call.service.recorder.count(call.service.metrics.feedback, version, outcome)
     call.model_version, call.prediction_id = version, truth.prediction_id
     call.audit = {"feedback": truth.label, "correct": correct, "news": news}
     return Accepted()
@@ -105,17 +106,14 @@ async def health() -> Health:
 @operations.get("/ready", summary="Can it predict?", responses={503: _ANSWERS[503]})
 async def ready(call: CurrentCall) -> Ready:
     """Readiness: 503 with the failing check named until a model is loaded and warm."""
-    answer = Ready(call.pipeline.version)
-    if not call.service.fleet.all_loaded:
-        raise ServiceError("model_not_ready", "check `workers` fails: one is still loading the model")
-    return answer
+    return Ready(call.service.models.check_ready().version)
 
 
 @operations.get("/version", summary="What is running?")
 async def version(call: CurrentCall) -> Version:
     """The service, its API and the served model."""
     service, served = call.service, None
-    if pipeline := service.pipeline:
+    if pipeline := service.models.serving:
         manifest = pipeline.artifact.manifest
         training = manifest.training.data_sha256 if manifest.training else None
         sha256, execution = pipeline.artifact.sha256, pipeline.execution

@@ -45,12 +45,12 @@ class JSONRoute(APIRoute):
         if call.content_type != b"application/json" or call.content_encoding:
             _check_media_type(call)
         service = call.service
-        service.admission.check()
+        service.models.admission.check()
         call.body = body = await _read(call, receive)
-        with service.admission:
+        with service.models.admission:
             document = self._validate(body)
             work = self.endpoint(document, call)
-            if service.pipeline is not None and service.pipeline.execution == "thread":
+            if service.models.threaded:
                 work = _unless_gone(work, receive)
             return orjson.dumps(await work)
 
@@ -115,7 +115,7 @@ async def _read_slowly(call: Call, message: Message, receive: Receive) -> bytes:
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
     except TimeoutError:
-        call.service.recorder.shed("deadline")
+        call.service.recorder.count(call.service.metrics.shed, "deadline")
         raise ServiceError("model_timeout", "the body did not arrive in time") from None
     return b"".join(chunks)
 

@@ -8,28 +8,30 @@ PACE_WEIGHT = 0.1  # of the latest call in the moving average
 
 
 class Admission:
-    """Counts the requests inside, and refuses the one too many in microseconds: `with admission: ...`."""
+    """Counts the requests inside, and refuses the one too many in microseconds: `with admission: ...`.
 
-    def __init__(self, limit: int, deadline_seconds: float) -> None:
-        self.limit, self.inside = limit, 0
-        self._most, self._budget = limit, deadline_seconds / 2  # the other half is for what nobody foresees
+    `lingering` says how many requests were answered at their deadline while their rows still run.
+    """
+
+    def __init__(self, limit: int, deadline_seconds: float, lingering: Callable[[], int] = lambda: 0) -> None:
+        self.limit, self.inside, self._lingering = limit, 0, lingering
+        self._most, self._budget = limit, deadline_seconds / 2  # the other half is a reserve
         self._seconds = 0.0  # of the model, for a request
-        self.lingering: Callable[[], int] = lambda: 0  # answered requests whose rows still run
 
     def expect(self, seconds: float) -> None:
-        """Start anew with a model that needs so much for a request."""
+        """Start again for a model that needs so many seconds for a request."""
         self._seconds = 0.0
         self.learn(seconds, 1)
 
     def learn(self, seconds: float, requests: int) -> None:
-        """Let in what can be answered in time at the pace of late: neighbours and large requests slow it."""
+        """Admit as many as can be answered in time at the recent pace of the model."""
         latest = seconds / requests
         self._seconds += (latest - self._seconds) * (PACE_WEIGHT if self._seconds else 1)
         self.limit = max(1, min(self._most, int(self._budget / max(self._seconds, 1e-9))))
 
     def check(self) -> None:
         """Raise ServiceError when there is no slot; takes none, so that a slow sender holds none."""
-        if self.inside + self.lingering() >= self.limit:
+        if self.inside + self._lingering() >= self.limit:
             raise ServiceError("overloaded", "too many requests are waiting")
 
     def __enter__(self) -> None:

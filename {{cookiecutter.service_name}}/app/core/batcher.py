@@ -61,7 +61,10 @@ class _Job:
 
 
 class Batcher:
-    """Joins rows of concurrent requests; `threaded` keeps a slow model off the event loop."""
+    """Joins rows of concurrent requests; `threaded` keeps a slow model off the event loop.
+
+    `on_call` is told the seconds of each call in the thread, and the number of requests in it.
+    """
 
     def __init__(
         self,
@@ -71,16 +74,14 @@ class Batcher:
         max_rows: int,
         max_wait_seconds: float,
         threaded: bool,
+        on_call: Callable[[float, int], None] | None = None,
     ) -> None:
-        self._run, self._observer = run, observer
+        self._run, self._observer, self._on_call = run, observer, on_call
         self._max_rows, self._max_wait = max_rows, max_wait_seconds
         self._executor = ThreadPoolExecutor(1, "inference") if threaded else None
         self._queue: deque[_Job] = deque()
         self._running: list[_Job] = []  # in the thread now
         self._began = 0.0  # when they got there
-        self.on_call: Callable[[float, int], None] = lambda _seconds, _requests: (
-            None
-        )  # after each in the thread
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._rings = math.inf  # when the alarm does
@@ -144,7 +145,8 @@ class Batcher:
             self._running = jobs
             batches = await loop.run_in_executor(executor, self._call, jobs)
             self._running = []
-            self.on_call(perf_counter() - started, len(jobs))
+            if self._on_call is not None:
+                self._on_call(perf_counter() - started, len(jobs))
             self._finish(jobs, started, batches)
         self._draining = None
         if self._retired:

@@ -6,7 +6,7 @@
 `Pipeline.offline` is for everything that has no server: commands, evaluation, import.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -40,7 +40,14 @@ def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
 class Pipeline:
     """A model behind one `async predict(instances)`. Made by `load` or `offline`."""
 
-    def __init__(self, model: Model, policy: Policy, costs: Costs, observer: Observer) -> None:
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        costs: Costs,
+        observer: Observer,
+        on_call: Callable[[float, int], None] | None = None,
+    ) -> None:
         self.model, self.artifact, self.version = model, model.artifact, model.version
         self.costs, self._max_rows, self._observer = costs, policy.batch_max_rows, observer
         self.execution = policy.execution or choose_execution(costs, policy.batch_max_rows)
@@ -50,22 +57,28 @@ class Pipeline:
             max_rows=rows_of_a_call(costs.per_row, policy.batch_max_rows),
             max_wait_seconds=policy.batch_max_wait_seconds,
             threaded=self.execution == "thread",
+            on_call=on_call,
         )
-        self.load_seconds, self.stands_in = 0.0, False
 
     @classmethod
     def load(
-        cls, artifact: Artifact, observer: Observer, policy: Policy, runtime: Runtime | None = None
+        cls,
+        artifact: Artifact,
+        observer: Observer,
+        policy: Policy,
+        runtime: Runtime | None = None,
+        on_call: Callable[[float, int], None] | None = None,
     ) -> Self:
         """Load a verified version, warm it up and replay its golden set; raises ArtifactError.
 
-        `observer` is told of every call of the model, on the event loop. `runtime` is loaded from the
-        artifact unless given. Takes up to a second of the thread that it is called in.
+        `observer` is told of every call of the model and `on_call` of every call in the thread, both on the
+        event loop. `runtime` is loaded from the artifact unless given. Takes up to a second of the thread
+        that it is called in.
         """
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         costs = model.warm_up(policy.batch_max_rows)
         model.replay()
-        return cls(model, policy, costs, observer)
+        return cls(model, policy, costs, observer, on_call)
 
     @classmethod
     def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:

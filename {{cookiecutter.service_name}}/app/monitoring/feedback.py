@@ -9,16 +9,21 @@ An id can therefore be judged after a restart, by any replica, months later. Onl
 a table that the master makes and all workers share, which forgets the oldest when it is full.
 """
 
+import re
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
 from zlib import crc32
 
-from app.core.errors import ServiceError
+from app.core.errors import ArtifactError, ServiceError
+from app.core.manifest import VERSION_PATTERN
 from app.core.shared import SharedMemory
+from app.core.store import read_manifest
 
 STEM_DIGITS = 18
-_MARK_BITS, _LABEL_BITS, _VALUE_BITS = 40, 10, 32
+_MARK_BITS = 40
 _LARGEST = 3e38
 _FLOAT, _UINT = struct.Struct(">f"), struct.Struct(">I")
 _MAX_VERSIONS = 20
@@ -26,8 +31,88 @@ _ENTRY, _WAYS = 16, 8  # bytes: 14 of the id, 2 of the label; entries that share
 _BUCKETS = 2**14
 
 
+class _Codec(Protocol):
+    """How an answer is written into an id, and compared with the truth."""
+
+    bits: int  # that an answer takes
+
+    def encode(self, answer: Any) -> int:
+        """The answer as a number of `bits`."""
+        ...
+
+    def knows(self, number: int) -> bool:
+        """Whether there is an answer with this number."""
+        ...
+
+    def right(self, number: int, truth: Any, tolerance: float) -> bool:
+        """Whether the answer with this number is the truth, or close enough to it."""
+        ...
+
+    def key(self, truth: Any) -> int:
+        """The truth as a number from 1 to 65,535, to tell whether another was given before."""
+        ...
+
+
+class _LabelCodec:
+    """A label is its index."""
+
+    bits = 10
+
+    def __init__(self, labels: list[Any]) -> None:
+        self._indices = {label: index for index, label in enumerate(labels)}
+
+    def encode(self, answer: Any) -> int:
+        return self._indices[answer]
+
+    def knows(self, number: int) -> bool:
+        return number < len(self._indices)
+
+    def right(self, number: int, truth: Any, tolerance: float) -> bool:
+        return number == self._indices[truth]
+
+    def key(self, truth: Any) -> int:
+        return self._indices[truth] + 1
+
+
+class _ValueCodec:
+    """A value is its 32 bits as a float."""
+
+    bits = 32
+
+    def encode(self, answer: float) -> int:
+        (number,) = _UINT.unpack(_FLOAT.pack(max(-_LARGEST, min(answer, _LARGEST))))
+        return int(number)
+
+    def knows(self, number: int) -> bool:
+        return True
+
+    def right(self, number: int, truth: float, tolerance: float) -> bool:
+        (value,) = _FLOAT.unpack(_UINT.pack(number))
+        return bool(abs(value - truth) <= tolerance)
+
+    def key(self, truth: float) -> int:
+        return crc32(str(truth).encode()) % 0xFFFF + 1
+
+
+def tolerances(place: Path | str) -> dict[str, float] | None:
+    """The versions in a folder, each with how far a value may be from the truth; None if it is no folder."""
+    if not isinstance(place, Path):
+        return None
+    found = dict.fromkeys(
+        (path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)), 0.0
+    )
+    for version in found:
+        with suppress(ArtifactError):  # such a version is not served either
+            found[version] = read_manifest(place / version).outputs.feedback_tolerance
+    return found
+
+
 class Feedback:
-    """Makes ids and judges the labels that come back for them."""
+    """Makes ids and judges the labels that come back for them.
+
+    Versions become a metric's label, which forged ids must not multiply: only `versions` and those told by
+    `know` are taken or, where `versions` is None, the first few.
+    """
 
     def __init__(
         self,
@@ -36,58 +121,41 @@ class Feedback:
         contract_sha256: str,
         given: "Given | None" = None,
     ) -> None:
-        self._labels = list(labels)
-        self._indices = {label: index for index, label in enumerate(self._labels)}
-        # They become a metric's label, which forged ids must not multiply: only these, or only so many. Each
-        # has its tolerance; one that is known by its number alone has that of the version known last.
+        labels = list(labels)
+        self._codec: _Codec = _LabelCodec(labels) if labels else _ValueCodec()
+        # By number, each with its tolerance; a version known by its number alone has that of the latest.
         self._versions: dict[int, tuple[str, float]] = {}
-        self._bits = _LABEL_BITS if self._labels else _VALUE_BITS
         self._tolerance = 0.0
+        self._marks: dict[str, int] = {}  # by version, what its number adds to the answer's
         for version, tolerance in (versions or {}).items():
             self.know(version, tolerance)
         self._open = versions is None
         self._salt = crc32(contract_sha256.encode())  # under another contract labels mean something else
         self._given = given or Given()
-        self._marks: dict[tuple[str, Any], str] = {}
 
     def know(self, version: str, tolerance: float = 0.0) -> None:
         """Labels for this version are taken from now on; a value is right if it is so close to the truth."""
-        self._versions[self._number(version)] = version, tolerance
+        number = int(version[1:]) % (1 << _MARK_BITS - self._codec.bits)
+        self._versions[number] = version, tolerance
+        self._marks[version] = number << self._codec.bits
         self._tolerance = tolerance
-
-    def _number(self, version: str) -> int:
-        return int(version[1:]) % (1 << _MARK_BITS - self._bits)
 
     def identify(self, stem: str, version: str, answer: Any) -> str:
         """The id, 32 hex digits, of what `version` answered: a label, or a value; `stem` has STEM_DIGITS."""
-        if not self._labels:
-            (bits,) = _UINT.unpack(_FLOAT.pack(max(-_LARGEST, min(answer, _LARGEST))))
-            marked = f"{stem}{self._number(version) << self._bits | bits:010x}"
-            return marked + self._check(marked)
-        if (mark := self._marks.get((version, answer))) is None:
-            mark = f"{self._number(version) << self._bits | self._indices[answer]:010x}"
-            self._marks[version, answer] = mark
-        marked = stem + mark
+        marked = f"{stem}{self._marks[version] | self._codec.encode(answer):010x}"
         return marked + self._check(marked)
 
-    def judge(self, prediction_id: str, label: Any) -> tuple[str, bool, bool]:
+    def judge(self, prediction_id: str, truth: Any) -> tuple[str, bool, bool]:
         """Version, whether it was right, and whether this is news; raises ServiceError."""
-        marked, number = prediction_id[:-4], int(prediction_id[STEM_DIGITS:-4], 16)
-        predicted, sound = number & (2**self._bits - 1), prediction_id == marked + self._check(marked)
-        known = not self._labels or predicted < len(self._labels)
-        found = self._version(number >> self._bits) if sound and known else None
+        codec, marked, mark = self._codec, prediction_id[:-4], int(prediction_id[STEM_DIGITS:-4], 16)
+        number, sound = mark & (2**codec.bits - 1), prediction_id == marked + self._check(marked)
+        found = self._version(mark >> codec.bits) if sound and codec.knows(number) else None
         if found is None:
             raise ServiceError("not_found", "this service made no prediction with this id")
         version, tolerance = found
-        if self._labels:
-            index = self._indices[label] + 1  # 0 is an empty entry's
-            correct = index == predicted + 1
-        else:
-            index = crc32(str(label).encode()) % 0xFFFF + 1
-            (value,) = _FLOAT.unpack(_UINT.pack(predicted))
-            correct = abs(value - label) <= tolerance
-        before = self._given.put(prediction_id, index)
-        if before not in (None, index):
+        correct = codec.right(number, truth, tolerance)
+        before = self._given.put(prediction_id, codec.key(truth))
+        if before not in (None, codec.key(truth)):
             raise ServiceError("conflict", "another label was given before, and the first one counts")
         return version, correct, before is None
 

@@ -35,19 +35,20 @@ RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the service fail
 class LineWriter:
     """Writes lines from a thread of its own, and drops them when too many wait."""
 
-    def __init__(self, descriptor: int = STDOUT, max_lines: int = MAX_LINES) -> None:
-        self._descriptor, self._max_lines = descriptor, max_lines
+    def __init__(
+        self, on_drop: Callable[[int], None], descriptor: int = STDOUT, max_lines: int = MAX_LINES
+    ) -> None:
+        self._on_drop, self._descriptor, self._max_lines = on_drop, descriptor, max_lines
         self._lines: deque[bytes] = deque()
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        self.on_drop: Callable[[int], None] = lambda _lines: None
 
     def write(self, line: bytes) -> None:
         """Queue one line, without its newline."""
         if len(self._lines) >= self._max_lines:
-            self.on_drop(1)
+            self._on_drop(1)
             return
         self._lines.append(line)
         if self._thread is None:
@@ -81,8 +82,8 @@ class LineWriter:
             try:
                 while chunk:
                     chunk = chunk[os.write(self._descriptor, chunk) :]
-            except OSError:  # the reader has gone; there is nobody left to tell
-                self.on_drop(chunk.count(b"\n"))
+            except OSError:  # the reader has gone; nothing can be written any more
+                self._on_drop(chunk.count(b"\n"))
             if not self._closing:
                 sleep(PAUSE_SECONDS)
 
@@ -97,7 +98,7 @@ class ForeignHandler(logging.Handler):
         self._write = write or _write_now
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`."""
+        """Write a record; one whose arguments do not fit its message is written without them."""
         try:
             # What asyncio says of a failure quotes the arguments and the error; the frames below say enough.
             message = "an error on the event loop" if record.name == "asyncio" else record.getMessage()
@@ -109,9 +110,14 @@ class ForeignHandler(logging.Handler):
         self._write(self._render(None, record.levelname.lower(), fields))
 
 
-def configure_logging(level: str, fmt: Format) -> tuple[Logger, RequestLine, LineWriter]:
-    """Route every logger of this process to stdout; returns this service's, and what writes."""
-    writer, threshold, render = LineWriter(), logging.getLevelNamesMapping()[level], _RENDER[fmt]
+def configure_logging(
+    level: str, fmt: Format, on_drop: Callable[[int], None]
+) -> tuple[Logger, RequestLine, LineWriter]:
+    """Route every logger of this process to stdout; returns this service's logger and the writers.
+
+    `on_drop` is told the number of lines that were dropped, in any thread.
+    """
+    writer, threshold, render = LineWriter(on_drop), logging.getLevelNamesMapping()[level], _RENDER[fmt]
     bound = structlog.make_filtering_bound_logger(threshold)
     logger: Logger = structlog.wrap_logger(writer, processors=[render], wrapper_class=bound).bind()
     handler = ForeignHandler(fmt, writer.write)

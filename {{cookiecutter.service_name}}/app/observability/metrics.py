@@ -1,19 +1,11 @@
-"""Prometheus metrics, every name in one place, and the recorder that feeds them off the hot path.
+"""Prometheus metrics: every name in one place, and the text of /metrics for all workers together."""
 
-    request -> Recorder (a list append) -> every FLUSH_SECONDS -> Prometheus children -> /metrics
-
-Writing a child costs microseconds in multiprocess mode; adding up for a few milliseconds first makes that a
-fraction for each request. A scrape waits until what was answered before it has been written.
-"""
-
-import asyncio
 import os
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,16 +18,11 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily
 
-FLUSH_SECONDS = 0.02
-# Rows are counted by bin more rarely: it costs as much for hundreds as for one, and drift takes its time.
-COUNT_SECONDS, COUNT_ROWS = 1.0, 512
-MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
 STAGES = ("preprocess", "inference", "postprocess")
 SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
 FAILURES = ("model_error", "non_finite_output", "internal_error")
 AGREEMENTS = ("agree", "disagree", "error", "dropped")
 SIGNS = ("proxy", "key")
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STAGE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -121,200 +108,6 @@ class Metrics:
             self.value = Histogram("prediction_value", text, labels, buckets=edges, registry=self.registry)
             text, labels = "Value of a shadow.", ("shadow_version",)
             self.shadow_value = Histogram("shadow_value", text, labels, buckets=edges, registry=self.registry)
-
-
-class BatchLike(Protocol):
-    """The part of a call of the model that is counted."""
-
-    answers: list[Any]  # predictions, or exceptions
-    stages: tuple[float, float, float]
-    out_of_range: dict[str, int]
-    matrix: Any  # rows as the model saw them, [rows, features]
-    version: str  # of the model; none if it saw nothing
-
-
-class DriftLike(Protocol):
-    """Whoever counts rows by bin: `observability.drift`."""
-
-    def bin_of(self, value: float) -> str:
-        """The bin of a regressor's value."""
-        ...
-
-    def observe(self, matrices: Sequence[Any], labels: Tally[str]) -> None:
-        """Count rows, and the labels predicted."""
-
-    def write_line(self) -> None:
-        """Log what was counted since the last line."""
-
-
-class Recorder:
-    """Collects what happened on one event loop, and writes it to `Metrics` a few milliseconds later."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._scheduled = False
-        self._requests: Tally[tuple[str, str, str]] = Tally()
-        self._seconds: defaultdict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
-        self._shed: Tally[str] = Tally()
-        self._violations: Tally[tuple[str, str]] = Tally()
-        self._retried: Tally[str] = Tally()
-        self._keyed: OrderedDict[str, None] = OrderedDict()
-        self._batches: list[tuple[BatchLike, Sequence[float]]] = []
-        # Requests inside, requests queued, admission limit: read at each flush, set by whoever knows.
-        self.levels: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
-        # What `predictions_total` calls an answer; set by whoever knows the contract.
-        self.label: Callable[[Any], str] = lambda answer: str(answer.label)
-        self.shadow: Callable[[Sequence[Any]], None] | None = None  # is offered what was answered
-        self.compares = False  # whether there is another version beside the served one
-        self._tried: list[tuple[str, bool, float]] = []
-        self.drifts: dict[str, DriftLike] = {}  # by version, of those that have a baseline
-        self._held: defaultdict[str, list[Any]] = defaultdict(list)  # rows for them, and how many
-        self._held_rows = 0
-        self._chosen: defaultdict[str, Tally[str]] = defaultdict(Tally)
-        self._counting: asyncio.TimerHandle | None = None
-
-    def request(self, method: str, handler: str, status: int, seconds: float) -> None:
-        """One answered request."""
-        method = method if method in METHODS else "OTHER"
-        self._requests[method, handler, str(status)] += 1
-        self._seconds[method, handler].append((seconds, 1))
-        if not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
-
-    def batch(self, batch: BatchLike, waits: Sequence[float]) -> None:
-        """One call of the model, and the seconds each request in it waited."""
-        self._batches.append((batch, waits))
-
-    def tried(self, version: str, failed: bool, seconds: float) -> None:
-        """A prediction that was asked of `version` while there is a canary."""
-        self._tried.append((version, failed, seconds))
-
-    def shed(self, reason: str) -> None:
-        """A request refused or given up."""
-        self._shed[reason] += 1
-
-    def retried(self, sign: str) -> None:
-        """A request sent again: `proxy` says so, or the same Idempotency `key` and body came here before."""
-        self._retried[sign] += 1
-
-    def keyed(self, prediction_id: str) -> None:
-        """A prediction with an Idempotency-Key; one seen lately in this worker is a retry."""
-        if prediction_id in self._keyed:
-            self.retried("key")
-        self._keyed[prediction_id] = None
-        if len(self._keyed) > MAX_KEYED:
-            self._keyed.popitem(last=False)
-
-    def failure(self, code: str) -> None:
-        """A request answered 500."""
-        self._metrics.failures.labels(code).inc()
-
-    def violation(self, field: str, reason: str) -> None:
-        """A broken rule of the contract; both labels come from closed sets."""
-        self._violations[field, reason] += 1
-
-    def disconnect(self) -> None:
-        """A client that went away before its answer."""
-        self._metrics.disconnects.inc()
-
-    def feedback(self, version: str, correct: bool) -> None:
-        """A label that came back."""
-        self._metrics.feedback.labels(version, "correct" if correct else "incorrect").inc()
-
-    async def settle(self) -> None:
-        """Wait until every worker has written what it answered before now."""
-        await asyncio.sleep(2 * FLUSH_SECONDS)
-        self.flush()
-        self.count()
-
-    def flush(self) -> None:
-        """Write what was collected."""
-        self._scheduled, metrics = False, self._metrics
-        for labels, count in self._requests.items():
-            metrics.requests.labels(*labels).inc(count)
-        for route, seconds in self._seconds.items():
-            observe_many(metrics.duration.labels(*route), seconds)
-        for reason, count in self._shed.items():
-            metrics.shed.labels(reason).inc(count)
-        for (field, reason), count in self._violations.items():
-            metrics.violations.labels(field, reason).inc(count)
-        for sign, count in self._retried.items():
-            metrics.retried.labels(sign).inc(count)
-        self._retried.clear()
-        self._shed.clear()
-        self._violations.clear()
-        self._requests.clear()
-        self._seconds.clear()
-        for version, failed, taken in self._tried:
-            metrics.canary_requests.labels(version).inc()
-            metrics.canary_failures.labels(version).inc(failed)
-            metrics.canary_duration.labels(version).observe(taken)
-        self._tried.clear()
-        batches, self._batches = self._batches, []
-        if batches:
-            self._flush_batches(batches)
-            if self.shadow is not None:
-                self.shadow([batch for batch, _ in batches])
-        inside, queued, limit = self.levels()
-        metrics.in_flight.set(inside)
-        metrics.queue_depth.set(queued)
-        metrics.admission_limit.set(limit)
-
-    def _flush_batches(self, batches: list[tuple[BatchLike, Sequence[float]]]) -> None:
-        metrics = self._metrics
-        observe_many(metrics.batch_rows, [(len(batch.answers), 1) for batch, _ in batches])
-        observe_many(metrics.stage.labels("queue"), [(wait, 1) for _, waits in batches for wait in waits])
-        for index, stage in enumerate(STAGES):  # a request spends the whole call's time in each
-            observe_many(
-                metrics.stage.labels(stage), [(one.stages[index], len(waits)) for one, waits in batches]
-            )
-        if self.compares:
-            for batch, _ in batches:
-                if batch.version:
-                    metrics.call_duration.labels(batch.version).observe(sum(batch.stages))
-        predictions: Tally[tuple[str, str, str]] = Tally()
-        scores: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
-        spread, number = (metrics.score, "score") if metrics.value is None else (metrics.value, "value")
-        for batch, _ in batches:
-            for answer in batch.answers:
-                if not isinstance(answer, Exception):
-                    predictions[answer.model_version, self.label(answer), answer.action] += 1
-                    if (found := getattr(answer, number, None)) is not None:
-                        scores[answer.model_version].append((found, 1))
-            for feature, count in batch.out_of_range.items():
-                metrics.out_of_range.labels(feature).inc(count)
-        for labels, count in predictions.items():
-            metrics.predictions.labels(*labels).inc(count)
-        for version, values in scores.items():
-            observe_many(spread.labels(version), values)
-        self._hold(
-            [(one.version, one.matrix) for one, _ in batches if one.version in self.drifts], predictions
-        )
-
-    def _hold(self, matrices: list[tuple[str, Any]], predictions: Tally[tuple[str, str, str]]) -> None:
-        """Keep rows and what was predicted for them until they are counted by bin."""
-        for version, matrix in matrices:
-            self._held[version].append(matrix)
-            self._held_rows += len(matrix)
-        for (version, label, _), count in predictions.items():
-            if version in self._held:
-                self._chosen[version][label] += count
-        if self._held_rows >= COUNT_ROWS:
-            self.count()
-        elif self._held_rows and self._counting is None:
-            self._counting = asyncio.get_running_loop().call_later(COUNT_SECONDS, self.count)
-
-    def count(self) -> None:
-        """Count the rows that are held by bin, and let go of them."""
-        for version, rows in self._held.items():
-            self.drifts[version].observe(rows, self._chosen[version])
-        self._held.clear()
-        self._chosen.clear()
-        self._held_rows = 0
-        if self._counting is not None:
-            self._counting.cancel()
-            self._counting = None
 
 
 def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> None:

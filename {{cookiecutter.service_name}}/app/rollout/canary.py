@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from app.core.pipeline import Pipeline
 from app.core.shared import SharedMemory
+from app.observability.metrics import Metrics
 
 JUDGE_SECONDS = 1.0
 MIN_REQUESTS = 100  # of either version before it is judged
@@ -90,12 +91,19 @@ class Counts:
 
 
 class Canary:
-    """One worker's part in a canary."""
+    """One worker's part in a canary, which `percent` of the clients get beside the version `beside`."""
 
-    def __init__(self, pipeline: Pipeline, percent: int, counts: Counts, key: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, beside: str, percent: int, counts: Counts, key: int, metrics: Metrics
+    ) -> None:
         self.pipeline, self.percent = pipeline, percent
-        self._counts, self._key = counts, key
-        self._own = [[0] * _WIDTH, [0] * _WIDTH]
+        self._counts, self._key, self._metrics = counts, key, metrics
+        self._versions = beside, pipeline.version
+        self._ended: list[tuple[bool, bool, float]] = []  # requests since the last flush
+        self._own = [[0] * _WIDTH, [0] * _WIDTH]  # by latency, since the last `judge`
+        for version in self._versions:  # 0 until the first
+            metrics.canary_requests.labels(version)
+            metrics.canary_failures.labels(version)
 
     def takes(self, client: str) -> bool:
         """Whether this client gets it."""
@@ -103,15 +111,22 @@ class Canary:
         return int.from_bytes(digest[:8], "big") % 100 < self.percent
 
     def note(self, taken: bool, status: int, seconds: float) -> None:
-        """How a request ended that the canary took, or did not take."""
-        steps = math.ceil(math.log(max(seconds / _SHORTEST, 1), _STEP))
-        self._own[taken][0 if status >= 500 else 1 + min(steps, _BUCKETS - 1)] += 1
+        """How a request ended that the canary took, or that the version beside it took."""
+        self._ended.append((taken, status >= 500, seconds))
 
-    def close(self) -> None:
-        """See `Batcher.close`."""
-        self.pipeline.batcher.close()
+    def write(self) -> None:
+        """Write what was noted to the metrics."""
+        for taken, failed, seconds in self._ended:
+            steps = math.ceil(math.log(max(seconds / _SHORTEST, 1), _STEP))
+            self._own[taken][0 if failed else 1 + min(steps, _BUCKETS - 1)] += 1
+            version = self._versions[taken]
+            self._metrics.canary_requests.labels(version).inc()
+            self._metrics.canary_failures.labels(version).inc(failed)
+            self._metrics.canary_duration.labels(version).observe(seconds)
+        self._ended.clear()
 
     def judge(self) -> dict[str, Any] | None:
-        """Tell the other workers what happened here; see `Counts.add`."""
+        """Tell the other workers what happened here; why the canary is to end, if it is."""
+        self.write()
         own, self._own = self._own, [[0] * _WIDTH, [0] * _WIDTH]
         return self._counts.add(self._key, own)

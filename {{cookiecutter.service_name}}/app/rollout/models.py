@@ -1,0 +1,269 @@
+"""The versions of one process: the serving one, and a canary or a shadow beside it.
+
+    load:  Fleet.served -> verified artifact -> load, warm up, replay (in a thread) -> serve
+    look:  release.json changed -> per role: read, verify -> load, warm up, replay (in a thread) -> start
+    judge: once a second -> a canary that does worse than the serving version stops, in all workers
+
+Whatever is wrong with a new version, the serving one goes on.
+"""
+
+import asyncio
+import gc
+from pathlib import Path
+from time import perf_counter
+from zlib import crc32
+
+from app.core.admission import Admission
+from app.core.errors import ServiceError, reason_of
+from app.core.model import Policy
+from app.core.pipeline import Pipeline
+from app.core.store import Artifact
+from app.monitoring.calls import Calls
+from app.monitoring.feedback import Feedback
+from app.observability.logging import Logger
+from app.observability.metrics import Metrics
+from app.rollout.canary import JUDGE_SECONDS, Canary
+from app.rollout.fleet import Fleet, read_fallback, read_served
+from app.rollout.release import LOOK_SECONDS, Follower, Role, Wanted
+from app.rollout.shadow import BUSY, Shadow
+
+GC_ALLOCATIONS = 10_000  # between two collections of what is young; a request leaves hardly any cycles
+
+
+class Models:
+    """Loads versions, lets them serve, and knows which one answers a request."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, log: Logger, feedback: Feedback) -> None:
+        settings = self._settings = fleet.settings
+        self._fleet, self._metrics, self._log, self._feedback = fleet, metrics, log, feedback
+        most = settings.max_concurrency + settings.max_queue
+        self.admission = Admission(most, settings.request_deadline_seconds, self._lingering)
+        self.serving: Pipeline | None = None  # None until the first version is loaded and warm
+        self.canary: Canary | None = None
+        self.shadow: Shadow | None = None
+        self._wanted: dict[Role, Wanted | None] = {}  # what each role was started with
+        self._calls = Calls(metrics, log)
+        place = settings.artifacts_dir
+        followed = isinstance(place, Path) and not settings.model_version
+        self._follower = Follower(place if followed and isinstance(place, Path) else None)
+        self._policy = Policy(
+            review_threshold=settings.review_threshold,
+            out_of_range=settings.out_of_range,
+            batch_max_rows=min(settings.batch_max_rows, settings.max_concurrency),
+            batch_max_wait_seconds=settings.batch_max_wait_ms / 1000,
+        )
+
+    def pipeline_for(self, client: str) -> tuple[Pipeline, Canary | None]:
+        """The pipeline that answers, and the canary that the answer is counted for; raises ServiceError.
+
+        Without a client, which is not a prediction, there is no canary.
+        """
+        pipeline, canary = self.serving, self.canary
+        if pipeline is None:
+            raise ServiceError("model_not_ready", "check `model` fails: it is still loading")
+        if canary is None or not client:
+            return pipeline, None
+        return canary.pipeline if canary.takes(client) else pipeline, canary
+
+    def check_ready(self) -> Pipeline:
+        """The serving pipeline, once every worker has one; raises ServiceError with the failing check."""
+        if self.serving is None:
+            raise ServiceError("model_not_ready", "check `model` fails: it is still loading")
+        if not self._fleet.all_loaded:
+            raise ServiceError("model_not_ready", "check `workers` fails: one is still loading the model")
+        return self.serving
+
+    @property
+    def threaded(self) -> bool:
+        """Whether the serving model runs in a thread, which leaves the event loop free meanwhile."""
+        return self.serving is not None and self.serving.execution == "thread"
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the serving model has been in its current call."""
+        return self.serving.batcher.busy_seconds if self.serving else 0.0
+
+    async def load(self) -> None:
+        """Load the version to serve, or the fallback version; raises the error that leaves neither."""
+        pipeline, problem, seconds = await asyncio.to_thread(self._build_usable)
+        # Half of the tail latency is the collector walking what never changes: take it out of its sight.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_ALLOCATIONS)
+        # A fallback is not what was wanted: if its own version is released, it takes over from itself.
+        self._serve(pipeline, None if problem else Wanted(pipeline.version), seconds)
+        if problem:
+            self._log.error("fallback serves", reason=problem, model_version=pipeline.version)
+        self._fleet.note_loaded()
+
+    async def follow(self, loading: "asyncio.Task[None]") -> None:
+        """Once the first version is loaded, look at the release every second, until cancelled."""
+        await asyncio.shield(loading)
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Give each role the version released for it; refuse a bad one, and try it again later."""
+        try:
+            roles = await self._follower.news()
+        except Exception as error:
+            self._refuse("release.json", error)
+            return
+        for role, want in roles.items():
+            if want != self._wanted.get(role):
+                await self._start(role, want)
+
+    def write(self, everything: bool) -> None:
+        """Write calls, the canary's requests and the queues' levels, with the recorder's flush."""
+        beside = self.canary is not None or self.shadow is not None
+        batches = self._calls.write(everything, beside)
+        if self.canary is not None:
+            self.canary.write()
+        if batches and self.shadow is not None and self.serving is not None:
+            # The canary's answers are compared by its own counts.
+            self.shadow.offer([one for one in batches if one.version == self.serving.version])
+        self._metrics.in_flight.set(self.admission.inside)
+        self._metrics.queue_depth.set(sum(one.batcher.waiting for one in self._answering()))
+        self._metrics.admission_limit.set(self.admission.limit)
+
+    def close(self) -> None:
+        """Let all threads end once their current call has, and log the last rows."""
+        for pipeline in self._answering():
+            pipeline.batcher.close()
+        if self.shadow is not None:
+            self.shadow.close()
+        self._calls.close()
+
+    def _answering(self) -> list[Pipeline]:
+        beside = [self.canary.pipeline] if self.canary else []
+        return [self.serving, *beside] if self.serving else beside
+
+    def _lingering(self) -> int:
+        """Requests that were answered at their deadline while their rows still run."""
+        serving, canary = self.serving, self.canary
+        count = serving.batcher.abandoned if serving is not None else 0
+        return count if canary is None else count + canary.pipeline.batcher.abandoned
+
+    def _build_usable(self) -> tuple[Pipeline, str, float]:
+        """The version to serve, or the fallback and the reason; a verified version may still not load."""
+        artifact, problem = self._fleet.served()
+        began = perf_counter()
+        try:
+            pipeline = self._build(artifact, "serving")
+        except Exception as error:
+            pipeline = self._build(read_fallback(self._settings, error), "serving")
+            problem = reason_of(error)
+        return pipeline, problem, perf_counter() - began
+
+    def _build(self, artifact: Artifact, role: Role) -> Pipeline:
+        """Load, warm up and replay a version, in any thread; raises ArtifactError."""
+        learn = self.admission.learn if role == "serving" else None
+        pipeline = Pipeline.load(artifact, self._calls, self._policy, on_call=learn)
+        if role != "shadow" and self._settings.metrics_enabled:  # a shadow answers no client
+            self._calls.know(artifact)
+        return pipeline
+
+    async def _start(self, role: Role, want: Wanted | None) -> None:
+        """Let a role have the wanted version from now on; one that is refused leaves the role empty."""
+        pipeline, began = None, perf_counter()
+        try:
+            if want is not None:
+                settings = self._settings.model_copy(update={"model_version": want.version})
+                artifact = await asyncio.to_thread(read_served, settings)
+                pipeline = await asyncio.to_thread(self._build, artifact, role)
+        except Exception as error:  # of any kind: the serving version is not affected
+            self._refuse(role, error)
+            want = None
+        if role == "canary":
+            self._start_canary(pipeline, want)
+        elif role == "shadow":
+            self._start_shadow(pipeline, want)
+        elif pipeline is not None:
+            self._serve(pipeline, want, perf_counter() - began)
+
+    def _serve(self, pipeline: Pipeline, want: Wanted | None, seconds: float) -> None:
+        """Let `pipeline` answer from now on; the one before ends what it has begun."""
+        old, metrics = self.serving, self._metrics
+        if old is not None:
+            self._show(old, 0)
+            old.batcher.retire()
+        self._show(pipeline, 1)
+        metrics.model_load.set(seconds)
+        metrics.fallback.set(want is None)
+        self.admission.expect(pipeline.costs.per_row)
+        self._expect_feedback(pipeline)
+        self.serving, self._wanted["serving"] = pipeline, want
+        self.write(everything=False)  # the levels, before the first request
+        self._fleet.flight.version(pipeline.version)
+        self._log.info(
+            "ready",
+            model_version=pipeline.version,
+            replaces=old and old.version,
+            execution=pipeline.execution,
+            seconds=seconds,
+        )
+
+    def _show(self, pipeline: Pipeline, value: int) -> None:
+        """Set the metrics that name the serving version."""
+        artifact, metrics = pipeline.artifact, self._metrics
+        metrics.model_info.labels(pipeline.version, artifact.sha256, artifact.manifest.runtime).set(value)
+        metrics.execution.labels(pipeline.execution).set(value)
+
+    def _expect_feedback(self, pipeline: Pipeline) -> None:
+        """Labels may come back for answers of this pipeline."""
+        for outcome in ("correct", "incorrect"):
+            self._metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
+        self._feedback.know(pipeline.version, pipeline.artifact.manifest.outputs.feedback_tolerance)
+
+    def _start_shadow(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
+        """Compare answers with those of `pipeline` from now on, or with none."""
+        if self.shadow is not None:
+            self.shadow.close()
+        self.shadow, self._wanted["shadow"] = None, want
+        if pipeline is not None:
+            self.shadow = Shadow(pipeline, self._busy, self._metrics)
+        self._log.info("shadow", model_version=pipeline and pipeline.version)
+
+    def _busy(self) -> bool:
+        return self.admission.inside > BUSY * self.admission.limit
+
+    def _start_canary(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
+        """Let `pipeline` be the canary from now on, unless a worker has found it worse already."""
+        self._retire_canary()
+        self._wanted["canary"] = want
+        counts, key = self._fleet.counts, crc32(repr(want).encode())
+        stopped = counts.begin(key)
+        if pipeline is not None and want is not None and not stopped:
+            self._expect_feedback(pipeline)
+            self.canary = Canary(pipeline, want.beside, want.percent, counts, key, self._metrics)
+            asyncio.get_running_loop().call_later(JUDGE_SECONDS, self._judge, self.canary)
+        percent = self.canary.percent if self.canary else 0
+        self._metrics.canary_percent.set(percent)
+        self._metrics.canary_stopped.set(stopped)
+        self._log.info("canary", model_version=want and want.version, percent=percent, stopped=stopped)
+
+    def _retire_canary(self) -> None:
+        if self.canary is not None:
+            self.canary.write()
+            self.canary.pipeline.batcher.retire()
+        self.canary = None
+
+    def _judge(self, canary: Canary) -> None:
+        """Once a second; a canary that does worse stops here and, within a second, in the other workers."""
+        if self.canary is not canary:
+            return
+        if (verdict := canary.judge()) is None:
+            asyncio.get_running_loop().call_later(JUDGE_SECONDS, self._judge, canary)
+            return
+        self._retire_canary()
+        self._metrics.canary_percent.set(0)
+        self._metrics.canary_stopped.set(1)
+        self._log.error("canary stopped", model_version=canary.pipeline.version, **verdict)
+
+    def _refuse(self, role: str, error: Exception) -> None:
+        """Say and count that the released version is not used, and try it again later."""
+        self._follower.retry()
+        self._metrics.reload_failures.inc()
+        served = self.serving.version if self.serving else None
+        self._log.error("release refused", role=role, reason=reason_of(error), model_version=served)
