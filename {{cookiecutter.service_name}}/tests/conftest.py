@@ -145,7 +145,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         port = probe.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", folder / "service.log"
     settings = {"host": "127.0.0.1", "port": port, "workers": 1, "api_keys": KEY_SHA256}
-    config = ROOT / "gunicorn.conf.py"
+    config = str(ROOT / "gunicorn.conf.py")
     command = [sys.executable, "-m", "gunicorn", "--config", config, "app.main:create_app()"]
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -69,6 +69,6 @@ if not LABELS:
 
 @API.parametrize()
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_generated_requests_get_documented_answers(case: Case, service: Service) -> None:
+def test_generated_requests_get_documented_answers(case: Case[Any], service: Service) -> None:
     """Generated requests, valid and invalid, get a documented status and body, never a 5xx."""
     case.call_and_validate(base_url=service.url, headers={"X-API-Key": KEY})

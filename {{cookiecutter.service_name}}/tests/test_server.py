@@ -51,12 +51,13 @@ def test_the_documented_example_is_true(page: str, service: Service) -> None:
     assert recorded(got) == recorded(shown) | near, f"python -m lifecycle docs writes {page} again"
 
 
-@pytest.mark.parametrize(("request_", "status", "code"), MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize(("sent", "status", "code"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_its_documented_problem(
-    request_: Document, status: int, code: str, service: Service
+    sent: Document, status: int, code: str, service: Service
 ) -> None:
     """Each mistake is answered by a problem document with the status and code that docs/contract.md lists."""
-    response = service.client.request(**{"method": "POST", "url": "/v1/predict"} | request_)
+    request: Document = {"method": "POST", "url": "/v1/predict"} | sent
+    response = service.client.request(**request)
     problem = response.json()
     assert (response.status_code, problem["code"]) == (status, code), response.text
     assert response.headers["content-type"] == "application/problem+json"

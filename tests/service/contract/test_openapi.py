@@ -16,7 +16,7 @@ from tests.service.conftest import INPUTS, LABELS, Service
 from tests.service.contract.compatibility import breaks
 from tests.service.where import ROOT
 
-UPDATE = "to accept it: python -m tests.contract.compatibility"
+UPDATE = "to accept it: make contract"
 
 
 @pytest.fixture(scope="module")
