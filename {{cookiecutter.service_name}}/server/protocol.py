@@ -1,16 +1,15 @@
-"""A connection: what uvicorn leaves open between the socket and the first request that is one.
+"""A connection: from the socket's bytes to a request, and from an answer to bytes.
 
-    bytes -> httptools -> complete head within time and limits -> uvicorn's cycle -> one piece of bytes
-                       -> anything else: `_refuse` -> the application's problem document -> close
+    WAITING -> HEAD -> BODY -> WAITING -> ... requests, one after the other or sent ahead
+    any of them -> REFUSING: not HTTP, too large, too late -> the application's problem document -> CLOSING
 
-uvicorn's workers heed none of gunicorn's limits and wait for ever. Here every wait for a client has an end,
-and what is kept of a request has a bound, for a few comparisons a request and a timer a connection.
-It stands beside `api`, which knows no server.
+uvicorn's workers heed none of gunicorn's limits and wait for ever. Here every wait for a client has an end
+and everything kept of a request has a bound, for a few comparisons a request and one timer a connection.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -20,15 +19,39 @@ from app.core.errors import ServiceError
 
 MAX_HEAD_BYTES, MAX_URI_BYTES, MAX_HEADERS = 65_536, 8_192, 100
 MAX_PIPELINED = 100  # requests that wait on one connection for those before them
-LINGER_SECONDS = 1.0  # for what an idle connection may still bring while the server stops
-WIRE_FACTOR = 2  # what a body may take with its chunks: those of a byte each would cost a second of work
+LINGER_SECONDS = 1.0  # for a request on its way over an idle connection while the server stops
+WIRE_FACTOR = 2  # bytes of a body with its chunk sizes: chunks of one byte each would cost a second of work
 
 _CLOSE = (b"connection", b"close")  # among the headers of every answer while the server stops
-_TRAILERS: Any = deque(maxlen=0)  # takes in the fields after a body and keeps none: they are no headers
+_TRAILERS: Any = deque(maxlen=0)  # takes the fields after a body and keeps none: they are no headers
 
 
-class Door:
-    """A transport whose closing leaves the client the time to read what it was told: see `_hang_up`."""
+class Phase(Enum):
+    """What is read from the connection."""
+
+    WAITING = 1  # nothing: a request was read, the next has not begun
+    HEAD = 2  # a request line and headers
+    BODY = 3
+    REFUSING = 4  # nothing any more: the last answer is under way
+    CLOSING = 5  # only the client's end of the connection
+
+
+WAITING, HEAD, BODY, REFUSING, CLOSING = Phase  # quicker to look up
+
+
+def whole_request(receive: Any) -> bytes | None:
+    """The body if all of it has arrived with the headers; else None, and `receive` gives it as ASGI says."""
+    cycle = getattr(receive, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle) or cycle.more_body or cycle.disconnected:
+        return None
+    cycle.flow.resume_reading()
+    cycle.message_event.clear()
+    body, cycle.body = bytes(cycle.body), bytearray()
+    return body
+
+
+class LingeringTransport:
+    """A transport whose closing leaves the client time to read the answer: see `Protocol._hang_up`."""
 
     __slots__ = ("_closing", "_hang_up", "_transport")
 
@@ -36,11 +59,11 @@ class Door:
         self._transport, self._hang_up, self._closing = transport, hang_up, False
 
     def is_closing(self) -> bool:
-        """See `asyncio.Transport`."""
+        """Whether `close` was called, or the connection has ended."""
         return self._closing or self._transport.is_closing()
 
     def close(self) -> None:
-        """See `asyncio.Transport`; the second call does not wait for the client any more."""
+        """Hang up; the second call does not wait for the client any more."""
         if self._closing:
             self._transport.close()
         else:
@@ -56,57 +79,50 @@ class Protocol(HttpToolsProtocol):
 
     # Beyond thirty attributes Python's dictionary for an instance gets slow; uvicorn's has nearly as many.
     __slots__ = (
-        "_deaf", "_extensions", "_idle", "_idle_since", "_in_body", "_max_wire",
-        "_patience", "_seconds", "_size", "_socket", "_stalled",
+        "_extensions", "_max_wire", "_phase", "_seconds", "_since", "_size", "_socket", "_stalled", "_timer",
     )  # fmt: skip
 
     def connection_made(self, transport: Any) -> None:
-        """See `asyncio.Protocol`."""
+        """A new connection has to bring a head, in time."""
         super().connection_made(transport)
         settings = self.app_state["service"].settings
         self._seconds: float = settings.header_timeout_seconds
         self._max_wire: int = MAX_HEAD_BYTES + WIRE_FACTOR * settings.max_body_bytes
         self._socket = transport
-        self.transport: Any = Door(transport, self._hang_up)
+        self.transport: Any = LingeringTransport(transport, self._hang_up)
         self.url, self.headers = b"", _TRAILERS
-        self._size = 0  # bytes since the last request or head was complete, as of the last packet
-        self._in_body = self._deaf = False
-        self._stalled: asyncio.TimerHandle | None = None  # rings when a client takes no answer
-        self._patience: asyncio.TimerHandle | None = None  # rings when a client has not finished speaking
-        self._extensions: Any = {"http.response.whole": self._write}
-        self._be_patient()
-        # One timer for all waits between requests: one for each, as uvicorn has it, costs more than a model.
-        self._idle_since = self.loop.time()
-        self._idle = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+        self._size = 0  # bytes of the head, or of the body, as of the last packet
+        self._stalled: Any = None  # timer: the client takes no answer
+        self._extensions: Any = {"http.response.whole": self._write, "http.request.whole": whole_request}
+        self._phase, self._since = HEAD, self.loop.time()
+        self._timer = self.loop.call_later(self._seconds, self._on_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
+        """End everything that waits for this client."""
         super().connection_lost(exc)
-        self._be_patient(False)
-        self._idle.cancel()
+        self._timer.cancel()
         self._extensions.clear()  # else this object would stay until the collector looks
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        if self._deaf:
+        """Parse a packet; it may hold a part of a request, or several."""
+        if self._phase is REFUSING or self._phase is CLOSING:
             return
         self._size += len(data)
         try:
             self.parser.feed_data(data)
+            if self._size:
+                self._check_part()
         except HttpParserError as error:
             cause = error.__context__
             self._refuse(cause if isinstance(cause, ServiceError) else ServiceError("invalid_request"))
         except HttpParserUpgrade as offer:
             self._decline(data[offer.args[0] :])
-        else:
-            if self._size:
-                self._look()
+        except ServiceError as error:
+            self._refuse(error)
 
     def on_headers_complete(self) -> None:
-        """See httptools; raises ServiceError for what `_refuse` is to answer."""
-        if self._patience is not None:
-            self._be_patient(False)
+        """Start the request; raises ServiceError for `_refuse` to answer, which httptools wraps."""
         if len(self.headers) > MAX_HEADERS or len(self.url) > MAX_URI_BYTES or self._size > MAX_HEAD_BYTES:
             self._check_head()
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -117,32 +133,34 @@ class Protocol(HttpToolsProtocol):
             return  # httptools would lose the body: see `_decline`
         HttpToolsProtocol.on_headers_complete(self)
         self.scope["extensions"] = self._extensions
-        self.headers, self._in_body, self._size = _TRAILERS, True, 0
+        self.headers, self._phase, self._size = _TRAILERS, BODY, 0
 
     def on_message_complete(self) -> None:
-        """See httptools."""
-        if not self._in_body:  # another protocol was offered: the request is still to come
+        """The body is complete."""
+        if self._phase is not BODY:  # another protocol was offered: the request is still to come
             return
-        self._in_body, self._size, cycle = False, 0, self.cycle
+        self._phase, self._size, cycle = WAITING, 0, self.cycle
         if not cycle.response_complete:
             cycle.more_body = False
             cycle.message_event.set()
         else:  # only the rest of the body was still to come
-            self._idle_since = self.loop.time()
-        if self._patience is not None:
-            self._be_patient(False)
+            self._since = self.loop.time()
 
     def on_response_complete(self) -> None:
-        """See uvicorn."""
+        """An answer was sent: begin with the next request if it is here, else wait for it."""
         self.server_state.total_requests += 1
-        if not self.transport.is_closing():
-            self.flow.resume_reading()
-            self._idle_since = self.loop.time()
-            if self.pipeline:
-                self._start_asgi_task(*self.pipeline.pop())
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self._phase is WAITING:
+            self._since = self.loop.time()
+        elif self._phase is BODY and self.cycle.response_complete:
+            self._hurry(BODY)
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
 
     def shutdown(self) -> None:
-        """See uvicorn; closing at once would reset a request that is on its way, so that one is answered."""
+        """The server stops: a request that is on its way is still answered; closing now would reset it."""
         if self.cycle is None or self.cycle.response_complete:
             self.loop.call_later(LINGER_SECONDS, self.leave)
         else:
@@ -153,12 +171,12 @@ class Protocol(HttpToolsProtocol):
         super().shutdown()
 
     def pause_writing(self) -> None:
-        """See `asyncio.Protocol`; who takes no answer for too long gets none."""
+        """The client does not take its answers: in a while the connection is cut."""
         super().pause_writing()
         self._stalled = self._stalled or self.loop.call_later(self._seconds, self._socket.abort)
 
     def resume_writing(self) -> None:
-        """See `asyncio.Protocol`."""
+        """The client takes its answers again."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
@@ -167,7 +185,7 @@ class Protocol(HttpToolsProtocol):
     def _write(self, send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
         """Answer in one piece; False, and nothing done, where `send` has to be called as ASGI says.
 
-        So it is where the client is slow or gone, or somebody has put a `send` of his own in between.
+        So it is where the client is slow or gone, or another layer has put a `send` of its own in between.
         """
         cycle = getattr(send, "__self__", None)
         if not isinstance(cycle, RequestResponseCycle) or cycle.disconnected or self.flow.write_paused:
@@ -188,28 +206,17 @@ class Protocol(HttpToolsProtocol):
         cycle.on_response()
         return True
 
-    def _close_if_idle(self) -> None:
-        """Close a connection that has had no request for too long, or look again when it may have."""
-        busy = self._size or (self.cycle is not None and not self.cycle.response_complete)
-        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if left <= 0 and not busy:
-            self.transport.close()
-        else:
-            self._idle = self.loop.call_later(max(left, 1.0), self._close_if_idle)
-
-    def _look(self) -> None:
-        """The packet ended within a request: is it still one we wait for?"""
-        if self._patience is None:
-            self._be_patient()
-        try:
-            if not self._in_body:
-                self._check_head()
-                if self._size > MAX_HEAD_BYTES:
-                    raise ServiceError("headers_too_large")
-            elif self._size > self._max_wire:
+    def _check_part(self) -> None:
+        """The packet ended within a request: check what is there of it; raises ServiceError."""
+        if self._phase is BODY:
+            if self._size > self._max_wire:
                 raise ServiceError("body_too_large")
-        except ServiceError as error:
-            self._refuse(error)
+            return
+        if self._phase is WAITING:
+            self._hurry(HEAD)
+        self._check_head()
+        if self._size > MAX_HEAD_BYTES:
+            raise ServiceError("headers_too_large")
 
     def _check_head(self) -> None:
         if len(self.url) > MAX_URI_BYTES:
@@ -229,78 +236,70 @@ class Protocol(HttpToolsProtocol):
         self.data_received(b"\r\n".join((*head, b"", rest)))
 
     def _refuse(self, error: ServiceError) -> None:
-        """Listen no more; answer where an answer cannot be taken for that to another request."""
-        self._deaf, cycle = True, self.cycle
-        self._be_patient(False)
+        """Read no more; answer, unless the client could take the answer for that to another request."""
+        in_body, cycle, self._phase = self._phase is BODY, self.cycle, REFUSING
         if cycle is None or cycle.response_complete:
-            if self._in_body:
+            if in_body:
                 self.transport.close()
             else:
                 self._answer(error)
-        elif not self._in_body:
-            cycle.keep_alive = False  # what was asked before is answered, and then the door closes
+        elif not in_body:
+            cycle.keep_alive = False  # requests from before are answered, and then the connection ends
         elif cycle.response_started or self.pipeline:
             self._socket.abort()
         else:
-            cycle.disconnected = True
+            cycle.disconnected = cycle.response_complete = True  # whatever its route still sends
             cycle.message_event.set()
             self._answer(error)
 
     def _answer(self, error: ServiceError) -> None:
-        """Let the application say it, so that this, too, has its id, its log line and its count."""
+        """Let the application refuse, so that this, too, has its id, its log line and its count."""
         self.on_message_begin()
-        scope: Any = self.scope
-        scope |= {"method": "", "path": "", "raw_path": b"", "query_string": b"", "refused": error}
-        scope["extensions"] = self._extensions
-        self.cycle = RequestResponseCycle(
-            scope=scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=self.access_log,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=False,
-            on_response=self.on_response_complete,
-        )
-        self._start_asgi_task(self.cycle, self.app)
+        self.url, scope = b"/", self.scope
+        HttpToolsProtocol.on_headers_complete(self)
+        self.cycle.keep_alive = False
+        unknown: Any = {"http_version": "1.1", "method": "", "path": "", "raw_path": b"", "query_string": b""}
+        scope.update(unknown | {"extensions": self._extensions, "refused": error})
 
     def _hang_up(self) -> None:
-        """Close; where the client still speaks, only after it had time to read what it was told.
+        """Close; where the client still speaks, only after it had time to read the answer.
 
         A socket closed with unread bytes sends a reset, which would overtake the answer.
         """
         if self._socket.is_closing():
             return
-        if self._deaf or self._in_body:
-            self._deaf = True
+        if self._phase is BODY or self._phase is REFUSING:
             self.flow.resume_reading()
             self._socket.write_eof()
-            self._be_patient()
         else:
-            self._socket.close()
-            # Until the client has taken what is still to be sent; but not for ever.
-            self._stalled = self._stalled or self.loop.call_later(self._seconds, self._socket.abort)
+            self._socket.close()  # once the client has taken the rest of the answer
+        self._hurry(CLOSING)
 
-    def _be_patient(self, still: bool = True) -> None:
-        """Wait for the client from now on; or, with `still` false, not any more."""
-        if self._patience is not None:
-            self._patience.cancel()
-        self._patience = self.loop.call_later(self._seconds, self._last_call) if still else None
+    def _hurry(self, phase: Phase) -> None:
+        """From now on the client has `_seconds` to complete this phase."""
+        self._phase, self._since = phase, self.loop.time()
+        self._timer.cancel()
+        self._timer = self.loop.call_later(self._seconds, self._on_timer)
 
-    def _last_call(self) -> None:
-        """What arrived while the loop was busy has arrived in time: let it be read first."""
-        self._patience = self.loop.call_later(0.01, self._give_up)
+    def _on_timer(self, last_call: bool = False) -> None:
+        """End a wait that took too long, or look again when the current one may have.
 
-    def _give_up(self) -> None:
-        self._patience = None
-        if self._deaf:
+        There is one timer a connection, never later than the end of the current wait: to set one for each
+        request, as uvicorn does, costs more than a small model.
+        """
+        now, answered = self.loop.time(), self.cycle is None or self.cycle.response_complete
+        if not answered and self._phase in (WAITING, BODY, REFUSING):
+            self._since = now  # we wait for the application, whose routes have a deadline of their own
+        seconds = self.timeout_keep_alive if self._phase is WAITING else self._seconds
+        left = self._since + seconds - now
+        if left > 0:
+            self._timer = self.loop.call_later(left, self._on_timer)
+        elif not last_call:
+            # Bytes that arrived while the loop was busy have arrived in time: let them be read first.
+            self._timer = self.loop.call_later(0.01, self._on_timer, True)
+        elif self._phase is CLOSING:
             self._socket.abort()
-        elif self._in_body and not self.cycle.response_complete:
-            self._be_patient()  # the route that reads the body has its own deadline
-        elif self._size and not self._in_body:
+        elif self._phase is HEAD and self._size:
             self._refuse(ServiceError("request_timeout", "the headers did not arrive in time"))
         else:
             self.transport.close()
