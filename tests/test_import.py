@@ -28,11 +28,12 @@ KINDS = [
     "onnx",
 ]  # fmt: skip
 
-# What the owner of a service runs. Of its tests those whose subject the contract is; `make test` has all.
-OF_THE_CONTRACT = ["tests/contract", "tests/golden", "tests/integration/test_http.py"]
-OWN_TESTS = {
-    "economical": [*OF_THE_CONTRACT, "tests/unit", "tests/integration/test_load_gate.py"],
-    "beyond": [*OF_THE_CONTRACT, "tests/unit", "tests/integration/test_load_gate.py"],
+# The tests of the machinery that another contract can break; `make prove` has all.
+OF_THE_CONTRACT = [f"tests/service/{one}" for one in ("contract", "golden", "integration/test_http.py")]
+OF_THE_MODEL = ["tests/service/unit", "tests/service/integration/test_load_gate.py"]
+PROVED = {
+    "economical": [*OF_THE_CONTRACT, *OF_THE_MODEL],
+    "beyond": [*OF_THE_CONTRACT, *OF_THE_MODEL],
     "forest": OF_THE_CONTRACT,
 }
 
@@ -257,7 +258,7 @@ def test_torch_module_that_cannot_be_served_is_refused_in_one_line(
     assert not status(project)
 
 
-@pytest.mark.parametrize("shape", OWN_TESTS)
+@pytest.mark.parametrize("shape", PROVED)
 def test_nothing_else_needs_editing(project: Path, fitted: Path, shape: str) -> None:
     """After an import the service's own checks, tests and gates pass, whatever the shape of the contract.
 
@@ -273,11 +274,17 @@ def test_nothing_else_needs_editing(project: Path, fitted: Path, shape: str) -> 
         ("ruff", "format", "--check"),
         ("ruff", "check"),
         ("mypy",),
-        ("python", "-m", "pytest", "--quiet", *OWN_TESTS[shape]),
+        ("python", "-m", "pytest", "--quiet"),
         ("python", "-m", "lifecycle", "evaluate", "v2"),
     ):
         ended = run(project / BIN / program, *words, cwd=project)
         assert ended.returncode == 0, ended.stdout
+    proved = run(
+        *(project / BIN / "python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *PROVED[shape]),
+        cwd=ROOT,
+        PROVE_SERVICE=str(project),
+    )
+    assert proved.returncode == 0, proved.stdout[-20_000:]
     assert not [line for line in status(project) if not line.endswith("evaluation/v2.json")]
 
 

@@ -34,7 +34,7 @@ def test_a_start_without_a_valid_signature_is_refused(place: Path) -> None:
 
 
 def test_a_version_without_a_signature_is_refused_while_the_service_runs(start: Start, place: Path) -> None:
-    """Released, as shadow or as canary, it is refused by name and the served version stays; signed, it is used."""
+    """As release, shadow or canary it is refused by name and the served version stays; signed, it is used."""
     public, artifacts = new_key(place / "key.pem"), place / "artifacts"
     other = new_key(place / "other.pem")
     sign("v1", place / "key.pem", place)
