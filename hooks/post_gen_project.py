@@ -1,4 +1,7 @@
-"""Lays the overlays of the chosen options over the base, removes the others, says what to do next."""
+"""Lays the overlays of the answers over the base, removes the others, says what to do next.
+
+_overlays/<option>_<choice>/ may replace files of the base; _overlays/capabilities/<name>/ only adds files.
+"""
 
 import json
 import shutil
@@ -12,9 +15,10 @@ def main() -> None:
     """Runs in the folder that was just rendered."""
     answers = json.loads(ANSWERS)
     overlays = Path("_overlays")
-    for option in answers["_choices"]:
-        layer = overlays / f"{option}_{answers[option]}"
-        if layer.is_dir():  # the choice that is the base has no overlay
+    layers = [overlays / f"{option}_{answers[option]}" for option in answers["_choices"]]
+    layers += [overlays / "capabilities" / name for name in sorted(set(answers["capabilities"].split()))]
+    for layer in layers:
+        if layer.is_dir():  # the base itself, which is a choice or no capability, has no overlay
             shutil.copytree(layer, ".", dirs_exist_ok=True)
     shutil.rmtree(overlays)
 

@@ -90,7 +90,20 @@ def one_of(choices: list[str]) -> Rule:
     return Rule("|".join(choices), f"choose {' or '.join(choices)}", nearest)
 
 
-def rules(choices: dict[str, list[str]]) -> dict[str, Rule]:
+def some_of(names: list[str]) -> Rule:
+    """Makes the rule of a question that takes several of these names, in any order, or none of them."""
+
+    def nearest(text: str) -> str:
+        words = re.split(r"[\s,;]+", text.strip().lower())
+        near = [match for word in words for match in difflib.get_close_matches(word, names, n=1)]
+        return " ".join(dict.fromkeys(near)) or "none"
+
+    one = "|".join(names)
+    advice = f"use none, or names with spaces between them, of {', '.join(names)}"
+    return Rule(f" *(none|({one})( +({one}))*) *", advice, nearest)
+
+
+def rules(answers: dict[str, Any]) -> dict[str, Rule]:
     """Makes the rule of every question, in the order they are asked."""
     link = Rule(ADDRESS, "use an https:// address without a query or a slash at the end", address)
     return {
@@ -103,7 +116,8 @@ def rules(choices: dict[str, list[str]]) -> dict[str, Rule]:
             SENTENCE, "use one line of 1 to 200 printable characters without curly braces", sentence
         ),
         "owner_team": Rule(TEAM, "use 1 to 60 letters, digits, spaces or . _ - / @ & between them", team),
-        **{name: one_of(allowed) for name, allowed in choices.items()},
+        **{name: one_of(allowed) for name, allowed in answers["_choices"].items()},
+        "capabilities": some_of(answers["_capabilities"]),
         "repo_url": link,
         "runbook_base_url": link,
         "dashboard_base_url": Rule(GRAFANA, link.advice.replace("an https", "an http:// or https"), local),
@@ -130,7 +144,7 @@ def unknown_names(known: list[str]) -> Iterator[Problem]:
 
 def unusable(answers: dict[str, Any], typed: dict[str, Any]) -> Iterator[Problem]:
     """Yields the answers that break their rule."""
-    for name, rule in rules(answers["_choices"]).items():
+    for name, rule in rules(answers).items():
         answer, raw = str(answers[name]), str(typed.get(name, ""))
         if re.search(TEMPLATE_TEXT, re.sub(REFERENCE, "", raw)):
             answer, advice = raw, "write it without curly braces, which would run as template code"
@@ -148,7 +162,7 @@ def corrected_command(answers: dict[str, Any], typed: dict[str, Any], instead: d
     shipped = Path(answers.get("_repo_dir", ""), "cookiecutter.json")
     defaults = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
     chosen = {}
-    for name in rules(answers["_choices"]):
+    for name in rules(answers):
         raw = str(typed.get(name, ""))
         derived = re.sub(REFERENCE, lambda reference: str(answers[reference[1]]), raw)
         if answers[name] != defaults.get(name) and (raw == derived or answers[name] != derived):
@@ -165,7 +179,7 @@ def main() -> int:
     answers, typed = json.loads(ANSWERS), json.loads(TYPED)
     # cookiecutter.json swaps a name that could not be a folder for one that can, until this has refused it.
     answers["service_name"] = answers["__answered_service_name"]
-    found = [*unknown_names(list(rules(answers["_choices"]))), *unusable(answers, typed)]
+    found = [*unknown_names(list(rules(answers))), *unusable(answers, typed)]
     if found:
         print(f"{found[0].what} cannot be used: {found[0].advice}.", file=sys.stderr)
         print(f"Try: {corrected_command(answers, typed, found[0].instead)}", file=sys.stderr)

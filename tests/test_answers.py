@@ -51,8 +51,19 @@ REFUSED = {
     "newline in the team": ({"owner_team": "a\nb"}, "owner_team=a b"),
     "61 characters": ({"owner_team": "a" * 61}, "owner_team=" + "a" * 60),
     "unknown level": ({"slo": "Strikt"}, "slo=strict"),
-    "unknown platform": ({"deploy": "mainframe"}, "deploy=compose"),
     "unknown CI": ({"ci": "githib"}, "ci=github"),
+    "misspelt capability": (
+        {"capabilities": "traceing objectstore"},
+        "capabilities=tracing object-store",
+    ),
+    "comma between capabilities": (
+        {"capabilities": "tracing,object-store"},
+        "capabilities=tracing object-store",
+    ),
+    "capability and none": ({"capabilities": "none tracing"}, "capabilities=tracing"),
+    "unknown capability": ({"capabilities": "mainframe"}, "capabilities=none"),
+    "empty capabilities": ({"capabilities": ""}, "capabilities=none"),
+    "capability as a path": ({"capabilities": "../slo_strict"}, "capabilities=none"),
     "clone address": (
         {"repo_url": "git@example.com:team/iris.git"},
         "repo_url=https://example.com/team/iris.git",
@@ -101,6 +112,14 @@ def test_name_is_only_a_name(bake: Bake, name: str) -> None:
     assert tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == name
     python = {file: content for file, content in contents(folder).items() if file.endswith(".py")}
     assert python == {file: content for file, content in contents(bake()).items() if file.endswith(".py")}
+
+
+@pytest.mark.parametrize(
+    "answer", ["tracing object-store", "object-store tracing tracing", " tracing  object-store "]
+)
+def test_order_and_repeats_of_capabilities_do_not_matter(bake: Bake, answer: str) -> None:
+    """However the same capabilities are written down, every file of the render is the same."""
+    assert contents(bake(capabilities=answer)) == contents(bake(capabilities="object-store tracing"))
 
 
 @pytest.mark.parametrize(("answers", "correction"), REFUSED.values(), ids=REFUSED.keys())

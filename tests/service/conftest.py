@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -349,6 +350,17 @@ class Service:
         """End it as an orchestrator does; the exit code."""
         self.process.terminate()
         return self.process.wait(PATIENCE_SECONDS)
+
+
+def pipelined(url: str, requests: int) -> None:
+    """That many GET /health over one connection, each answered."""
+    address, size = httpx2.URL(url), 50
+    with socket.create_connection((address.host, address.port), PATIENCE_SECONDS) as connection:
+        for _ in range(0, requests, size):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n" * size)
+            seen = b""
+            while seen.count(b'{"status":"ok"}') < size:
+                seen += connection.recv(65_536)
 
 
 @contextmanager

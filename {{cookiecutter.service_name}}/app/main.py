@@ -18,6 +18,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from app import capabilities
 from app.api.call import Service
 from app.api.docs import add_docs, openapi
 from app.api.errors import handle
@@ -60,13 +61,6 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     settings, about, metrics = fleet.settings, project(), Metrics()
     on_drop = metrics.dropped_lines.inc
     log, request_line, writer = configure_logging(settings.log_level, settings.log_format, on_drop)
-    tracing, telemetry = None, TelemetryConfig(tracing=False, metrics=False, logs=False)
-    if settings.tracing_endpoint:
-        from app.observability.tracing import Tracing  # here: its libraries are needed only then
-
-        endpoint, on_span_drop = settings.tracing_endpoint, metrics.dropped_spans.inc
-        tracing = Tracing(about["name"], about["version"], endpoint, on_span_drop)
-        telemetry |= {"tracing": True, "tracer_provider": tracing.provider, "operation_spans": False}
     labels, versions = contract_outputs()["labels"], tolerances(settings.artifacts_dir)
     feedback = Feedback(labels, versions, served_contract_sha256(), fleet.given)
     models = Models(fleet, metrics, log, feedback)
@@ -82,7 +76,6 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         feedback=feedback,
         models=models,
         fleet=fleet,
-        tracing=tracing,
     )
     app = FastAPI(
         title=service.name,
@@ -93,7 +86,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry=telemetry,
+        telemetry=TelemetryConfig(tracing=False, metrics=False, logs=False),
         exception_handlers=dict.fromkeys(HANDLED, handle),
     )
     keys = [Security(scheme) for scheme in SCHEMES] if settings.api_keys else []
@@ -105,6 +98,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     if settings.metrics_enabled:
         add_metrics(app, service)
     app.middleware_stack = _stack(app, service)
+    capabilities.install(app, service)
     return app
 
 
@@ -128,8 +122,6 @@ def _lifespan(
             service.recorder.flush(everything=True)
             models.close()
             service.log.info("stopped")
-            if service.tracing is not None:
-                await asyncio.to_thread(service.tracing.close)
             await asyncio.to_thread(writer.close)
 
     return lifespan

@@ -2,20 +2,30 @@
 
     init arguments > environment > .env > slo.toml > the defaults here
 
-`docs/configuration.md` is the table for people. Nothing else in the service reads the environment.
+A capability adds variables with a subclass of `Settings` in its settings.py. `docs/configuration.md` is the
+table for people. Nothing else in the service reads the environment.
 """
 
 import os
 import re
 from base64 import b64decode
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,15 +34,14 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from app import capabilities
+
 PREFIX = "APP_"
 SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
 GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
 PUBLIC_KEY_BYTES = 32  # of Ed25519
 _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
 
-
-# No user, password or query: those would be credentials, in a value that is shown and logged.
-RemotePlace = Annotated[str, Field(pattern=r"^((s3|gs|az)://[\w.-]+|https://[\w.-]+(:[0-9]+)?)(/[\w./-]*)?$")]
 # As browsers write it; with a path, a capital or no scheme it would never match.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+)$")]
 
@@ -48,14 +57,15 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
+    addresses: ClassVar[str | None] = None  # a pattern: what APP_ARTIFACTS_DIR may be besides a folder
+
     env: Literal["local", "staging", "production"] = "local"
     host: str = "0.0.0.0"  # a container's service listens on every interface
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
-    artifacts_dir: Annotated[RemotePlace | Path, Field(union_mode="left_to_right")] = Path("artifacts")
-    artifacts_allow_private: bool = False
+    artifacts_dir: Path | str = Path("artifacts")  # a text: an address
     model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
     fallback_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
     trusted_keys: Annotated[tuple[str, ...], NoDecode] = ()
@@ -78,15 +88,12 @@ class Settings(BaseSettings):
     metrics_enabled: bool = True
     cors_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
-    tracing_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^/@\s]+(/\S*)?$")] = None
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
 
     @field_validator("api_keys", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return (
-            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        )
+        return [one.strip() for one in value.split(",") if one.strip()] if isinstance(value, str) else value
 
     @field_validator("trusted_keys", mode="before")
     @classmethod
@@ -98,12 +105,16 @@ class Settings(BaseSettings):
                 return keys
         raise ValueError("each key must be an Ed25519 public key: the base64 of its 32 bytes")
 
-    @field_validator("artifacts_dir")
+    @field_validator("artifacts_dir", mode="before")
     @classmethod
-    def _known_place(cls, value: str | Path) -> str | Path:
-        if isinstance(value, Path) and re.match(r"\w+:/", str(value)):
+    def _known_place(cls, value: Any) -> Any:
+        if not re.match(r"\w{2,}:/", str(value)):
+            return Path(value)
+        if cls.addresses is None:
+            raise ValueError("must be a folder; addresses need the capability object-store")
+        if not re.fullmatch(cls.addresses, str(value)):
             raise ValueError("must be a folder, or s3://, gs://, az:// or https:// with host and path alone")
-        return value
+        return str(value)
 
     @field_validator("rate_limit_storage")
     @classmethod
@@ -139,11 +150,8 @@ class Settings(BaseSettings):
             )
         if self.env == "production" and not self.api_keys and not self.auth_disabled:
             raise ValueError("APP_API_KEYS is empty: production needs keys, or APP_AUTH_DISABLED=true")
-        if (
-            self.rate_limit
-            and self.rate_limit_storage.get_secret_value() == "memory://"
-            and self.workers != 1
-        ):
+        in_memory = self.rate_limit_storage.get_secret_value() == "memory://"
+        if self.rate_limit and in_memory and self.workers != 1:
             raise ValueError(
                 "APP_RATE_LIMIT_STORAGE=memory:// counts per worker: use redis://... or APP_WORKERS=1"
             )
@@ -155,29 +163,33 @@ class Settings(BaseSettings):
         return self.env != "production" if self.docs_enabled is None else self.docs_enabled
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """The service level objectives are a source of their own, below everything a person sets."""
-        slo = TomlConfigSettingsSource(settings_cls, SLO_FILE)
-        return init_settings, env_settings, dotenv_settings, file_secret_settings, slo
+        return (*sources.values(), TomlConfigSettingsSource(cls, SLO_FILE))
+
+
+@cache
+def _complete() -> type[Settings]:
+    """The settings of the base and of every installed capability in one class."""
+    added = [capabilities.part(name, "settings").Settings for name in capabilities.installed()]
+    return create_model("Settings", __base__=(*added, Settings)) if added else Settings
 
 
 def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment; raises `SettingsError` with one line that names the variable."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    complete = _complete()
+    known = {PREFIX + name.upper() for name in complete.model_fields}
     named = {
         name.upper() for name in (*os.environ, *dotenv_values(".env")) if name.upper().startswith(PREFIX)
     }
     if unknown := sorted(named - known):
-        raise SettingsError(f"unknown setting {unknown[0]}; docs/configuration.md lists the names")
+        where = "docs/configuration.md lists the names"
+        for capability, variables in capabilities.VARIABLES.items():
+            if unknown[0] in variables:
+                where = f"it belongs to the capability {capability}, which this service does not have"
+        raise SettingsError(f"unknown setting {unknown[0]}; {where}")
     try:
-        return Settings(**overrides)
+        return complete(**overrides)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = f"{PREFIX}{str(first['loc'][0]).upper()}: " if first["loc"] else ""

@@ -1,6 +1,5 @@
 """The log is one JSON line a request without what a client sent; the metrics add up over workers."""
 
-import base64
 import json
 import os
 import re
@@ -8,7 +7,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.observability.tracing import MAX_SPANS
+from app.capabilities import installed
+from tests.service.capabilities.collector import Collector, collecting
 from tests.service.conftest import (
     ANSWER,
     EXAMPLE,
@@ -36,6 +36,7 @@ from tests.service.conftest import (
     end,
     environment,
     number,
+    pipelined,
     serving,
     spelled,
     until,
@@ -234,125 +235,11 @@ def test_metrics_can_be_off(start: Start) -> None:
     assert service.predict().status_code == 200
 
 
-COLLECTOR = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from google.protobuf.json_format import MessageToJson
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-class Collector(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["content-length"]))
-        message = ExportTraceServiceRequest.FromString(body)
-        print(self.path, MessageToJson(message, indent=None), flush=True)
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-server = HTTPServer(("127.0.0.1", 0), Collector)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-
-
-class Collector:
-    """A process that takes OTLP over HTTP, and what it was sent."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "collector.py").write_text(COLLECTOR)
-        self._log = folder / "collector.log"
-        with self._log.open("wb") as output:
-            self.process = begin(folder, "collector", stdout=output)
-        port = until(lambda: self._log.read_text().partition("\n")[0], "the collector")
-        self.url = f"http://127.0.0.1:{port}"
-
-    @property
-    def text(self) -> str:
-        """Everything it was sent, as JSON."""
-        return self._log.read_text()
-
-    def spans(self) -> list[dict[str, Any]]:
-        """Every span, with `trace_id` in hex and `attributes` by name."""
-        found = []
-        for line in self.text.splitlines()[1:]:
-            path, _, document = line.partition(" ")
-            assert path == "/v1/traces"
-            for resource in json.loads(document)["resourceSpans"]:
-                for span in (one for scope in resource["scopeSpans"] for one in scope["spans"]):
-                    attributes = {one["key"]: one["value"] for one in span.get("attributes", [])}
-                    trace_id = base64.b64decode(span["traceId"]).hex()
-                    found.append({**span, "trace_id": trace_id, "attributes": attributes})
-        return found
-
-    def span(self, trace_id: str) -> dict[str, Any]:
-        """The server's span of this trace, once it is there."""
-        return until(
-            lambda: next((one for one in self.spans() if one["trace_id"] == trace_id), None), "the span"
-        )
-
-
 @pytest.fixture
-def collector(tmp_path: Path) -> Iterator[Collector]:
-    """A collector of one's own."""
-    one = Collector(tmp_path)
-    yield one
-    end(one.process)
-
-
-def test_a_request_is_a_span_of_its_caller_s_trace(
-    start: Start, collector: Collector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A prediction's span has the trace of `traceparent` and of the log line, the route, and no payload."""
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-    service = start(workers=1, tracing_endpoint=collector.url)
-    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
-    traced = service.predict(headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"})
-    assert service.line(traced.headers["x-request-id"])["trace_id"] == trace_id
-    span = collector.span(trace_id)
-    assert span["name"] == "POST /v1/predict"
-    assert base64.b64decode(span["parentSpanId"]).hex() == "00f067aa0ba902b7"
-    assert span["attributes"].keys() == {
-        "http.request.method", "http.response.status_code", "http.route", "network.protocol.version",
-        "url.scheme",
-    }  # fmt: skip
-    # Without a caller's trace the line has the span's own; what is refused and what fails is traced too.
-    for answer, name in (
-        (service.predict(), "POST /v1/predict"),
-        (service.predict({}), "POST /v1/predict"),
-        (service.client.get("/version"), "GET /version"),
-        (service.client.get("/nowhere"), "GET"),
-    ):
-        line = service.line(answer.headers["x-request-id"])
-        span = collector.span(line["trace_id"])
-        assert span["name"] == name
-        assert span["attributes"]["http.response.status_code"] == {"intValue": str(answer.status_code)}
-    unsampled = "f" * 32
-    quiet = service.predict(headers={"traceparent": f"00-{unsampled}-00f067aa0ba902b7-00"})
-    assert service.line(quiet.headers["x-request-id"])["trace_id"] == unsampled
-    last = service.line(service.predict().headers["x-request-id"])["trace_id"]
-    assert service.stop() == 0
-    assert collector.span(last), "what waits is sent at the end"
-    assert unsampled not in {one["trace_id"] for one in collector.spans()}
-
-
-@pytest.mark.parametrize("kind", ["silent", "absent"])
-def test_a_collector_that_takes_nothing_holds_up_nobody(
-    start: Start, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """Absent or silent, it costs spans, which are counted, but no answer and no orderly end."""
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-    with socket.socket() as collector:
-        collector.bind(("127.0.0.1", 0))  # a port that nobody else takes, and that refuses connections
-        if kind == "silent":
-            collector.listen()  # connections are made, and nobody reads what is sent
-        service = start(workers=1, tracing_endpoint=f"http://127.0.0.1:{collector.getsockname()[1]}")
-        pipelined(service.url, MAX_SPANS + 500)
-        assert service.metrics()["trace_spans_dropped_total"] >= 500, "no more than MAX_SPANS wait"
-        until(lambda: service.metrics()["trace_spans_dropped_total"] >= 1000, "a batch to be given up")
-        assert service.predict().status_code == 200
-        assert service.stop() == 0
+def collector(tmp_path: Path) -> Iterator[Collector | None]:
+    """A collector of spans, if this service has the capability to send any."""
+    with collecting(tmp_path) if "tracing" in installed() else nullcontext() as one:
+        yield one
 
 
 BROKEN = """
@@ -399,14 +286,16 @@ def create_app():
 """
 
 
-def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
+def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector | None) -> None:
     """What a client sends, anywhere in a request, is in no log, error, metric or trace, however that fails.
 
     Names of unknown fields come back to their sender in `loc`, and nowhere else.
     """
     (tmp_path / "broken.py").write_text(BROKEN.replace("CANARY", str(CANARY)))
     key = "kestrel-key-that-is-right"
-    settings: dict[str, Any] = {"workers": 1, "log_level": "DEBUG", "tracing_endpoint": collector.url}
+    settings: dict[str, Any] = {"workers": 1, "log_level": "DEBUG"}
+    if collector is not None:
+        settings["tracing_endpoint"] = collector.url
     digest = sha256(key.encode()).hexdigest()
     with serving(tmp_path, app="broken:create_app()", api_keys=digest, **settings) as service:
         right = {"x-api-key": key}
@@ -457,7 +346,7 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
     sources = {
         "log": service.log.read_text(),
         "metrics": metrics,
-        "traces": collector.text,
+        "traces": collector.text if collector is not None else "",
         "answers": "".join(answer.text + str(answer.headers) for answer in answers),
     }
     for name, text in sources.items():
@@ -470,18 +359,7 @@ def test_a_canary_appears_nowhere(tmp_path: Path, collector: Collector) -> None:
     )
     assert len([line for line in lines if line["event"] == "an error on the event loop"]) == 2
     assert len([line for line in lines if line["event"] == "a thread failed"]) == 1
-    assert "c" * 32 in {span["trace_id"] for span in collector.spans()}
-
-
-def pipelined(url: str, requests: int) -> None:
-    """That many GET /health over one connection, each answered."""
-    address, size = httpx2.URL(url), 50
-    with socket.create_connection((address.host, address.port), PATIENCE_SECONDS) as connection:
-        for _ in range(0, requests, size):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n" * size)
-            seen = b""
-            while seen.count(b'{"status":"ok"}') < size:
-                seen += connection.recv(65_536)
+    assert collector is None or "c" * 32 in {span["trace_id"] for span in collector.spans()}
 
 
 def test_a_reader_of_the_log_that_stops_holds_up_nobody(tmp_path: Path) -> None:

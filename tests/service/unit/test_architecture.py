@@ -16,11 +16,12 @@ TRAINING = {"lifecycle", "onnx", "skl2onnx", "sklearn"}
 
 # Each part of app/ with the parts that it may import. The arrows point one way:
 # schemas <- core <- rollout, monitoring <- api <- main <- server; observability imports none of them.
-EVERYWHERE = {"schemas", "core", "observability", "settings"}
+EVERYWHERE = {"schemas", "core", "observability", "settings", "capabilities"}
 KNOWS = {
     "schemas": {"schemas"},
     "observability": {"observability"},
-    "settings": set(),
+    "settings": {"capabilities"},
+    "capabilities": set(),
     "core": {"core", "schemas", "observability"},
     "rollout": {"rollout", "monitoring", *EVERYWHERE},  # a fleet shares the labels that came back
     "monitoring": {"monitoring", *EVERYWHERE},
@@ -36,6 +37,7 @@ SHUNS = {
     "schemas": WEB | MODEL_LIBRARIES,
     "observability": WEB | MODEL_LIBRARIES - {"numpy"},  # rows are counted as the arrays they come in
     "settings": WEB | MODEL_LIBRARIES,
+    "capabilities": WEB | MODEL_LIBRARIES,
     "core": WEB,
     "rollout": WEB,
     "monitoring": WEB,

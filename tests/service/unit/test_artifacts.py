@@ -38,7 +38,6 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 
 from app.core.errors import ArtifactError
 from app.core.manifest import Input
-from app.core.remote import Unavailable, check_address
 from app.core.runtimes import ONNX_FIELDS, OnnxRuntime, RulesRuntime, SkopsRuntime, load_runtime, skops_types
 from app.core.store import STARTS, Artifact, read_artifact, read_release
 from app.schemas.contract import contract_inputs
@@ -534,28 +533,6 @@ def test_a_model_runs_on_one_thread(root: Path) -> None:
     put_skops(root / "v1", forest)
     runtime: Any = load_runtime(read_artifact(root, "v1"))
     assert runtime._model.n_jobs == 1
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
-        "::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "2002:0a00:0001::",
-    ],
-)  # fmt: skip
-def test_private_addresses_are_refused_unless_allowed(address: str) -> None:
-    """Loopback, private, shared and link-local addresses, however they are written, need permission."""
-    with pytest.raises(Unavailable, match=r"private address .*APP_ARTIFACTS_ALLOW_PRIVATE"):
-        check_address(address, secure=True, allow_private=False)
-    check_address(address, secure=False, allow_private=True)
-
-
-@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"])
-def test_public_addresses_are_spoken_to_under_encryption(address: str) -> None:
-    """What crosses a network that is not one's own is encrypted, permission for private addresses or not."""
-    check_address(address, secure=True, allow_private=False)
-    with pytest.raises(Unavailable, match="without encryption"):
-        check_address(address, secure=False, allow_private=True)
 
 
 def numbers(*names: str) -> list[Input]:

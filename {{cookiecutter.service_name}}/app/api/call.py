@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -22,9 +22,6 @@ from app.rollout.fleet import Fleet
 from app.rollout.models import Models
 from app.schemas.predict import Prediction
 from app.settings import Settings
-
-if TYPE_CHECKING:
-    from app.observability.tracing import Tracing
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
@@ -56,7 +53,6 @@ class Service:
     models: Models
     fleet: Fleet
     keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of predictions with a key
-    tracing: "Tracing | None" = None
 
     def count_answer(self, method: str, route: str, status: int, seconds: float) -> None:
         """One answered request; `route` is a path of this service's, or `none`."""

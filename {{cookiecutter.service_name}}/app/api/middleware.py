@@ -92,8 +92,6 @@ class ServiceMiddleware:
             status, headers, body = self._failed(call, failure)
         except Exception as error:
             status, headers, body = self._failed(call, error)
-        if service.tracing is not None and route is not None:
-            service.tracing.name(method, route.path)
         if not started and status != _CLOSED_REQUEST:
             length, own = (b"content-length", b"%d" % len(body)), (b"x-request-id", call.request_id.encode())
             headers = [*headers, length, own]
@@ -101,7 +99,8 @@ class ServiceMiddleware:
             if whole is None or not whole(send, status, headers, body):
                 await send({"type": "http.response.start", "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
-        handler = getattr(scope.get("route"), "path", "none") if route is None else route.path
+        scope["route_path"] = getattr(scope.get("route"), "path", None) if route is None else route.path
+        handler = scope["route_path"] or "none"
         seconds = perf_counter() - call.started
         # A request that was passed on is counted by the instrumentator, which FastAPI's stack holds.
         call.finish(method, handler, status, seconds, counted=passed_on)
@@ -133,8 +132,7 @@ class ServiceMiddleware:
             elif name == b"x-envoy-attempt-count" and _ATTEMPT.fullmatch(value):
                 call.attempt = int(value)
                 self._service.recorder.count(self._service.metrics.retried, "proxy")
-        if self._service.tracing is not None:
-            call.trace_id = self._service.tracing.trace_id()
+        call.trace_id = scope.get("trace_id", call.trace_id)  # from a capability that wraps this middleware
         call.request_id = call.request_id or os.urandom(16).hex()
         return call, key
 

@@ -93,7 +93,6 @@ class Metrics:
         self.restarts = counter("worker_restarts_total", "Workers started in place of one that ended.")
         self.execution = gauge("inference_execution_info", "How it is run.", "execution", mode="livemax")
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
-        self.dropped_spans = counter("trace_spans_dropped_total", "Spans that the collector did not take.")
         self.retried = counter("requests_retried_total", "Requests seen to be sent again.", "sign")
         self.fallbacks = counter("rate_limit_fallbacks_total", "Hits that a worker counted without Redis.")
         # Prometheus sees a first increment only where there was a 0 before it.

@@ -8,8 +8,8 @@ Nothing here asks whether there is a master: a single process gets the same answ
 
 from contextvars import ContextVar
 
+from app import capabilities
 from app.core.errors import ArtifactError
-from app.core.remote import local_folder
 from app.core.runtimes import import_library
 from app.core.store import Artifact, read_artifact, read_release
 from app.monitoring.feedback import Given
@@ -50,9 +50,8 @@ class Fleet:
 
 def read_served(settings: Settings) -> Artifact:
     """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
-    place, version = settings.artifacts_dir, settings.model_version
-    private, signed = settings.artifacts_allow_private, bool(settings.trusted_keys)
-    with local_folder(place, version, private, signed) as root:
+    version = settings.model_version
+    with capabilities.local_folder(settings, version) as root:
         artifact = read_artifact(root, version or read_release(root).serving, settings.trusted_keys)
     if settings.env == "production" and (missing := artifact.manifest.unpinned):
         raise ArtifactError(f"{artifact.manifest.version}/manifest.json: production needs {missing}")

@@ -1,11 +1,10 @@
-"""Artifacts in an object store or on a web server, brought into a private folder to be verified there.
+"""Fetches one version into a folder; run by `local_folder` in a process of its own.
 
-    s3://bucket/prefix -> release.json -> v1/manifest.json -> the files it lists -> folder -> as any other
+    release.json -> v1/manifest.json, and its signature if one is needed -> the files that it lists
 
 obstore knows the clouds: where a bucket is, and the credentials in the variables of their SDKs. It would also
-follow redirects and connect to whatever a name resolves to, so all it does is sign each object's address, and
-the object is fetched here. This happens in a process of its own: the caller, about to fork, must have no
-threads, which obstore starts, and an alarm ends that process whatever it waits for.
+follow redirects and connect to any address that a name resolves to. So it only signs the address of each
+object, and this module fetches the object.
 """
 
 import http.client
@@ -14,14 +13,12 @@ import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from datetime import timedelta
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
@@ -29,43 +26,17 @@ from urllib.parse import SplitResult, quote, urlsplit
 from app.core.errors import ArtifactError
 from app.core.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
 from app.core.store import MANIFEST, MAX_JSON_BYTES, RELEASE, read_manifest, read_release
+from app.object_store import REFUSED
 
-SECONDS = 4  # for everything, and on top of that the time that the files take at the lowest speed:
+SECONDS = 4  # for everything, plus the time that the files take at the lowest speed:
 BYTES_PER_SECOND = 2**20
 CONNECT_SECONDS = 3
 SIGNED_FOR = timedelta(minutes=5)
 PLAIN = re.compile(r"\w[\w.-]*")
-REFUSED = 3  # exit code: the last line printed is the reason; else it is the object that was being fetched
 
 
-@contextmanager
-def local_folder(
-    place: Path | str, version: str | None, allow_private: bool, signed: bool = False
-) -> Iterator[Path]:
-    """The folder to read from: `place` itself, or while in use a copy of what is served from there.
-
-    `version` is what release.json says unless given; with `signed`, manifest.sig is fetched too. Raises
-    ArtifactError, which names places, not copies.
-    """
-    if isinstance(place, Path):
-        yield place
-        return
-    place = place.rstrip("/")
-    with TemporaryDirectory(prefix="artifacts-") as folder:  # for this user alone
-        flags = [str(int(allow_private)), str(int(signed))]
-        command = [sys.executable, "-m", __name__, place, version or "", folder, *flags]
-        project = Path(__file__).resolve().parents[2]
-        # Nothing but our own words is passed on: what libraries and servers say may hold credentials.
-        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            said = (done.stdout.splitlines() or [""])[-1]
-            late = done.returncode == -signal.SIGALRM
-            reason = f"{said}: {'takes too long' if late else 'cannot be fetched'}"
-            raise ArtifactError(f"{place}/{said if done.returncode == REFUSED else reason}")
-        try:
-            yield Path(folder)
-        except ArtifactError as error:
-            raise ArtifactError(str(error).replace(folder, place)) from None
+class Unavailable(Exception):
+    """Why an object was not fetched, in a few words of ours."""
 
 
 def fetch_version(place: str, version: str, folder: Path, allow_private: bool, signed: bool) -> None:
@@ -74,7 +45,7 @@ def fetch_version(place: str, version: str, folder: Path, allow_private: bool, s
     started, address = monotonic(), addresses(place)
 
     def fetch(name: str, limit: int) -> None:
-        print(name, flush=True)  # noqa: T201  # to the parent: what to name if nothing else is heard
+        print(name, flush=True)  # noqa: T201  # for the parent, which names it if this process is ended
         try:
             _fetch(address(name), folder / name, limit, allow_private)
         except Unavailable as error:
@@ -90,7 +61,7 @@ def fetch_version(place: str, version: str, folder: Path, allow_private: bool, s
     if signed:
         fetch(f"{version}/{SIGNATURE}", MAX_SIGNATURE_BYTES)
     listed = read_manifest(folder / version).files.items()
-    # What has no plain name is not fetched, and then missed by whoever verifies.
+    # Skip unsafe names; verification then reports them missing.
     sizes = {
         name: entry.size
         for name, entry in listed
@@ -145,10 +116,6 @@ def _fetch(address: SplitResult, target: Path, limit: int, allow_private: bool) 
             raise Unavailable("ends early")
 
 
-class Unavailable(Exception):
-    """Why an object was not fetched, in a few words of ours."""
-
-
 def _status(status: int) -> str:
     if status in (301, 302, 303, 307, 308):
         return f"is answered with a redirect ({status}), which is not followed"
@@ -157,12 +124,12 @@ def _status(status: int) -> str:
 
 
 def _connect(host: str, port: int, secure: bool, allow_private: bool) -> socket.socket:
-    """A connection to one of the very addresses that were looked at."""
+    """A connection to one of the addresses that were checked, so that none is looked up twice."""
     found = dict.fromkeys(str(one[4][0]) for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     for one in found:
         check_address(one, secure, allow_private)
     plain = _first_open(found, port)
-    plain.settimeout(None)  # the alarm is set
+    plain.settimeout(None)  # the alarm ends this process
     return ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
 
 
