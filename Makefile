@@ -13,7 +13,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-ver
 GPU := cuda-bindings cuda-pathfinder nvidia-cuda-cccl nvidia-nvtx triton
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test prove test-models test-image check fix files bake benchmark lock setup
+.PHONY: help demo test prove homes test-models test-image check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -27,6 +27,9 @@ test: .venv/dev.stamp ## render every option, then check, test and run what was 
 prove: ## test the machinery of a service in full: make prove SERVICE=path (ARGS='-m "not faults"' spares minutes)
 	$(MAKE) --directory "$(SERVICE)" setup
 	PROVE_SERVICE="$(abspath $(SERVICE))" "$(SERVICE)/$(BIN)/python" -m pytest --numprocesses 2 --dist worksteal $(or $(TESTS),tests/service) $(ARGS)
+
+homes: .venv/dev.stamp ## render into build/homes/ what else to prove: imported models, all capabilities
+	$(BIN)/python -m scripts.homes
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
 	$(PYTEST) --dist loadgroup -m models $(ARGS)
