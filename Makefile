@@ -62,6 +62,7 @@ lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with 
 	$(LOCK) --constraints requirements/dev.txt --output-file requirements/render.txt requirements/render.in
 	$(LOCK) --constraints "$(IN_PLACE)/requirements/dev.txt" --output-file requirements/models.txt requirements/models.in
 	$(LOCK) --constraints "$(IN_PLACE)/requirements/dev.txt" $(addprefix --no-emit-package ,$(GPU)) --output-file requirements/torch.txt requirements/torch.in
+	for file in "$(IN_PLACE)"/_overlays/capabilities/*/requirements/*.in; do $(LOCK) --constraints "$(IN_PLACE)/requirements/dev.txt" --output-file "$${file%.in}.txt" "$$file" || exit 1; done
 
 setup: .venv/dev.stamp ## the template's environment, in .venv
 

@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from tests.service.where import ROOT
 
 LOCK = ROOT / "requirements" / "runtime.txt"
+# Of the image: runtime.txt, and the lock of each capability.
+LOCKS = [path for path in (ROOT / "requirements").glob("*.txt") if path.stem not in ("dev", "train")]
 
 
 def make(folder: Path, target: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +57,8 @@ def components(written: bytes) -> dict[str, dict[str, Any]]:
 
 def locked_here() -> set[str]:
     """The package URLs of the locked packages that the image's Python gets."""
-    lines = [line.partition(" \\")[0] for line in LOCK.read_text("utf-8").splitlines() if "==" in line]
+    text = "\n".join(lock.read_text("utf-8") for lock in LOCKS)
+    lines = [line.partition(" \\")[0] for line in text.splitlines() if "==" in line]
     wanted = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate()]
     return {f"pkg:pypi/{one.name}@{next(iter(one.specifier)).version}" for one in wanted}
 

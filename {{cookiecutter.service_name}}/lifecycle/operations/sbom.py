@@ -1,6 +1,6 @@
 """What the image is made of, as a CycloneDX bill of materials; the base image has one of its own.
 
-    requirements/runtime.txt -> what this environment knows of each package: licence, what it needs
+    requirements/runtime.txt, <capability>.txt -> what this environment knows of each package: licence, what it needs
     artifacts/v* -> each model file with its sha256 -> build/sbom.json
 
 The lock holds for several Pythons and systems, the bill for the ones it is made with. It holds nothing
@@ -31,6 +31,12 @@ def requirements(file: Path) -> list[Requirement]:
     bare = [line.partition(" #")[0].partition(" --hash")[0].strip() for line in lines]
     wanted = [Requirement(line) for line in bare if line and line[0] not in "#-"]
     return [one for one in wanted if one.marker is None or one.marker.evaluate()]
+
+
+def image_locks() -> list[Path]:
+    """What the image installs: runtime.txt, and the lock of each capability."""
+    elsewhere = {"dev.txt", "train.txt"}
+    return sorted(path for path in (ROOT / "requirements").glob("*.txt") if path.name not in elsewhere)
 
 
 def installed() -> Any:
@@ -68,14 +74,17 @@ def sbom(
     present = {component["purl"]: component for component in bill["components"]}
     locked = {
         f"pkg:pypi/{canonicalize_name(one.name)}@{str(one.specifier).removeprefix('==')}"
-        for one in requirements(ROOT / "requirements" / "runtime.txt")
+        for lock in image_locks()
+        for one in requirements(lock)
     }
     if absent := sorted(locked - present.keys()):
         sys.exit(f"{absent[0]} is locked but not installed here: run `make setup`")
 
     models = [model(file.parent) for file in sorted((ROOT / "artifacts").glob(f"*/{MANIFEST}"))]
     packages = [present[purl] for purl in sorted(locked)]
-    asked_for = {canonicalize_name(one.name) for one in requirements(ROOT / "requirements" / "runtime.in")}
+    asked_for = {
+        canonicalize_name(one.name) for lock in image_locks() for one in requirements(lock.with_suffix(".in"))
+    }
     direct = [one["bom-ref"] for one in packages if canonicalize_name(one["name"]) in asked_for]
     kept = {one["bom-ref"] for one in packages}
     edges = {edge["ref"]: edge.get("dependsOn", []) for edge in bill["dependencies"]}
