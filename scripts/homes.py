@@ -14,15 +14,10 @@ from pathlib import Path
 from scripts.render import ROOT, render
 
 BIN = Path(".venv", "Scripts" if os.name == "nt" else "bin")
+ALL = json.loads((ROOT / "cookiecutter.json").read_text("utf-8"))["_capabilities"]
 HOMES = ROOT / "build" / "homes"
 # Booleans with nulls, closed text and odd names; a regressor below zero.
 IMPORTED = {"classifier": "economical", "regressor": "beyond"}
-
-
-def capabilities() -> str:
-    """The answer that takes every capability: the folders of their overlays."""
-    overlays = ROOT / "{{cookiecutter.service_name}}" / "_overlays" / "capabilities"
-    return " ".join(sorted(folder.name for folder in overlays.iterdir()))
 
 
 def run(folder: Path, *command: str | Path) -> None:
@@ -34,7 +29,7 @@ def make() -> None:
     """Makes all of them anew, with one environment for those that need the same packages."""
     shutil.rmtree(HOMES, ignore_errors=True)
     render(HOMES, "service_name=default")
-    render(HOMES, "service_name=all-capabilities", f"capabilities={capabilities()}")
+    render(HOMES, "service_name=all-capabilities", f"capabilities={' '.join(ALL)}")
     default = HOMES / "default"
     for folder in (default, HOMES / "all-capabilities"):
         run(folder, "make", "setup")

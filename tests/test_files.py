@@ -11,6 +11,8 @@ from tests.conftest import Bake, Render, contents
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
 CHOICES = {option: list(choices) for option, choices in QUESTIONS["_choices"].items()}
 OTHER_CHOICES = [(o, c) for o, choices in CHOICES.items() for c in choices if c != QUESTIONS[o]]
+CAPABILITIES: list[str] = QUESTIONS["_capabilities"]
+RENDERED = "pyproject.toml"  # names the capabilities
 LISTS = Path(__file__).parent / "files"
 
 
@@ -33,20 +35,44 @@ def test_choice_changes_exactly_its_files(
     bake: Bake, pytestconfig: pytest.Config, option: str, choice: str
 ) -> None:
     """Another choice adds (+), replaces (~) and leaves out (-) exactly the files of its list."""
-    before, after = contents(bake()), contents(bake(**{option: choice}))
-    changes = [
+    changes = changed(contents(bake()), contents(bake(**{option: choice})))
+    assert changes == committed_list(pytestconfig, f"{option}_{choice}", changes)
+
+
+def changed(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
+    """Each file that was added (+), replaced (~) or left out (-), by name."""
+    return [
         f"{'+' if name not in before else '-' if name not in after else '~'} {name}"
         for name in sorted(before | after)
         if before.get(name) != after.get(name)
     ]
-    assert changes == committed_list(pytestconfig, f"{option}_{choice}", changes)
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_a_capability_only_adds_files(bake: Bake, pytestconfig: pytest.Config, name: str) -> None:
+    """A capability adds exactly the files of its list; the base is as before but for the line that names it."""
+    changes = changed(contents(bake()), contents(bake(capabilities=name)))
+    assert [line for line in changes if not line.startswith("+ ")] == [f"~ {RENDERED}"]
+    assert changes == committed_list(pytestconfig, f"capabilities_{name}", changes)
+
+
+def test_capabilities_combine_without_a_matrix_of_cases(bake: Bake) -> None:
+    """All capabilities together are the files of each, byte for byte: no two touch the same file."""
+    together = contents(bake(capabilities=" ".join(CAPABILITIES)))
+    each = [contents(bake(capabilities=name)) for name in CAPABILITIES]
+    added = [files.keys() - contents(bake()).keys() for files in each]
+    assert sum(map(len, added)) == len(set().union(*added))
+    expected = {name: content for files in each for name, content in files.items() if name != RENDERED}
+    assert {name: content for name, content in together.items() if name != RENDERED} == expected
 
 
 def test_overlays_are_choices() -> None:
     """Every overlay belongs to a choice, and every choice but the defaults has its file list."""
-    overlays = {folder.name for folder in (SERVICE / "_overlays").iterdir()}
+    overlays = {folder.name for folder in (SERVICE / "_overlays").iterdir()} - {"capabilities"}
     assert overlays <= {f"{option}_{choice}" for option, choices in CHOICES.items() for choice in choices}
+    assert sorted(folder.name for folder in (SERVICE / "_overlays/capabilities").iterdir()) == CAPABILITIES
     lists = {"default", *(f"{option}_{choice}" for option, choice in OTHER_CHOICES)}
+    lists |= {f"capabilities_{name}" for name in CAPABILITIES}
     assert {file.stem for file in LISTS.iterdir()} == lists
 
 
@@ -84,7 +110,7 @@ def test_checksummed_files_are_copied(bake: Bake, template: Path) -> None:
     originals = {
         name: content
         for name, content in contents(template / SERVICE.name).items()
-        if name.startswith(copied) or name.endswith(".py")
+        if name.startswith(copied) or (name.endswith(".py") and not name.startswith("_overlays/"))
     }
     assert len(originals) > 10
     rendered = contents(bake())

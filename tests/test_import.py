@@ -279,11 +279,8 @@ def test_nothing_else_needs_editing(project: Path, fitted: Path, shape: str) -> 
     ):
         ended = run(project / BIN / program, *words, cwd=project)
         assert ended.returncode == 0, ended.stdout
-    proved = run(
-        *(project / BIN / "python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *PROVED[shape]),
-        cwd=ROOT,
-        PROVE_SERVICE=str(project),
-    )
+    tests: list[str | Path] = [project / BIN / "python", "-m", "pytest", "--quiet", *PROVED[shape]]
+    proved = run(*tests, "-p", "no:cacheprovider", cwd=ROOT, PROVE_SERVICE=str(project))
     assert proved.returncode == 0, proved.stdout[-20_000:]
     assert not [line for line in status(project) if not line.endswith("evaluation/v2.json")]
 
