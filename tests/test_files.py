@@ -50,7 +50,7 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
 
 @pytest.mark.parametrize("name", CAPABILITIES)
 def test_a_capability_only_adds_files(bake: Bake, pytestconfig: pytest.Config, name: str) -> None:
-    """A capability adds exactly the files of its list; the base is as before but for the line that names it."""
+    """A capability adds exactly the files of its list; the base stays, but for the line naming it."""
     changes = changed(contents(bake()), contents(bake(capabilities=name)))
     assert [line for line in changes if not line.startswith("+ ")] == [f"~ {RENDERED}"]
     assert changes == committed_list(pytestconfig, f"capabilities_{name}", changes)
