@@ -1,9 +1,9 @@
-"""A new version beside the served one: unseen as a shadow, then for some clients as a canary; how it does.
+"""A new version beside the served one: as a shadow for no client, then as a canary for some; how it does.
 
-make shadow, make canary -> release.json, which the running service follows
+shadow, canary -> release.json, which the running service follows
 Prometheus, or a scrape of /metrics -> traffic, agreement, failures, latency, scores -> table, picture
 
-Neither needs a gate, because neither puts the version in the place of the served one: `make promote` does.
+Neither needs an evaluation, because neither replaces the served version: `make promote` does.
 """
 
 import itertools
@@ -12,19 +12,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from app.core.errors import ArtifactError
 from app.core.store import Release, read_artifact, read_release
 from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
 from lifecycle.errors import LifecycleError
-from lifecycle.operations.sources import MINIMUM, Prometheus, Scrape, Window, ask, scraped
+from lifecycle.files import ROOT
+from lifecycle.operations.sources import MINIMUM, ask, scraped
 from lifecycle.package import write_release
+from lifecycle.printing import table
 
-ROOT = Path(__file__).resolve().parents[2]
-Artifacts = Annotated[Path, typer.Option(help="Folder of the versions and of release.json.")]
 # What is read, and the label that names the version.
 COUNTERS = {
     "predictions_total": "model_version",
@@ -44,49 +41,36 @@ AGREEMENTS = {"agree": "#4878a8", "disagree": "#d08030", "error": "#b03030", "dr
 Sample = tuple[str, dict[str, str], float]
 
 
-def shadow(
-    version: Annotated[
-        str, typer.Option(envvar="VERSION", help="The version, such as v2; empty ends the shadow.")
-    ] = "",
-    artifacts: Artifacts = ROOT / "artifacts",
-) -> None:
-    """Ask VERSION what clients ask, after they got their answer; nobody sees what it says."""
-    _release(artifacts, version, shadow=version or None)
-    typer.echo(f"shadow: {version or 'none'}; a running service follows within seconds")
+def shadow(version: str | None, *, artifacts: Path = ROOT / "artifacts") -> Release:
+    """Ask `version` every question after the client got its answer; clients never see it. None ends it.
+
+    Raises ArtifactError for a version that serves already or is not whole.
+    """
+    return _beside(artifacts, version, shadow=version)
 
 
-def canary(
-    version: Annotated[
-        str, typer.Option(envvar="VERSION", help="The version, such as v2; empty ends the canary.")
-    ] = "",
-    percent: Annotated[int, typer.Option(envvar="PERCENT", min=0, max=100, help="Of the clients.")] = 10,
-    artifacts: Artifacts = ROOT / "artifacts",
-) -> None:
-    """Let VERSION answer PERCENT of the clients, until it does worse than the served version."""
-    percent = percent if version else 0
-    _release(artifacts, version, canary=version or None, canary_percent=percent)
-    typer.echo(
-        f"canary: {version or 'none'}, {percent}% of clients; a running service follows within seconds"
-    )
+def canary(version: str | None, percent: int = 10, *, artifacts: Path = ROOT / "artifacts") -> Release:
+    """Let `version` answer `percent` of the clients, until it does worse than the served one. None ends it.
+
+    Raises ArtifactError or LifecycleError for a version that serves already or is not whole.
+    """
+    return _beside(artifacts, version, canary=version, canary_percent=percent if version else 0)
 
 
-def _release(root: Path, version: str, **change: Any) -> None:
-    """Change release.json, if `version` is one to put beside the served one."""
-    try:
-        release = read_release(root)
-        if version:
-            if version == release.serving:
-                raise ArtifactError(f"{version} serves already")
-            read_artifact(root, version)
-        write_release(root, Release(**release.model_dump() | change))
-    except ArtifactError as error:
-        typer.echo(f"release: {error}", err=True)
-        raise typer.Exit(1) from None
+def _beside(root: Path, version: str | None, **change: Any) -> Release:
+    release = read_release(root)
+    if version is not None:
+        if version == release.serving:
+            raise LifecycleError(f"{version} serves already")
+        read_artifact(root, version)
+    after = Release(**release.model_dump() | change)
+    write_release(root, after)
+    return after
 
 
 @dataclass
 class Side:
-    """What was seen of one version. Buckets of histograms: upper bound -> how many, up to there."""
+    """What was seen of one version. Buckets of histograms: upper bound -> count up to there."""
 
     version: str
     role: str
@@ -95,12 +79,12 @@ class Side:
 
     @property
     def rows(self) -> float:
-        """What it answered, or as a shadow would have."""
-        return self.counts["predictions_total"] + sum(self.counts[one] for one in ("agree", "disagree"))
+        """The rows it answered, or as a shadow would have."""
+        return self.counts["predictions_total"] + self.counts["agree"] + self.counts["disagree"]
 
     @property
     def agreement(self) -> float:
-        """The share of a shadow's answers that clients got from the served version, too."""
+        """The share of a shadow's answers that the served version gave, too."""
         return self.counts["agree"] / self.rows if self.rows else math.nan
 
     @property
@@ -124,36 +108,42 @@ class Side:
 
     @property
     def spread(self) -> str:
-        """The histogram of its scores, or of a regressor's values."""
+        """The name of the histogram of its scores, or of a regressor's values."""
         return next((name for name in self.buckets if name.endswith(("_score", "_value"))), "")
 
+    @property
+    def latency(self) -> str:
+        """The name of the histogram by which it is compared: a canary's requests, a shadow's calls."""
+        return "canary_duration_seconds" if self.role == "canary" else "model_call_duration_seconds"
 
-def sides(samples: Iterable[Sample]) -> list[Side]:
-    """The served version, then canary and shadow."""
-    found = list(samples)
-    serving = {labels["version"] for name, labels, value in found if name == "model_info" and value}
-    shadows = {labels["shadow_version"] for name, labels, _ in found if name == "shadow_predictions_total"}
-    asked = {labels["model_version"] for name, labels, _ in found if name == "canary_requests_total"}
-    by_key = {(version, "serving"): Side(version, "serving") for version in serving}
-    by_key |= {(version, "canary"): Side(version, "canary") for version in sorted(asked - serving)}
-    by_key |= {(version, "shadow"): Side(version, "shadow") for version in sorted(shadows - serving)}
-    for name, labels, value in found:
-        histogram = name.removesuffix("_bucket")
-        version = labels.get(COUNTERS.get(name) or HISTOGRAMS.get(histogram, ""), "")
-        for (own, role), side in by_key.items():
-            # A version that is both has its own scores as each; its calls are counted together.
-            mixed = name.startswith("model_call") or name.startswith("shadow") == (role == "shadow")
-            if version != own or not mixed:
-                continue
-            if name in COUNTERS:
-                side.counts[labels.get("agreement", name)] += value  # type: ignore[assignment]  # no whole number
-            elif name != histogram:
-                side.buckets[histogram][float(labels["le"])] += value  # type: ignore[assignment]
-    return list(by_key.values())
+    def verdict(self, served: "Side") -> str:
+        """The conclusion, by the margins that stop a canary too."""
+        if self.role == "serving":
+            return "-"
+        if (self.counts["canary_requests_total"] if self.role == "canary" else self.rows) < MINIMUM:
+            return "too little to say"
+        own = served.failures if self.role == "canary" and not math.isnan(served.failures) else 0.0
+        if self.failures > own + ERROR_MARGIN:
+            return "fails too often"
+        longest = LATENCY_FACTOR * served.quantile(self.latency, 0.95) + LATENCY_SECONDS
+        if self.quantile(self.latency, 0.95) > longest:
+            return "too slow"
+        return "promote" if self.role == "canary" else "try as canary"
+
+
+def compare(prometheus: str = "http://127.0.0.1:9090", window: str = "1h", scrape: Path | None = None) -> list[Side]:
+    """The served version, then canary and shadow: over `window`, or since the start from a saved `scrape`.
+
+    Raises LifecycleError if there is nothing to compare.
+    """
+    found = sides(scraped(scrape) if scrape else from_prometheus(prometheus, window))
+    if [side.role for side in found[:2]] not in (["serving", "canary"], ["serving", "shadow"]):
+        raise LifecycleError(f"{scrape or prometheus}: there is no shadow and no canary to compare")
+    return found
 
 
 def from_prometheus(address: str, window: str) -> list[Sample]:
-    """All that `sides` wants, of the last `window`."""
+    """The increase of everything that `sides` reads, over the last `window`."""
     wanted = [*COUNTERS, *(f"{name}_bucket" for name in HISTOGRAMS)]
     samples = [
         (name, labels, value)
@@ -163,50 +153,61 @@ def from_prometheus(address: str, window: str) -> list[Sample]:
     return samples + [("model_info", labels, value) for labels, value in ask(address, "model_info")]
 
 
-def verdict(side: Side, served: Side) -> str:
-    """What the numbers say, by the margins that stop a canary too."""
-    if side.role == "serving":
-        return "-"
-    if (side.counts["canary_requests_total"] if side.role == "canary" else side.rows) < MINIMUM:
-        return "too little to say"
-    own = served.failures if side.role == "canary" and not math.isnan(served.failures) else 0.0
-    if side.failures > own + ERROR_MARGIN:
-        return "fails too often"
-    latency = "canary_duration_seconds" if side.role == "canary" else "model_call_duration_seconds"
-    if side.quantile(latency, 0.95) > LATENCY_FACTOR * served.quantile(latency, 0.95) + LATENCY_SECONDS:
-        return "too slow"
-    return "promote" if side.role == "canary" else "try as canary"
+def sides(samples: Iterable[Sample]) -> list[Side]:
+    """The served version, then canary and shadow."""
+    found = list(samples)
+    serving = {labels["version"] for name, labels, value in found if name == "model_info" and value}
+    shadows = {labels["shadow_version"] for name, labels, _ in found if name == "shadow_predictions_total"}
+    asked = {labels["model_version"] for name, labels, _ in found if name == "canary_requests_total"}
+    roles = {"serving": serving, "canary": asked - serving, "shadow": shadows - serving}
+    result = [Side(version, role) for role, versions in roles.items() for version in sorted(versions)]
+    for name, labels, value in found:
+        histogram = name.removesuffix("_bucket")
+        version = labels.get(COUNTERS.get(name) or HISTOGRAMS.get(histogram, ""), "")
+        for side in result:
+            # A version in both roles has scores of its own in each; its calls are counted together.
+            mixed = name.startswith("model_call") or name.startswith("shadow") == (side.role == "shadow")
+            if version != side.version or not mixed:
+                continue
+            if name in COUNTERS:
+                side.counts[labels.get("agreement", name)] += value  # type: ignore[assignment]  # no whole number
+            elif name != histogram:
+                side.buckets[histogram][float(labels["le"])] += value  # type: ignore[assignment]
+    return result
 
 
-def table(found: Sequence[Side]) -> str:
-    """A line a version."""
-    head = "version  role         rows  dropped  agreement  failures  model p50, p95 ms   request p50, p95 ms"
-    lines = [f"{head}   score p10, p50, p90  verdict"]
-    for side in found:
-        cells = [
-            f"{side.version:<7}  {side.role:<7}  {side.rows:>8,.0f}  {side.counts['dropped']:>7,.0f}",
-            f"{_share(side.agreement) if side.role == 'shadow' else '-':>9}",
-            f"{_share(side.failures):>8}",
-            f"{_numbers(side, 'model_call_duration_seconds', (0.5, 0.95), 1000):>17}",
-            f"{_numbers(side, 'canary_duration_seconds', (0.5, 0.95), 1000):>20}",
-            f"{_numbers(side, side.spread, (0.1, 0.5, 0.9)):>20}",
-            verdict(side, found[0]),
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+def comparison(found: Sequence[Side]) -> str:
+    """A table with a line for each version."""
+    head = ["version", "role", "rows", "dropped", "agreement", "failures", "model p50, p95 ms"]
+    rows = [
+        (
+            side.version,
+            side.role,
+            f"{side.rows:,.0f}",
+            f"{side.counts['dropped']:,.0f}",
+            _share(side.agreement if side.role == "shadow" else math.nan),
+            _share(side.failures),
+            _quantiles(side, "model_call_duration_seconds", (0.5, 0.95), 1000),
+            _quantiles(side, "canary_duration_seconds", (0.5, 0.95), 1000),
+            _quantiles(side, side.spread, (0.1, 0.5, 0.9)),
+            side.verdict(found[0]),
+        )
+        for side in found
+    ]
+    return table([*head, "request p50, p95 ms", "score p10, p50, p90", "verdict"], rows)
 
 
 def _share(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1%}"
 
 
-def _numbers(side: Side, histogram: str, shares: Sequence[float], factor: float = 1) -> str:
+def _quantiles(side: Side, histogram: str, shares: Sequence[float], factor: float = 1) -> str:
     values = [side.quantile(histogram, share) for share in shares]
     return "-" if any(map(math.isnan, values)) else ", ".join(f"{factor * value:.3g}" for value in values)
 
 
 def draw(found: Sequence[Side], path: Path) -> None:
-    """Agreement, latency and scores beside each other, as SVG."""
+    """Draw agreement, latency and scores beside each other; the name of `path` gives the format."""
     from matplotlib.figure import Figure  # here, because it takes a second
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -219,13 +220,11 @@ def draw(found: Sequence[Side], path: Path) -> None:
         heights = [side.counts[one] / total for side, total in zip(found, whole, strict=True)]
         agreement.bar(names, heights, bottom=bottom, label=one, color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    agreement.legend()
     latency.set(title="a call of the model", ylabel="ms")
     for shift, share in ((-0.2, 0.5), (0.2, 0.95)):
         values = [1000 * side.quantile("model_call_duration_seconds", share) for side in found]
         latency.bar([at + shift for at in range(len(found))], values, width=0.4, label=f"p{share * 100:.0f}")
     latency.set_xticks(range(len(found)), names)
-    latency.legend()
     scores.set(title="scores", ylabel="share of rows")
     for side in found:
         bounds = sorted(side.buckets[side.spread].items()) if side.spread else []
@@ -234,25 +233,7 @@ def draw(found: Sequence[Side], path: Path) -> None:
             heights = [(upto - below) / bounds[-1][1] for (_, below), (_, upto) in steps]
             label = f"{side.version}, {side.role}"
             scores.plot([f"{bound:g}" for bound, _ in bounds], heights, drawstyle="steps-mid", label=label)
-    scores.legend()
+    for axes in (agreement, latency, scores):
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def compare(
-    prometheus: Prometheus = "http://127.0.0.1:9090",
-    metrics: Scrape = None,
-    window: Window = "1h",
-    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = ROOT / "build" / "compare.svg",
-) -> None:
-    """Put served version, canary and shadow side by side: traffic, agreement, failures, latency, scores."""
-    try:
-        found = sides(scraped(metrics) if metrics else from_prometheus(prometheus, window))
-        if [side.role for side in found[:2]] not in (["serving", "canary"], ["serving", "shadow"]):
-            raise LifecycleError(f"{metrics or prometheus}: there is no shadow and no canary to compare")
-    except LifecycleError as error:
-        typer.echo(f"compare: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo(table(found))
-    draw(found, picture)
-    typer.echo(f"picture: {picture}")
