@@ -12,6 +12,9 @@ from typer.core import TyperGroup
 from app.core.errors import ArtifactError
 from lifecycle.errors import LifecycleError
 
+RELEASE = (
+    "evaluate", "promote", "rollback", "release-check", "new-key", "sign", "shadow", "canary", "compare",
+)  # fmt: skip
 MODULES = {  # by command; some import training libraries, which takes seconds
     "train": "importing.train",
     "size": "operations.size",
@@ -20,16 +23,8 @@ MODULES = {  # by command; some import training libraries, which takes seconds
     "drift": "operations.drift",
     "quality": "operations.quality",
     "gameday": "operations.gameday",
-    "shadow": "release.rollout",
-    "canary": "release.rollout",
-    "compare": "release.rollout",
     "docs": "operations.docs",
-    "evaluate": "release.evaluate",
-    "promote": "release.promote",
-    "rollback": "release.promote",
-    "release-check": "release.checklist",
-    "new-key": "release.commands",
-    "sign": "release.commands",
+    **dict.fromkeys(RELEASE, "release.commands"),
     "import-model": "importing.commands",
 }
 

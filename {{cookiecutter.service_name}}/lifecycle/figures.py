@@ -20,7 +20,7 @@ def reliability(scores: ArrayLike, right: ArrayLike) -> pd.DataFrame:
 
 
 def calibration_error(bins: pd.DataFrame) -> float:
-    """Expected calibration error: the distance of mean score and share of right answers, averaged over rows."""
+    """Expected calibration error: the distance of score and share of right answers, averaged over rows."""
     return float(np.average((bins.score - bins.right).abs(), weights=bins["count"]))
 
 

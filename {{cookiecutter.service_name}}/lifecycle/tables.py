@@ -57,7 +57,6 @@ ROWS_A_CALL = 256
 
 Batch = dict[str, Any]  # name -> pyarrow array
 Progress = Callable[[int], None]  # is told how many rows are done
-Refusal = LifecycleError  # until release/evaluate.py reads with this module
 
 
 @dataclass

@@ -123,11 +123,11 @@ def test_a_shadow_is_counted_and_never_seen(start: Start, artifacts: Path, tmp_p
     said = run(
         tmp_path, "lifecycle", "compare", "--metrics", "scrape.txt", "--picture", str(picture)
     ).stdout.splitlines()
-    assert [line.split()[:3] for line in said[1:3]] == [
+    assert [line.replace("|", " ").split()[:3] for line in said[2:4]] == [
         [SERVED, "serving", str(len(ROWS))],
         ["v0", "shadow", str(len(ROWS))],
     ]
-    assert f"{agreed / len(ROWS):.1%}" in said[2]
+    assert f"{agreed / len(ROWS):.1%}" in said[3]
     assert picture.read_bytes().rstrip().endswith(b"</svg>")
     release(artifacts, shadow=None)
     until(lambda: events(service, "shadow", None) == 2, "the end of the shadow")

@@ -15,7 +15,7 @@ from app.observability.metrics import Metrics
 from app.rollout.canary import MIN_REQUESTS, REASONS, Canary, Counts, worse
 from app.rollout.release import Wanted, wanted
 from lifecycle.__main__ import commands
-from lifecycle.release.rollout import sides, table
+from lifecycle.release.rollout import comparison, sides
 from tests.service.conftest import ARTIFACTS, SERVED
 
 
@@ -204,11 +204,11 @@ def test_versions_stand_side_by_side() -> None:
     assert found[1].failures == 0.05
     assert found[0].quantile("model_call_duration_seconds", 0.9) == pytest.approx(0.0055)
     assert found[2].quantile("shadow_score", 0.5) == pytest.approx(0.5)
-    lines = table(found).splitlines()
-    assert lines[2].endswith("fails too often")
-    assert lines[3].endswith("try as canary")
-    assert "90.0%" in lines[3]
-    assert len(lines) == 4
+    lines = [line.strip("| ") for line in comparison(found).splitlines()]
+    assert lines[3].endswith("fails too often")
+    assert lines[4].endswith("try as canary")
+    assert "90.0%" in lines[4]
+    assert len(lines) == 5
 
 
 def test_without_anything_beside_there_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def parse(document: str) -> list[Line]:
 
 
 def release_check(version: str, *, root: Path = ROOT) -> Iterator[Line]:
-    """Run the checklist for `version`, yield each line as it is done, and leave a ticked copy in `root`/build.
+    """Run the checklist for `version`, yield each line when it is done, leave a ticked copy in `root`/build.
 
     Raises LifecycleError before the first command if the document or the version's name is not well formed.
     """

@@ -133,7 +133,9 @@ def evaluate(
     gates = [golden_gate(pipeline)]
     if training and thresholds.data.training_rows == "refuse":
         same = training.data_sha256 == rows.sha256
-        gates.append(Gate("other rows than in training", "the same" if same else "others", "others", not same))
+        gates.append(
+            Gate("other rows than in training", "the same" if same else "others", "others", not same)
+        )
     answers, served, note, theirs = ask(pipeline, rows), read_release(artifacts).serving, "", None
     if served == version:
         note = f"{version} is the one that serves"
@@ -172,7 +174,7 @@ def verdict(found: Evaluation, root: Path) -> Verdict:
 def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Data:
     """The rows of `path` with the truth in column `target`; raises LifecycleError for the first bad row."""
     table = read_table(path)
-    # The name in the repository, or the file's name alone: a verdict must not show where it lies on a machine.
+    # The place in the repository, or the file's name alone: a verdict must show no path of a machine.
     name = path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name
     if target not in table.column_names:
         raise LifecycleError(f"{name}: has no column {target!r}; say which one with TARGET=...")
@@ -222,7 +224,10 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> Metr
             found["r2"] = metrics.r2_score(truths, values)
         return {name: float(value) for name, value in found.items()}
     right = values.argmax(axis=1) == truths
-    found = {"accuracy": right.mean(), "calibration": calibration_error(reliability(values.max(axis=1), right))}
+    found = {
+        "accuracy": right.mean(),
+        "calibration": calibration_error(reliability(values.max(axis=1), right)),
+    }
     if len(labels) > 1:
         # Probabilities in float32 sum to 1 only nearly, and those of rules and other models need not.
         shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-9)

@@ -3,8 +3,8 @@
 promote: verdict, files, golden set -> CHANGELOG.md, release.json -> one commit
 rollback: files -> CHANGELOG.md, release.json -> one commit
 
-The running service follows release.json. Neither needs a network, and nothing is pushed. Without git the files
-are written all the same.
+The running service follows release.json. Neither needs a network, and nothing is pushed. Without git the
+files are written all the same.
 """
 
 import subprocess
@@ -72,7 +72,9 @@ def rollback(*, root: Path = ROOT) -> Switched:
         raise LifecycleError(f"artifacts/{RELEASE} names no previous version")
     read_artifact(root / "artifacts", release.previous)
     after = Release(serving=release.previous, previous=release.serving)
-    switch(root, after, f"## Model {after.serving} again, {today()}\n- Rolled back from `{after.previous}`.\n")
+    switch(
+        root, after, f"## Model {after.serving} again, {today()}\n- Rolled back from `{after.previous}`.\n"
+    )
     if not repository.found:
         return Switched(after, committed=False)
     try:
@@ -99,7 +101,7 @@ def check(root: Path, version: str, release: Release) -> tuple[Manifest, Verdict
 
 
 def read_verdict(root: Path, version: str) -> Verdict:
-    """The verdict on `version`, if it passed and is of these files, thresholds and rows; else LifecycleError."""
+    """The verdict on `version`, if it passed with these files, thresholds and rows; else LifecycleError."""
     again = f"make evaluate VERSION={version}"
     try:
         verdict = Verdict.model_validate_json((root / "evaluation" / f"{version}.json").read_bytes())

@@ -35,9 +35,10 @@ def sections(found: Evaluation) -> Iterator[str]:
         return [f"{one[name]:.4g}" if name in one else "-" for one in metrics[: len(both)]]
 
     yield f"# Evaluation of {version}: {'failed' if found.failed else 'passed'}"
+    beside = f"beside {served}, which serves" if served else f"no comparison: {found.note}"
     yield (
         f"{data.table.num_rows:,} rows of `{data.name}` (sha256 `{data.sha256[:12]}`), truth in "
-        f"`{data.target}`; {f'beside {served}, which serves' if served else f'no comparison: {found.note}'}.\n"
+        f"`{data.target}`; {beside}.\n"
         f"To review: {found.answers.reviewed:.1%} of them."
     )
     gates = [("ok" if one.passed else "**FAILED**", one.name, one.found, one.needed) for one in found.gates]

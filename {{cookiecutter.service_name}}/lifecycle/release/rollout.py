@@ -131,7 +131,9 @@ class Side:
         return "promote" if self.role == "canary" else "try as canary"
 
 
-def compare(prometheus: str = "http://127.0.0.1:9090", window: str = "1h", scrape: Path | None = None) -> list[Side]:
+def compare(
+    prometheus: str = "http://127.0.0.1:9090", window: str = "1h", scrape: Path | None = None
+) -> list[Side]:
     """The served version, then canary and shadow: over `window`, or since the start from a saved `scrape`.
 
     Raises LifecycleError if there is nothing to compare.
