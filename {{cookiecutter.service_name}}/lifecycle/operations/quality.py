@@ -15,13 +15,13 @@ import pandas as pd
 import typer
 
 from lifecycle.errors import LifecycleError
+from lifecycle.figures import BINS, calibration_error, plot_reliability, reliability
 from lifecycle.operations.sources import log_lines, read
 from lifecycle.printing import save_picture, table
 
 ROOT = Path(__file__).resolve().parents[2]
 BLUE, GREY = "#4878a8", "#999999"
 MOST_DOTS = 5000  # in a picture
-BINS = 10
 
 
 def join(logs: Path, labels: Path | None) -> dict[str, pd.DataFrame]:
@@ -79,17 +79,9 @@ def _label(label: Any) -> str:
     return label.strip() if isinstance(label, str) else json.dumps(label)
 
 
-def reliability(known: pd.DataFrame) -> pd.DataFrame:
-    """Tenths of the score that have predictions, by number: count, mean score, share that was right."""
-    tenths = np.minimum((known.score * BINS).astype(int), BINS - 1)
-    rows = pd.DataFrame({"score": known.score, "right": known.label == known.truth})
-    return rows.groupby(tenths).agg(count=("score", "size"), score=("score", "mean"), right=("right", "mean"))
-
-
 def quality_report(version: str, known: pd.DataFrame) -> str:
     """Accuracy, calibration and confusion of one version of a classifier."""
-    bins = reliability(known)
-    error = np.average((bins.score - bins.right).abs(), weights=bins["count"])
+    bins = reliability(known.score, known.label == known.truth)
     scores = [
         (f"{tenth / BINS:.1f} to {(tenth + 1) / BINS:.1f}", f"{count:,}", f"{score:.3f}", f"{right:.3f}")
         for tenth, count, score, right in bins.itertuples(name=None)
@@ -99,7 +91,8 @@ def quality_report(version: str, known: pd.DataFrame) -> str:
     return "\n\n".join(
         (
             f"{version}: {len(known):,} predictions with a label, "
-            f"accuracy {(known.label == known.truth).mean():.3f}, calibration error {error:.3f}",
+            f"accuracy {(known.label == known.truth).mean():.3f}, "
+            f"calibration error {calibration_error(bins):.3f}",
             table(("score", "predictions", "mean score", "right"), scores),
             table(("true, predicted", *labels), cells.itertuples(name=None)),
         )
@@ -135,9 +128,7 @@ def draw(version: str, known: pd.DataFrame, folder: Path) -> Path:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     if "label" in known:
         left, right = figure.subplots(1, 2)
-        bins = reliability(known)
-        left.plot([0, 1], [0, 1], color=GREY, linestyle="--")
-        left.scatter(bins.score, bins.right, 20 + 200 * bins["count"] / bins["count"].max(), BLUE)
+        plot_reliability(left, reliability(known.score, known.label == known.truth))
         left.set(title=f"{version}: right against score", xlabel="score", ylabel="share that was right")
         ConfusionMatrixDisplay.from_predictions(
             known.truth, known.label, ax=right, cmap="Blues", colorbar=False
