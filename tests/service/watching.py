@@ -8,11 +8,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
-import typer
 
+from lifecycle.errors import LifecycleError
 from lifecycle.operations import watching as real
 from lifecycle.operations.watching import Watch
 from tests.service.conftest import (
@@ -37,10 +40,10 @@ def program(name: str) -> str:
     """Where one of the programs is."""
     try:
         return real.program(name)
-    except typer.BadParameter as missing:
+    except LifecycleError as missing:
         if "CI" in os.environ:
             raise
-        pytest.skip(missing.message)
+        pytest.skip(str(missing))
 
 
 def prepare(folder: Path) -> Path:
@@ -54,12 +57,38 @@ def prepare(folder: Path) -> Path:
     return copy
 
 
+@dataclass
+class Told(Watch):
+    """A watch that keeps the messages of Alertmanager, each with the receiver's path."""
+
+    received: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def silenced(self, **labels: str) -> bool:
+        """Whether Alertmanager holds back an alert with these labels because another says more."""
+        found = httpx2.get(f"{self.alertmanager}/api/v2/alerts").json()
+        return any(one["status"]["inhibitedBy"] for one in found if labels.items() <= one["labels"].items())
+
+    def told(self, status: str, **labels: str) -> list[tuple[str, dict[str, Any]]]:
+        """The alerts with this status and these labels that receivers got, each with the receiver's path."""
+        return [
+            (path, alert)
+            for path, message in self.received
+            for alert in message["alerts"]
+            if alert["status"] == status and labels.items() <= alert["labels"].items()
+        ]
+
+
 @contextmanager
-def watching(folder: Path, service: str, speed: float = 60) -> Iterator[Watch]:
+def watching(folder: Path, service: str, speed: float = 60) -> Iterator[Told]:
     """Prometheus and Alertmanager, watching the service at this URL."""
     program("prometheus"), program("alertmanager")
-    with real.watching(folder, service, speed, SAMPLE_MS, prepare(folder)) as watch:
-        yield watch
+    received: list[tuple[str, dict[str, Any]]] = []
+
+    def tell(path: str, message: dict[str, Any]) -> None:
+        received.append((path, message))
+
+    with real.watching(folder, service, speed, SAMPLE_MS, prepare(folder), tell=tell) as watch:
+        yield Told(watch.prometheus, watch.alertmanager, watch.speed, received)
 
 
 def traffic(service: Service) -> None:

@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], T], seconds: float) -> T | None:
         with suppress(OSError, httpx2.TransportError):
             if found := condition():
                 return found
-        time.sleep(0.05)
+        time.sleep(0.1)
     return None
 
 

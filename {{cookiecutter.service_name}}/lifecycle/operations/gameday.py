@@ -7,10 +7,7 @@ All durations in the rules and in the routing are divided by the same factor; no
 The service, its metrics, the rules, Prometheus and Alertmanager are the real ones, on free ports of loopback.
 """
 
-import http.client
-import json
 import math
-import os
 import secrets
 import shutil
 import signal
@@ -20,45 +17,50 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import httpx2
 import numpy as np
 import typer
 
 from app.core.runtimes import load_runtime
-from app.core.store import RELEASE, read_artifact, read_release
+from app.core.store import read_artifact, read_release
 from lifecycle.operations.drift import PREDICTION, trained_features
 from lifecycle.operations.traffic import usual
 from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of
 from lifecycle.operations.watching import Watch, program, queries, watching
-from lifecycle.package import canonical_json
-from load.service import Running, service
+from lifecycle.package import write_release
+from lifecycle.printing import table
+from load.service import Running, service, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = 120  # an hour of the rules passes in 30 s
 SAMPLE_MS = 500
-RULES = "v0"
-SESSION = "X-Session-ID"  # which sends one of two requests to a canary
-PATIENCE_SECONDS = 300.0  # until an alert has resolved: the longest window for tickets, 6 h, takes 180
+SESSION = "X-Session-ID"  # sends about one request in two to a canary
+ALERT_SECONDS = 90.0
+RESOLVED_SECONDS = 300.0  # the longest window for tickets, 6 h, takes 180
+TICKET_SECONDS = 3600 / SPEED  # so that the ticket is still due when the page has gone
 CLIENTS, PAUSE_SECONDS = 2, 0.08
-FLOOD = 60
-HOURS_OF_TICKET = 1
+FLOOD_CLIENTS, FLOOD_PAUSE_SECONDS = 60, 0.64
 SINES = 400
-FAILING, SLOW, BAD = "v101", "v102", "v103"  # versions that exist on this day only
+RULES, FAILING, SLOW, BAD = "v0", "v101", "v102", "v103"  # all but the rules exist on this day only
 
 
-@dataclass(frozen=True)
-class Alert:
-    """One alerting rule, by what Alertmanager is told of it."""
+class Alert(NamedTuple):
+    """One alerting rule, by its labels in Alertmanager."""
 
     name: str
     severity: str
-    sign: str = ""
+    sign: str
+
+    @classmethod
+    def of(cls, labels: dict[str, str]) -> "Alert":
+        """The rule that an alert with these labels comes from."""
+        return cls(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
 
 
 @dataclass
@@ -75,49 +77,55 @@ class Seen:
 
 @dataclass
 class Day:
-    """What is going on: the fault, and the alerts that arrived."""
+    """The fault that is going on, and the alerts that arrived."""
 
     fault: str = "none"
     began: float = field(default_factory=time.monotonic)
     seen: dict[Alert, Seen] = field(default_factory=dict)
-    due: set[Alert] = field(default_factory=set)  # an earlier fault may have raised one of them by the way
+    due: set[Alert] = field(default_factory=set)  # of this fault; earlier faults may have raised them too
 
     def begin(self, fault: str) -> None:
         """A new fault starts now."""
-        self.fault, self.began = fault, time.monotonic()
+        self.fault, self.began, self.due = fault, time.monotonic(), set()
         typer.echo(f"gameday: {fault}")
 
     def notify(self, _path: str, message: dict[str, Any]) -> None:
-        """Alertmanager's message to a receiver."""
+        """Take a message of Alertmanager to a receiver."""
+        now = time.monotonic()
         for one in message["alerts"]:
-            labels = one["labels"]
-            alert = alert_of(labels)
+            alert = Alert.of(one["labels"])
             known = self.seen.get(alert)
-            if one["status"] == "firing":
-                if known is None or (known.resolved is not None and alert in self.due):
-                    self.seen[alert] = Seen(
-                        time.monotonic(), self.fault, self.began, [labels], one["annotations"]
-                    )
-                    typer.echo(f"gameday:   fires: {alert.name} ({alert.severity})")
-                else:
-                    known.resolved = None
-                    known.labels.append(labels)
-            elif known is not None and known.resolved is None:
-                known.resolved = time.monotonic()
-                typer.echo(f"gameday:   resolved: {alert.name} ({alert.severity})")
+            if one["status"] != "firing":
+                if known is not None and known.resolved is None:
+                    known.resolved = now
+                    typer.echo(f"gameday:   resolved: {alert.name} ({alert.severity})")
+            elif known is None or (known.resolved is not None and alert in self.due):
+                self.seen[alert] = Seen(now, self.fault, self.began, [one["labels"]], one["annotations"])
+                typer.echo(f"gameday:   fires: {alert.name} ({alert.severity})")
+            else:
+                known.resolved = None
+                known.labels.append(one["labels"])
 
 
 class Traffic:
-    """Clients that ask all the time, as `payload` says, and never wait longer than a moment for the next."""
+    """Clients that ask without end, in a `with` block, and pause a moment after each answer."""
 
     def __init__(
-        self, address: str, payloads: Iterator[dict[str, Any]], clients: int, pause: float = PAUSE_SECONDS
+        self,
+        address: str,
+        payloads: list[dict[str, Any]],
+        clients: int = CLIENTS,
+        pause: float = PAUSE_SECONDS,
     ) -> None:
-        self._host, self._payloads = address.removeprefix("http://"), payloads
+        # A connection a request, so that both workers get their share.
+        self._http = httpx2.Client(
+            base_url=address, timeout=60, limits=httpx2.Limits(max_keepalive_connections=0)
+        )
         self._lock, self._ending, self._pause = threading.Lock(), threading.Event(), pause
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
+        self.send(payloads)
         self.paused = False
         self.answers: list[dict[str, Any]] = []  # the latest, for feedback
-        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
 
     def __enter__(self) -> "Traffic":
         for thread in self._threads:
@@ -128,10 +136,15 @@ class Traffic:
         self._ending.set()
         for thread in self._threads:
             thread.join()
+        self._http.close()
 
-    def switch(self, payloads: Iterator[dict[str, Any]]) -> None:
-        """Send these from now on."""
-        self._payloads = payloads
+    def send(self, payloads: list[dict[str, Any]]) -> None:
+        """Send these from now on, one after the other."""
+        self._payloads = cycle(payloads)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The parsed answer to a POST, whatever its status."""
+        return self._http.post(path, json=body, headers={SESSION: secrets.token_hex(8)}).json()
 
     def _ask(self) -> None:
         while not self._ending.wait(self._pause):
@@ -139,25 +152,14 @@ class Traffic:
                 continue
             with self._lock:
                 body = next(self._payloads)
-            with suppress(OSError, http.client.HTTPException, ValueError):
-                answer = call(self._host, "/v1/predict", body)
+            with suppress(httpx2.TransportError, ValueError):
+                answer = self.post("/v1/predict", body)
                 if "prediction_id" in answer:
                     self.answers = [*self.answers[-200:], answer]
 
 
-def call(host: str, path: str, body: dict[str, Any]) -> Any:
-    """The parsed answer to a POST, whatever its status."""
-    connection = http.client.HTTPConnection(host, timeout=60)
-    try:
-        headers = {"Content-Type": "application/json", SESSION: secrets.token_hex(8)}
-        connection.request("POST", path, json.dumps(body), headers)
-        return json.loads(connection.getresponse().read() or b"{}")
-    finally:
-        connection.close()
-
-
 def width_for(root: Path, seconds: float) -> int:
-    """With which width a slow model takes so long for a row on this machine."""
+    """The `width` with which a slow model takes so many seconds for a row on this machine."""
     trial, width = "v100", 4096
     add_trial(root, read_release(root).serving, trial, Trouble(sines=SINES, width=width))
     artifact = read_artifact(root, trial)
@@ -174,30 +176,11 @@ def width_for(root: Path, seconds: float) -> int:
 
 def release(root: Path, **changes: Any) -> None:
     """Change what is released: the running service follows the file."""
-    document = json.loads((root / RELEASE).read_bytes()) | changes
-    (root / "release.new").write_bytes(canonical_json(document))
-    (root / "release.new").replace(root / RELEASE)
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 90) -> bool:
-    """Whether `condition` held in time; without it the day goes on, and the table says what is missing."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
-        with suppress(httpx2.TransportError):  # on a machine that stands still
-            if condition():
-                return True
-        time.sleep(0.1)
-    typer.echo(f"gameday:   waited in vain for {what}", err=True)
-    return False
-
-
-def alert_of(labels: dict[str, str]) -> Alert:
-    """The rule that an alert with these labels comes from."""
-    return Alert(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
+    write_release(root, read_release(root).model_copy(update=changes))
 
 
 def release_bad(root: Path) -> str:
-    """Release a version whose model was changed; the one that served."""
+    """Release a version whose model was changed; returns the version that served before."""
     served = read_release(root).serving
     add_trial(root, served, BAD, SOUND)
     with (root / BAD / "model.onnx").open("ab") as file:
@@ -206,46 +189,61 @@ def release_bad(root: Path) -> str:
     return served
 
 
-class GameDay:
-    """The faults, each with what it breaks and how it is mended; it begins with BAD released."""
+def until(condition: Callable[[], object], what: str, seconds: float = ALERT_SECONDS) -> None:
+    """Wait for `condition`; if it does not hold in time, the day goes on and the table shows the gap."""
+    if not wait_for(condition, seconds):
+        typer.echo(f"gameday:   waited in vain for {what}", err=True)
 
-    def __init__(
-        self, day: Day, watch: Watch, own: Running, artifacts: Path, served: str, slow_seconds: float
-    ) -> None:
-        self._day, self._watch, self._artifacts, self._served = day, watch, artifacts, served
-        self._address, self._own = own.address, own
-        self._host = own.address.removeprefix("http://")
-        self._usual = usual(artifacts, self._served)
-        manifest = read_artifact(artifacts, self._served).manifest
-        self._labels: list[Any] = list(manifest.outputs.labels)
-        self._tolerance = manifest.outputs.feedback_tolerance
-        number = number_of(manifest.inputs)
-        self._strange, limit = self._usual[0], -1.0
+
+@dataclass(frozen=True)
+class Fault:
+    """What is broken, and the alerts that have to fire before it is undone."""
+
+    name: str
+    alerts: tuple[str, ...] = ()
+    release: dict[str, Any] = field(default_factory=dict)  # changes of release.json
+    payloads: list[dict[str, Any]] | None = None  # instead of the usual ones
+    during: Callable[[], AbstractContextManager[None]] = nullcontext
+    seconds: float = 0  # that it lasts at least, after the alerts
+
+
+class GameDay:
+    """The faults, against a service that was started with BAD released."""
+
+    def __init__(self, day: Day, watch: Watch, own: Running, artifacts: Path, served: str) -> None:
+        self._day, self._watch, self._own, self._artifacts, self._served = day, watch, own, artifacts, served
+        self.usual = usual(artifacts, served)
+        self._traffic = Traffic(own.address, self.usual)
+        self._outputs = read_artifact(artifacts, served).manifest.outputs
+        inputs = read_artifact(artifacts, served).manifest.inputs
+        number = number_of(inputs)
+        self._strange, limit = self.usual[0], -1.0
         if number and number.training_range:
             low, limit = number.training_range
             beyond = min(limit + (limit - low), math.inf if number.maximum is None else number.maximum)
-            whole = number.dtype == "int64"
-            self._strange = {**self._usual[0], number.name: math.floor(beyond) if whole else beyond}
-        # Without a number to tell them apart, all of its answers are none.
-        add_trial(artifacts, self._served, FAILING, Trouble(fails_above=limit), golden=number is not None)
-        slow = Trouble(sines=SINES, width=width_for(artifacts, slow_seconds))
-        add_trial(artifacts, self._served, SLOW, slow)
-        version, first = {"model_version": self._served}, manifest.inputs[0].name
-        moved = number.name if number else first
+            value = math.floor(beyond) if number.dtype == "int64" else beyond
+            self._strange = {**self.usual[0], number.name: value}
+        # Without a number to tell rows apart, it fails for all of them, and cannot pass a golden set.
+        add_trial(artifacts, served, FAILING, Trouble(fails_above=limit), golden=number is not None)
+        promised = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))["latency_p95_ms"] / 1000
+        slow = Trouble(sines=SINES, width=width_for(artifacts, 2 * promised))
+        add_trial(artifacts, served, SLOW, slow)
+        version, self._first = {"model_version": served}, inputs[0].name
+        moved = number.name if number else self._first
         culprits = {
-            "HighInvalidInputRate": {"field": first},
+            "HighInvalidInputRate": {"field": self._first},
             "FeatureDrift": {"feature": moved, **version},
             **dict.fromkeys(("PredictionShift", "LowConfidence", "AccuracyDrop"), version),
         }
-        # A regressor has no confidence to be low, and what training saw too little of cannot drift from it.
+        # A regressor has no confidence that could be low, and with few training rows there is no drift.
         trained = trained_features(artifacts, served)
         needs = {
-            "LowConfidence": self._labels,
+            "LowConfidence": bool(self._outputs.labels),
             "FeatureDrift": moved in trained,
             "PredictionShift": PREDICTION in trained,
         }
         self.shipped = {  # with the labels that each must have
-            alert_of({"alertname": rule["name"], **rule["labels"]}): rule["labels"]
+            Alert.of({"alertname": rule["name"], **rule["labels"]}): rule["labels"]
             | culprits.get(rule["name"], {})
             for rule in watch.shipped()
             if needs.get(rule["name"], True)
@@ -257,198 +255,168 @@ class GameDay:
         names = {one.name for one in self.shipped}
         return any(series in query and alert not in names for series, alert in drifting.items())
 
-    def usual(self) -> Iterator[dict[str, Any]]:
-        """What training looked like."""
-        return cycle(self._usual)
+    def faults(self) -> list[Fault]:
+        """All faults, in the order in which they disturb each other least."""
+        invalid = [*self.usual, *([{**self.usual[0], self._first: ["long"]}] * len(self.usual))]
+        one_in_three = [*self.usual[:2], self._strange]
+        beside = {"shadow": RULES, "canary": RULES, "canary_percent": 50}
+        canary = {"canary": FAILING, "canary_percent": 50}
+        return [
+            Fault("a start with a version whose model was changed", ("ServingFallback",)),
+            Fault("none, for a minute of usual traffic", seconds=60),
+            Fault("none: the rules beside the model, as its shadow and as a canary", (), beside, seconds=20),
+            Fault("labels that contradict the predictions", ("AccuracyDrop",), during=self._feedback),
+            Fault("a client that breaks the contract", ("HighInvalidInputRate",), payloads=invalid),
+            Fault("a worker is killed", ("WorkerRestarts",), during=self._kill),
+            Fault("a released version whose model was changed", ("ModelReloadFailed",), {"serving": BAD}),
+            Fault(
+                "inputs beyond those of training",
+                ("FeatureDrift", "PredictionShift", "LowConfidence"),
+                payloads=[self._strange],
+            ),
+            Fault(
+                "a model that answers NaN to one in three",
+                ("NonFiniteOutput", "AvailabilityBudgetBurn"),
+                {"serving": FAILING},
+                one_in_three,
+            ),
+            Fault("a canary that answers NaN to one in three", ("CanaryStopped",), canary, one_in_three),
+            Fault(
+                "a model that is too slow", ("LatencyBudgetBurn",), {"serving": SLOW}, seconds=TICKET_SECONDS
+            ),
+            Fault(
+                "more requests than a slow model can do",
+                ("Saturation",),
+                {"serving": SLOW},
+                during=self._flood,
+            ),
+            Fault("no client any more", ("NoTraffic",), during=self._silence),
+            Fault("all workers frozen", ("ServiceNotReady",), during=self._freeze),
+        ]
 
     def run(self) -> None:
-        """Fault after fault, under traffic."""
-        with Traffic(self._address, self.usual(), CLIENTS) as traffic:
-            self._bad_start()
-            self._day.begin("none, for two minutes of usual traffic")
-            time.sleep(60)
-            quiet = sorted(one.name for one, seen in self._day.seen.items() if seen.fault == self._day.fault)
-            if quiet:
-                typer.echo(f"gameday:   fired without a fault: {', '.join(quiet)}", err=True)
-            self._beside(traffic)
-            self._feedback_comes(traffic)
-            self._invalid(traffic)
-            self._killed()
-            self._bad_artifact()
-            self._drift(traffic)
-            self._errors(traffic)
-            self._canary(traffic)
-            self._latency_and_saturation()
-            self._silence(traffic)
-            self._frozen()
+        """Fault after fault, under traffic, and then without a fault until every alert has resolved."""
+        with self._traffic:
+            for fault in self.faults():
+                self._inject(fault)
+            self._day.begin("none: waiting until all is resolved")
+            seen = self._day.seen
+            until(
+                lambda: all(one in seen and seen[one].resolved for one in self.shipped),
+                "every alert to resolve",
+                RESOLVED_SECONDS,
+            )
 
-    def _fires(self, *names: str) -> None:
-        """Wait for these alerts. A page inhibits the ticket of its name: only Prometheus knows of it yet."""
-        due = {one for one in self.shipped if one.name in names}
+    def _inject(self, fault: Fault) -> None:
+        self._day.begin(fault.name)
+        self._day.due = {one for one in self.shipped if one.name in fault.alerts}
+        self._fired: set[Alert] = set()
+        self._release(fault.release)
+        self._traffic.send(fault.payloads or self.usual)
+        with fault.during():
+            until(self._alerted, ", ".join(fault.alerts))
+            time.sleep(fault.seconds)
+        self._traffic.send(self.usual)
+        self._release({"serving": self._served, "shadow": None, "canary": None, "canary_percent": 0})
+
+    def _alerted(self) -> bool:
+        """Whether all that is due fires. Receivers get only the page of a page and a ticket with one name."""
+        due = self._day.due
+        self._fired |= {Alert.of(one["labels"]) for one in self._watch.alerts() if one["state"] == "firing"}
         paged = {one.name for one in due if one.severity == "page"}
         told = {one for one in due if one.severity == "page" or one.name not in paged}
-        known: set[Alert] = set()
-        self._day.due = due
+        return due <= self._fired and told <= self._day.seen.keys()
 
-        def all_known() -> bool:
-            alerts = self._watch.alerts()
-            known.update(alert_of(one["labels"]) for one in alerts if one["state"] == "firing")
-            return due <= known and told <= self._day.seen.keys()
+    def _release(self, changes: dict[str, Any]) -> None:
+        """Change release.json, and wait until both workers serve what it says, if that is possible."""
+        release(self._artifacts, **changes)
+        if (version := changes.get("serving", BAD)) != BAD:
+            ready = f"{self._own.address}/ready"
+            until(
+                lambda: {httpx2.get(ready).json().get("model_version") for _ in range(10)} == {version},
+                f"{version} to serve",
+            )
 
-        until(all_known, ", ".join(names))
+    @contextmanager
+    def _feedback(self) -> Iterator[None]:
+        """Wrong labels after right ones, and in the end enough right ones."""
+        self._label(30, wrong=False)
+        self._label(30, wrong=True)
+        yield
+        self._label(400, wrong=False)
 
-    def _released(self, version: str) -> None:
-        release(self._artifacts, serving=version)
-        until(
-            lambda: (
-                {httpx2.get(f"{self._address}/ready").json().get("model_version") for _ in range(10)}
-                == {version}
-            ),
-            f"{version} to serve",
-        )
-
-    def _bad_start(self) -> None:
-        self._day.begin("a start with a version whose model was changed")
-        self._fires("ServingFallback")
-        self._released(self._served)
-
-    def _beside(self, traffic: Traffic) -> None:
-        self._day.begin("none: the rules beside the model, as its shadow and as a canary")
-        release(self._artifacts, shadow=RULES, canary=RULES, canary_percent=50)
-        time.sleep(20)  # the dashboards show rates
-        release(self._artifacts, shadow=None, canary=None, canary_percent=0)
-        # Labels that come next are to be the served version's.
-        until(lambda: {one["model_version"] for one in traffic.answers[-50:]} == {self._served}, "it alone")
-        traffic.answers = []
-
-    def _feedback_comes(self, traffic: Traffic) -> None:
-        self._feedback(traffic, 30, wrong=False)
-        self._day.begin("labels that contradict the predictions")
-        self._feedback(traffic, 30, wrong=True)
-        self._fires("AccuracyDrop")
-        self._day.begin("none: labels that agree again")
-        self._feedback(traffic, 400, wrong=False)
-
-    def _feedback(self, traffic: Traffic, count: int, *, wrong: bool) -> None:
+    def _label(self, count: int, *, wrong: bool) -> None:
         told: set[str] = set()
         while len(told) < count:
-            for answer in traffic.answers:
-                if answer["prediction_id"] not in told and len(told) < count:
-                    told_label = self._true(answer, wrong=wrong)
-                    body = {"prediction_id": answer["prediction_id"], "label": told_label}
-                    call(self._host, "/v1/feedback", body)
+            for answer in self._traffic.answers:
+                new = answer["prediction_id"] not in told and answer["model_version"] == self._served
+                if new and len(told) < count:
+                    body = {"prediction_id": answer["prediction_id"], "label": self._true(answer, wrong)}
+                    self._traffic.post("/v1/feedback", body)
                     told.add(answer["prediction_id"])
-            traffic.answers = []
+            self._traffic.answers = []
             time.sleep(PAUSE_SECONDS)
 
-    def _true(self, answer: dict[str, Any], *, wrong: bool) -> Any:
-        if self._labels:
-            return next(one for one in self._labels if (one != answer["label"]) == wrong)
-        return answer["value"] + wrong * 10 * (self._tolerance + abs(answer["value"]) + 1)
+    def _true(self, answer: dict[str, Any], wrong: bool) -> Any:
+        labels: list[Any] = list(self._outputs.labels)
+        if labels:
+            return next(one for one in labels if (one != answer["label"]) == wrong)
+        tolerance = self._outputs.feedback_tolerance
+        return answer["value"] + wrong * 10 * (tolerance + abs(answer["value"]) + 1)
 
-    def _invalid(self, traffic: Traffic) -> None:
-        self._day.begin("a client that breaks the contract")
-        first = next(iter(self._usual[0]))
-        traffic.switch(cycle([*self._usual, *([{**self._usual[0], first: ["long"]}] * len(self._usual))]))
-        self._fires("HighInvalidInputRate")
-        traffic.switch(self.usual())
+    @contextmanager
+    def _kill(self) -> Iterator[None]:
+        self._own.workers()[0].kill()
+        yield
 
-    def _killed(self) -> None:
-        self._day.begin("a worker is killed")
-        os.kill(self._own.workers()[0].pid, signal.SIGKILL)
-        self._fires("WorkerRestarts")
+    @contextmanager
+    def _flood(self) -> Iterator[None]:
+        with Traffic(self._own.address, self.usual, FLOOD_CLIENTS, FLOOD_PAUSE_SECONDS):
+            yield
 
-    def _bad_artifact(self) -> None:
-        self._day.begin("a released version whose model was changed")
-        release(self._artifacts, serving=BAD)
-        self._fires("ModelReloadFailed")
-        release(self._artifacts, serving=self._served)
+    @contextmanager
+    def _silence(self) -> Iterator[None]:
+        self._traffic.paused = True
+        yield
+        self._traffic.paused = False
 
-    def _drift(self, traffic: Traffic) -> None:
-        self._day.begin("inputs beyond those of training")
-        traffic.switch(cycle([self._strange]))
-        self._fires("FeatureDrift", "PredictionShift", "LowConfidence")
-        traffic.switch(self.usual())
-
-    def _errors(self, traffic: Traffic) -> None:
-        self._day.begin("a model that answers NaN to one in three")
-        self._released(FAILING)
-        traffic.switch(cycle([*self._usual[:2], self._strange]))
-        self._fires("NonFiniteOutput", "AvailabilityBudgetBurn")
-        traffic.switch(self.usual())
-        self._released(self._served)
-
-    def _canary(self, traffic: Traffic) -> None:
-        self._day.begin("a canary that answers NaN to one in three")
-        release(self._artifacts, canary=FAILING, canary_percent=50)
-        traffic.switch(cycle([*self._usual[:2], self._strange]))
-        self._fires("CanaryStopped")
-        traffic.switch(self.usual())
-        release(self._artifacts, canary=None, canary_percent=0)
-
-    def _latency_and_saturation(self) -> None:
-        self._day.begin("a model that is too slow")
-        self._released(SLOW)
-        self._fires("LatencyBudgetBurn")
-        time.sleep(HOURS_OF_TICKET * 3600 / SPEED)  # so that the ticket is still due when the page has gone
-        self._day.begin("more requests than the slow model can do")
-        with Traffic(self._address, self.usual(), FLOOD, 8 * PAUSE_SECONDS):
-            self._fires("Saturation")
-        self._released(self._served)
-
-    def _silence(self, traffic: Traffic) -> None:
-        self._day.begin("no client any more")
-        traffic.paused = True
-        self._fires("NoTraffic")
-        traffic.paused = False
-
-    def _frozen(self) -> None:
-        self._day.begin("all workers frozen")
-        frozen = [one.pid for one in self._own.workers()]
-        for worker in frozen:
-            os.kill(worker, signal.SIGSTOP)
-        self._fires("ServiceNotReady")
-        for worker in frozen:
-            os.kill(worker, signal.SIGCONT)
+    @contextmanager
+    def _freeze(self) -> Iterator[None]:
+        workers = self._own.workers()
+        for worker in workers:
+            worker.suspend()
+        yield
+        for worker in workers:
+            worker.resume()
 
 
-def table(day: Day, shipped: dict[Alert, dict[str, str]]) -> tuple[list[str], bool]:
+def alert_table(day: Day, shipped: dict[Alert, dict[str, str]]) -> tuple[str, bool]:
     """A line for each alert that ships, and whether all is as it should be."""
-    lines = [
-        "| alert | fault | fired after | labels | runbook | resolved after |",
-        "|---|---|--:|---|---|--:|",
-    ]
-    good = True
-    for alert, expected in sorted(shipped.items(), key=lambda one: astuple(one[0])):
-        name = f"{alert.name} ({', '.join(filter(None, (alert.severity, alert.sign)))})"
+    rows, good = [], True
+    for alert, expected in sorted(shipped.items()):
+        name = f"{alert.name} ({', '.join(filter(None, alert[1:]))})"
         if (seen := day.seen.get(alert)) is None:
             good = False
-            lines.append(f"| {name} | | never | | | |")
+            rows.append((name, "", "never", "", "", ""))
             continue
         page = seen.annotations.get("runbook_url", "").rpartition("/")[2]
         found = bool(page) and (ROOT / "docs" / "runbooks" / page).is_file()
         right = any(expected.items() <= labels.items() for labels in seen.labels)
         good = good and found and right and seen.resolved is not None
-        told = ", ".join(
-            f"{key}={value}" for key, value in expected.items() if key not in ("severity", "sign")
-        )
+        told = [f"{key}={value}" for key, value in expected.items() if key not in ("severity", "sign")]
         resolved = "never" if seen.resolved is None else f"{seen.resolved - seen.began:.0f} s"
-        lines.append(
-            f"| {name} | {seen.fault} | {seen.fired - seen.began:.0f} s | {'' if right else 'not '}{told} "
-            f"| {'found' if found else 'missing'} | {resolved} |"
-        )
-    return lines, good
+        fired = f"{seen.fired - seen.began:.0f} s"
+        labels = ("" if right else "not ") + ", ".join(told)
+        rows.append((name, seen.fault, fired, labels, "found" if found else "missing", resolved))
+    return table(("alert", "fault", "fired after", "labels", "runbook", "resolved after"), rows), good
 
 
 def gameday(
     keep: Annotated[Path | None, typer.Option(help="Keep logs and configurations in this folder.")] = None,
 ) -> None:
     """Inject every fault; show that each alert fires, has its runbook, and resolves. Ten minutes."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # leave by the usual way, which ends what it began
-    program("prometheus"), program("alertmanager")  # rather now than after the model was made slow
-    slo = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that all programs are stopped
+    program("prometheus"), program("alertmanager")  # a missing one is better known before the slow work
     day, began = Day(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gameday-") as temporary:
         folder = keep or Path(temporary)
@@ -470,18 +438,11 @@ def gameday(
             watching(folder, own.address, SPEED, SAMPLE_MS, tell=day.notify) as watch,
         ):
             start = watch.now()
-            game = GameDay(day, watch, own, artifacts, served, 2 * slo["latency_p95_ms"] / 1000)
+            game = GameDay(day, watch, own, artifacts, served)
             game.run()
-            day.begin("none: waiting until all is resolved")
-            with Traffic(own.address, game.usual(), CLIENTS):
-                until(
-                    lambda: all(one in day.seen and day.seen[one].resolved for one in game.shipped),
-                    "every alert to resolve",
-                    PATIENCE_SECONDS,
-                )
             empty = [one for one in queries() if not (watch.has_data(one, start) or game.lacks(one))]
-    lines, good = table(day, game.shipped)
-    typer.echo("\n".join(["", *lines, ""]))
+    lines, good = alert_table(day, game.shipped)
+    typer.echo(f"\n{lines}\n")
     for query in empty:
         typer.echo(f"gameday: a panel shows nothing: {query}", err=True)
     good = good and not empty

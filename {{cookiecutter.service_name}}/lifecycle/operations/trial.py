@@ -1,9 +1,9 @@
-"""Models that misbehave on purpose under whatever contract is served: for the game day and for tests.
+"""Models that misbehave on purpose, for any contract: for the game day and for tests.
 
-    manifest -> a graph that answers by one of the features -> slow, failing or hanging -> a version folder
+    manifest -> an ONNX graph that answers by one feature -> slow, failing or hanging -> a version folder
 
-They are no copies of the served model, which may be of a kind that cannot be taken apart. Their golden set
-has the rows of the served one with their own answers, so that they can be released like any other version.
+They are not copies of the served model, which may be of a kind that cannot be taken apart. Their golden set
+has the rows of the served version with their own answers, so they can be released like any other version.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx.parser
 
 from app.core.manifest import Input, Manifest
 from app.core.runtimes import load_runtime
@@ -24,20 +24,17 @@ from app.core.store import MANIFEST, read_artifact
 from lifecycle.package import canonical_json
 
 MODEL, GOLDEN, BASELINE = "model.onnx", "golden.jsonl", "baseline.json"
-SURE, SPREAD = 0.9, 0.05  # the first label's probability where the feature is least, and how much it grows
-FLOAT, INT64, BOOL, STRING = (
-    onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING
-)  # fmt: skip
+SURE, SPREAD = 0.9, 0.05  # the first label's probability at the feature's minimum, and how much it grows
 
 
 @dataclass(frozen=True)
 class Trouble:
     """What is wrong with a model; by default nothing."""
 
-    sines: int = 0  # for each row, `width` at a time
+    sines: int = 0  # steps of useless work a row, each on `width` numbers
     width: int = 4096
-    fails_above: float = math.inf  # where the feature is beyond this, the answer is no number
-    loops: int = 0  # for each call
+    fails_above: float = math.inf  # where the feature is larger, the answer is NaN
+    loops: int = 0  # turns of a useless loop a call
     hangs_at: float = math.inf  # where the feature is as large as this, the call never ends
 
 
@@ -45,110 +42,96 @@ SOUND = Trouble()
 
 
 def number_of(inputs: list[Input]) -> Input | None:
-    """The feature that a trial model looks at: a number with a range to it, one without nulls if there is."""
+    """The feature that a trial model looks at: a number with a range, one without nulls if there is one."""
     ranged = [one for one in inputs if one.training_range and one.training_range[0] < one.training_range[1]]
     numbers = [one for kind in ("float64", "int64") for one in ranged if one.dtype == kind]
     return min(numbers, key=lambda one: one.nullable, default=None)
 
 
 def trial_model(manifest: Manifest, trouble: Trouble) -> bytes:
-    """An ONNX file that takes what the contract gives: a matrix, or where there is text a tensor a column."""
-    node, value, array = (
-        onnx.helper.make_node,
-        onnx.helper.make_tensor_value_info,
-        onnx.numpy_helper.from_array,
-    )
+    """An ONNX file that takes one matrix, or, where the contract has text, a tensor a column."""
     inputs, feature = manifest.inputs, number_of(manifest.inputs)
-    constants: dict[str, Any] = {}
-    if any(one.dtype == "string" for one in inputs):
-        taken = [
-            value(f"column{at}", STRING if one.dtype == "string" else FLOAT, [None, 1])
-            for at, one in enumerate(inputs)
-        ]
-        source = taken[inputs.index(feature)].name if feature else "none"
-        nodes = [node("Identity", [source], ["given"])]
-    else:
-        taken = [value("features", FLOAT, [None, len(inputs)])]
-        constants["which"] = np.array([inputs.index(feature) if feature else 0], np.int64)
-        nodes = [node("Gather", ["features", "which"], ["given"], axis=1)]
+    at = inputs.index(feature) if feature else 0
     low, high = (feature and feature.training_range) or (0.0, 1.0)
+    if any(one.dtype == "string" for one in inputs):
+        kinds = ("string" if one.dtype == "string" else "float" for one in inputs)
+        taken = ", ".join(f"{kind}[N,1] column{index}" for index, kind in enumerate(kinds))
+        given = [f"given = Identity (column{at})"]
+    else:
+        taken = f"float[N,{len(inputs)}] features"
+        given = [f"which = {_constant('int64[1]', at)}", "given = Gather <axis = 1> (features, which)"]
     if feature:
-        constants["low"] = np.array([low], np.float32)
-        nodes += [node("IsNaN", ["given"], ["null"]), node("Where", ["null", "low", "given"], ["x"])]
+        given += ["null = IsNaN (given)", "x = Where (null, low, given)"]
     else:
-        nodes = [node("Shape", [taken[0].name], ["shape"]), node("ConstantOfShape", ["shape"], ["zeros"])]
-        nodes.append(node("ReduceMax", ["zeros"], ["x"], axes=[1], keepdims=1))
-        constants.clear()
-    if trouble.loops or trouble.hangs_at < math.inf:
-        nodes += _loop(trouble, constants)
-    else:
-        nodes.append(node("Identity", ["x"], ["looped"]))
+        given += ["shape = Shape (given)", "x = ConstantOfShape (shape)"]
     width = max(len(manifest.outputs.labels), 1)
-    nodes += _answer(low, high, width, constants) if manifest.outputs.labels else [
-        node("Identity", ["looped"], ["right"])
-    ]  # fmt: skip
-    last = "right"
-    if trouble.sines:
-        names = [f"sine{step}" for step in range(trouble.sines + 1)]
-        constants["widen"] = np.zeros((width, trouble.width), np.float32)
-        constants["narrow"] = np.zeros((trouble.width, width), np.float32)
-        nodes.append(node("MatMul", [last, "widen"], [names[0]]))
-        nodes += [node("Sin", [one], [other]) for one, other in pairwise(names)]
-        nodes += [node("MatMul", [names[-1], "narrow"], ["zero"]), node("Add", [last, "zero"], ["late"])]
-        last = "late"
-    if trouble.fails_above < math.inf:
-        constants["limit"] = np.array([trouble.fails_above], np.float32)
-        constants["no_number"] = np.array([math.nan], np.float32)
-        nodes += [node("Greater", ["x", "limit"], ["beyond"])]
-        nodes += [node("Where", ["beyond", "no_number", last], ["failed"])]
-        last = "failed"
-    nodes.append(node("Identity", [last], ["answer"]))
-    answer = value("answer", FLOAT, [None, width])
-    tensors = [array(np.asarray(one), name) for name, one in constants.items()]
-    graph = onnx.helper.make_graph(nodes, "trial", taken, [answer], tensors)
-    opset = [onnx.helper.make_opsetid("", 17)]
-    return bytes(onnx.helper.make_model(graph, ir_version=8, opset_imports=opset).SerializeToString())
+    nodes = [f"low = {_constant('float[1]', low)}", *given, *_loop(trouble)]
+    nodes += _answer(high - low, width) if manifest.outputs.labels else ["right = Identity (looped)"]
+    nodes += [*_work(trouble, width), *_failure(trouble), "answer = Identity (failed)"]
+    graph = f"trial ({taken}) => (float[N,{width}] answer) {{ {' '.join(nodes)} }}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
+    return bytes(model.SerializeToString())
 
 
-def _answer(low: float, high: float, width: int, constants: dict[str, Any]) -> list[onnx.NodeProto]:
-    """The first label is likely, and the more so the larger the feature; the others share what is left."""
-    node, share = onnx.helper.make_node, 1 / max(width - 1, 1)
-    constants["scale"] = np.array([1 / (high - low)], np.float32)
-    constants["spread"] = np.array([[SPREAD] + [-SPREAD * share] * (width - 1)], np.float32)
-    constants["base"] = np.array([[SURE] + [(1 - SURE) * share] * (width - 1)], np.float32)
+def _constant(kind: str, *values: float) -> str:
+    return f"Constant <value = {kind} {{{', '.join(map(repr, values))}}}> ()"
+
+
+def _answer(span: float, width: int) -> list[str]:
+    """The first label is likely, and more so the larger the feature; the others share the rest."""
+    share = 1 / max(width - 1, 1)
     return [
-        node("Sub", ["looped", "low"] if "low" in constants else ["looped", "looped"], ["above"]),
-        node("Mul", ["above", "scale"], ["scaled"]),
-        node("Tanh", ["scaled"], ["bounded"]),
-        node("MatMul", ["bounded", "spread"], ["more"]),
-        node("Add", ["more", "base"], ["right"]),
+        f"scale = {_constant('float[1]', 1 / span)}",
+        f"spread = {_constant(f'float[1,{width}]', SPREAD, *[-SPREAD * share] * (width - 1))}",
+        f"base = {_constant(f'float[1,{width}]', SURE, *[(1 - SURE) * share] * (width - 1))}",
+        "above = Sub (looped, low) scaled = Mul (above, scale) bounded = Tanh (scaled)",
+        "more = MatMul (bounded, spread) right = Add (more, base)",
     ]
 
 
-def _loop(trouble: Trouble, constants: dict[str, Any]) -> list[onnx.NodeProto]:
+def _loop(trouble: Trouble) -> list[str]:
     """Turns that do nothing: so many, or without an end where the feature says so."""
-    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    body = onnx.helper.make_graph(
-        [node("Less", ["turn", "last"], ["again"]), node("Identity", ["nothing"], ["still_nothing"])],
-        "turn",
-        [value("turn", INT64, []), value("go", BOOL, []), value("nothing", FLOAT, [])],
-        [value("again", BOOL, []), value("still_nothing", FLOAT, [])],
-    )
-    constants |= {
-        "turns": np.int64(trouble.loops or 1), "endless": np.int64(2**62), "yes": np.bool_(True),
-        "forever": np.float32(trouble.hangs_at), "nothing_yet": np.float32(0),
-    }  # fmt: skip
+    if not trouble.loops and trouble.hangs_at == math.inf:
+        return ["looped = Identity (x)"]
+    forever = min(trouble.hangs_at, float(np.finfo(np.float32).max))
     return [
-        node("ReduceMax", ["x"], ["largest"], keepdims=0),
-        node("Less", ["largest", "forever"], ["ends"]),
-        node("Where", ["ends", "turns", "endless"], ["last"]),
-        node("Loop", ["", "yes", "nothing_yet"], ["result"], body=body),
-        node("Add", ["x", "result"], ["looped"]),
+        f"yes = {_constant('bool', 1)} nothing = {_constant('float', 0)}",
+        f"endless = {_constant('int64', 2**62)}",
+        f"turns = {_constant('int64', trouble.loops or 1)} forever = {_constant('float', forever)}",
+        "largest = ReduceMax <keepdims = 0> (x) ends = Less (largest, forever)",
+        "last = Where (ends, turns, endless)",
+        "result = Loop <body = turn (int64 turn, bool go, float before) => (bool again, float after)"
+        " { again = Less (turn, last) after = Identity (before) }> (last, yes, nothing)",
+        "looped = Add (x, result)",
+    ]
+
+
+def _work(trouble: Trouble, width: int) -> list[str]:
+    """Sines of nothing, a row after the other, which change nothing but take their time."""
+    if not trouble.sines:
+        return ["late = Identity (right)"]
+    names = [f"sine{step}" for step in range(trouble.sines + 1)]
+    return [
+        f"wide = {_constant('int64[2]', width, trouble.width)} widen = ConstantOfShape (wide)",
+        f"thin = {_constant('int64[2]', trouble.width, width)} narrow = ConstantOfShape (thin)",
+        "sine0 = MatMul (right, widen)",
+        *(f"{after} = Sin ({before})" for before, after in pairwise(names)),
+        f"zero = MatMul ({names[-1]}, narrow) late = Add (right, zero)",
+    ]
+
+
+def _failure(trouble: Trouble) -> list[str]:
+    """NaN where the feature is beyond the limit."""
+    if trouble.fails_above == math.inf:
+        return ["failed = Identity (late)"]
+    return [
+        f"limit = {_constant('float[1]', trouble.fails_above)} negative = {_constant('float[1]', -1.0)}",
+        "nan = Log (negative) beyond = Greater (x, limit) failed = Where (beyond, nan, late)",
     ]
 
 
 def make_trial(folder: Path, trouble: Trouble = SOUND, *, golden: bool = True) -> None:
-    """Make the version in `folder` one of a trial model: golden answers of its own, if any, no baseline."""
+    """Put a trial model into the version in `folder`: with its own golden answers, or none; no baseline."""
     document = json.loads((folder / MANIFEST).read_bytes())
     for name in [name for name in document["files"] if name.startswith("model.")] + [BASELINE]:
         document["files"].pop(name, None)
@@ -177,7 +160,7 @@ def make_trial(folder: Path, trouble: Trouble = SOUND, *, golden: bool = True) -
 
 
 def add_trial(root: Path, source: str, version: str, trouble: Trouble, *, golden: bool = True) -> None:
-    """A new version folder beside `source`, of its contract, with a trial model."""
+    """Add a version beside `source`, of the same contract, with a trial model."""
     folder = Path(shutil.copytree(root / source, root / version))
     document = json.loads((folder / MANIFEST).read_bytes()) | {"version": version}
     (folder / MANIFEST).write_bytes(canonical_json(document))
