@@ -15,15 +15,10 @@ from lifecycle.errors import LifecycleError
 RELEASE = (
     "evaluate", "promote", "rollback", "release-check", "new-key", "sign", "shadow", "canary", "compare",
 )  # fmt: skip
+OPERATIONS = ("size", "sbom", "runbooks", "drift", "quality", "gameday", "docs")
 MODULES = {  # by command; some import training libraries, which takes seconds
     "train": "importing.train",
-    "size": "operations.size",
-    "sbom": "operations.sbom",
-    "runbooks": "operations.runbooks",
-    "drift": "operations.drift",
-    "quality": "operations.quality",
-    "gameday": "operations.gameday",
-    "docs": "operations.docs",
+    **dict.fromkeys(OPERATIONS, "operations.commands"),
     **dict.fromkeys(RELEASE, "release.commands"),
     "import-model": "importing.commands",
 }

@@ -1,28 +1,24 @@
-"""What the documents say of the contract and of the served version, written from these two.
+"""Writes into the documents what follows from the contract and from the served version.
 
     app/schemas/predict.py, artifacts/<served>/ -> docs/example.json, sections of docs/contract.md,
-    of docs/model_card.md and of README.md -> and, where that is meant, openapi.json
+    of docs/model_card.md and of README.md; openapi.json only on request
 
-Sections are known by their headings; everything else in these files is people's. Where the model card is of
-another contract, its words about the model are taken out, because they would be of another model.
+Sections are found by their headings; the rest of these files belongs to people. If the model card is about
+another contract, its sentences about the model are removed, because they describe another model.
 """
 
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from app.core.manifest import Input, Manifest
 from app.core.store import MANIFEST, RELEASE
 from app.schemas.contract import contract_outputs
 from app.schemas.predict import Features
+from lifecycle.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "http://127.0.0.1:8000"
 POST = f"curl -s {SERVICE}/v1/predict -H 'content-type: application/json' -d "
 PREDICTION_ID = "3aad39cc0382cba9767711fcf2ff892a"
@@ -37,7 +33,7 @@ BY_PEOPLE = {  # sections of the model card that only people can write
 
 
 def documents(root: Path = ROOT) -> dict[str, str]:
-    """Path below `root` -> what it should hold."""
+    """Path below `root` and the text that it should have."""
     manifest = _served(root)
     example, *_ = _examples(manifest)
     answer = _answer(root, manifest, example)
@@ -69,7 +65,7 @@ def replaced(text: str, heading: str, words: str) -> str:
 
 
 def snapshot() -> str:
-    """The API as openapi.json has it."""
+    """The text of openapi.json."""
     from app.main import create_app
     from app.settings import Settings
 
@@ -78,37 +74,15 @@ def snapshot() -> str:
 
 
 def refresh(root: Path = ROOT, *, check: bool = False, openapi: bool = False) -> list[str]:
-    """Write what differs, or with `check` only name it; a contract just rewritten needs a new process.
+    """Write the files that differ, or with `check` only name them; `openapi` includes the API's snapshot.
 
-    `openapi` includes the snapshot, whatever clients that breaks.
+    After the contract was rewritten, call it in a new process.
     """
     texts = documents(root) | ({"openapi.json": snapshot()} if openapi else {})
     differing = [name for name, text in texts.items() if _read(root / name) != text]
     for name in [] if check else differing:
         (root / name).write_text(texts[name], "utf-8", newline="\n")
     return differing
-
-
-def refresh_elsewhere(root: Path = ROOT) -> None:
-    """All of it in a process of its own, which reads the contract that is in `root` now."""
-    command = [sys.executable, "-m", "lifecycle", "docs", "--openapi"]
-    subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)  # noqa: S603  # our own
-
-
-def docs(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if something differs.")] = False,
-    openapi: Annotated[
-        bool, typer.Option("--openapi", help="Write openapi.json too, whatever clients that breaks.")
-    ] = False,
-) -> None:
-    """Write what the documents say of the contract and of the served version."""
-    differing = refresh(check=check, openapi=openapi)
-    for name in differing:
-        typer.echo(
-            f"{name}: {'differs; python -m lifecycle docs writes it' if check else 'written'}", err=check
-        )
-    if check and differing:
-        raise typer.Exit(1)
 
 
 def _read(path: Path) -> str:

@@ -8,19 +8,18 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 
 from app.core.store import read_artifact
 from app.monitoring.drift import settled
 from lifecycle.errors import LifecycleError
-from lifecycle.operations.sources import MINIMUM, Prometheus, Scrape, Window, ask, log_lines, scraped
+from lifecycle.files import ROOT
+from lifecycle.operations.sources import MINIMUM, ask, log_lines, scraped
 from lifecycle.printing import save_picture, table
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOOR, STABLE, DRIFTED = 0.001, 0.1, 0.2  # as in ops/prometheus/drift_rules.yml
 PREDICTION = "(prediction)"
 Counts = defaultdict[tuple[str, str], Counter[str]]  # rows by bin, of (version, feature or PREDICTION)
@@ -72,6 +71,34 @@ def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Move
         trained = settled(then.values(), baseline["rows"])
         before = np.array([*then.values()]) / baseline["rows"]
         found.append(Moved(version, name, rows, [*then], before, now / max(rows, 1e-9), trained))
+    return found
+
+
+def moved(
+    prometheus: str = "http://127.0.0.1:9090",
+    window: str = "1h",
+    *,
+    metrics: Path | None = None,
+    logs: Path | None = None,
+    artifacts: Path = ROOT / "artifacts",
+) -> list[Moved]:
+    """How far every feature of the versions in traffic has moved, by Prometheus or else a saved file."""
+    if metrics and logs:
+        raise LifecycleError("give METRICS or LOGS, not both")
+    if metrics:
+        counts = from_scrape(metrics)
+    elif logs:
+        counts = from_log(logs)
+    else:
+        counts = from_prometheus(prometheus, window)
+    found: list[Moved] = []
+    for version in sorted({version for version, _ in counts}):
+        # A version that consists of rules has no baseline.
+        if baseline := read_artifact(artifacts, version).files.get("baseline.json"):
+            found += compare(version, json.loads(baseline), counts)
+    if not found:
+        source = metrics or logs or prometheus
+        raise LifecycleError(f"{source}: nothing was observed of a version that has a baseline")
     return found
 
 
@@ -154,39 +181,3 @@ def draw(moved: Moved, folder: Path) -> Path:
     axes.set(title=f"{moved.feature}, {moved.version}: PSI {moved.psi:.3f}", ylabel="share of rows")
     axes.legend()
     return save_picture(figure, folder, f"drift-{moved.version}-{moved.feature}")
-
-
-def drift(
-    prometheus: Prometheus = "http://127.0.0.1:9090",
-    metrics: Scrape = None,
-    logs: Annotated[
-        Path | None, typer.Option(envvar="LOGS", help="Or read the `drift` lines of a log.")
-    ] = None,
-    window: Window = "1h",
-    artifacts: Annotated[Path, typer.Option(help="Folder of the versions.")] = ROOT / "artifacts",
-    pictures: Annotated[Path, typer.Option(help="Where a picture of each drifted feature goes.")] = ROOT
-    / "build",
-) -> None:
-    """Say how far inputs and predictions have moved from training (PSI), and draw what drifted."""
-    if metrics and logs:
-        raise LifecycleError("give METRICS or LOGS, not both")
-    if metrics:
-        counts = from_scrape(metrics)
-    elif logs:
-        counts = from_log(logs)
-    else:
-        counts = from_prometheus(prometheus, window)
-    found: list[Moved] = []
-    for version in sorted({version for version, _ in counts}):
-        baseline = read_artifact(artifacts, version).files.get("baseline.json")
-        if baseline is None:
-            typer.echo(f"drift: {version} has no baseline, because it consists of rules", err=True)
-        else:
-            found += compare(version, json.loads(baseline), counts)
-    if not found:
-        source = metrics or logs or prometheus
-        raise LifecycleError(f"{source}: nothing was observed of a version that has a baseline")
-    typer.echo(drift_table(found))
-    for moved in found:
-        if moved.verdict == "drifted":
-            typer.echo(f"picture: {draw(moved, pictures)}")

@@ -8,23 +8,20 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import typer
 
 from lifecycle.errors import LifecycleError
 from lifecycle.figures import BINS, calibration_error, plot_reliability, reliability
 from lifecycle.operations.sources import log_lines, read
 from lifecycle.printing import save_picture, table
 
-ROOT = Path(__file__).resolve().parents[2]
-BLUE, GREY = "#4878a8", "#999999"
 MOST_DOTS = 5000  # in a picture
 
 
-def join(logs: Path, labels: Path | None) -> dict[str, pd.DataFrame]:
+def judged(logs: Path, labels: Path | None) -> dict[str, pd.DataFrame]:
     """By version, the predictions in the log whose truth is known; without `labels`, the truth is feedback.
 
     A classifier's frame has the columns label, truth (as text) and score, a regressor's value and truth.
@@ -79,28 +76,31 @@ def _label(label: Any) -> str:
     return label.strip() if isinstance(label, str) else json.dumps(label)
 
 
-def quality_report(version: str, known: pd.DataFrame) -> str:
-    """Accuracy, calibration and confusion of one version of a classifier."""
+def report(version: str, known: pd.DataFrame) -> str:
+    """Accuracy, calibration and confusion of a classifier's version, or the errors of a regressor's."""
+    return _classified(version, known) if "label" in known else _measured(version, known)
+
+
+def _classified(version: str, known: pd.DataFrame) -> str:
     bins = reliability(known.score, known.label == known.truth)
     scores = [
         (f"{tenth / BINS:.1f} to {(tenth + 1) / BINS:.1f}", f"{count:,}", f"{score:.3f}", f"{right:.3f}")
         for tenth, count, score, right in bins.itertuples(name=None)
     ]
-    labels = sorted({*known.truth, *known.label})
+    labels, accuracy = sorted({*known.truth, *known.label}), (known.label == known.truth).mean()
     cells = pd.crosstab(known.truth, known.label).reindex(index=labels, columns=labels, fill_value=0)
     return "\n\n".join(
         (
             f"{version}: {len(known):,} predictions with a label, "
-            f"accuracy {(known.label == known.truth).mean():.3f}, "
-            f"calibration error {calibration_error(bins):.3f}",
+            f"accuracy {accuracy:.3f}, calibration error {calibration_error(bins):.3f}",
             table(("score", "predictions", "mean score", "right"), scores),
             table(("true, predicted", *labels), cells.itertuples(name=None)),
         )
     )
 
 
-def error_report(version: str, known: pd.DataFrame) -> str:
-    """RMSE, MAE and bias of one version of a regressor, in all and by tenths of the predicted values."""
+def _measured(version: str, known: pd.DataFrame) -> str:
+    """RMSE, MAE and bias, in all and by tenths of the predictions in ascending order."""
     ordered = known.sort_values("value")
     tenths = np.array_split(np.arange(len(ordered)), min(BINS, len(ordered)))
     rows = []
@@ -123,37 +123,22 @@ def _errors(known: pd.DataFrame) -> tuple[str, str, str]:
 def draw(version: str, known: pd.DataFrame, folder: Path) -> Path:
     """Write a picture of calibration and confusion, or of a regressor's errors; its path."""
     from matplotlib.figure import Figure  # here, because these take a second
-    from sklearn.metrics import ConfusionMatrixDisplay
+    from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     if "label" in known:
         left, right = figure.subplots(1, 2)
         plot_reliability(left, reliability(known.score, known.label == known.truth))
-        left.set(title=f"{version}: right against score", xlabel="score", ylabel="share that was right")
         ConfusionMatrixDisplay.from_predictions(
             known.truth, known.label, ax=right, cmap="Blues", colorbar=False
         )
     else:
-        axes, shown = figure.subplots(), known.tail(MOST_DOTS)
-        axes.axhline(0, color=GREY, linestyle="--")
-        axes.scatter(shown.value, shown.value - shown.truth, 10, BLUE, alpha=0.6)
-        axes.set(title=f"{version}: errors", xlabel="predicted", ylabel="predicted - true")
+        PredictionErrorDisplay.from_predictions(
+            known.truth,
+            known.value,
+            ax=figure.subplots(),
+            subsample=min(MOST_DOTS, len(known)),
+            random_state=0,
+        )
+    figure.suptitle(f"{version}, {len(known):,} predictions")
     return save_picture(figure, folder, f"quality-{version}")
-
-
-def quality(
-    logs: Annotated[Path | None, typer.Option(envvar="LOGS", help="The service's log.")] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="LABELS", help="CSV or JSON lines: prediction_id, label; else feedback in the log."
-        ),
-    ] = None,
-    pictures: Annotated[Path, typer.Option(help="Where a picture of each version goes.")] = ROOT / "build",
-) -> None:
-    """Say how often each version was right, and whether its scores mean what they say."""
-    if logs is None:
-        raise LifecycleError("say which log: LOGS=service.log")
-    for version, known in join(logs, labels).items():
-        report = quality_report if "label" in known else error_report
-        typer.echo(f"{report(version, known)}\n\npicture: {draw(version, known, pictures)}\n")

@@ -11,11 +11,9 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from lifecycle.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "runbooks"
 INDEX = FOLDER / "README.md"
 _LINK = re.compile(r"\]\(([^)]*)\)")
@@ -44,21 +42,21 @@ def headings(text: str, level: int | None = None) -> list[str]:
 
 
 def own_addresses() -> dict[str, Path]:
-    """What stands on the web below an address of this project, and where it lies here; longest first."""
+    """Addresses of this project on the web, and their folders here; the longest first."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
     folders = {f"{urls['Runbooks']}/": FOLDER, f"{urls['Repository']}/blob/main/": ROOT}
     return dict(sorted(folders.items(), key=lambda item: -len(item[0])))
 
 
 def links(page: Path) -> Iterator[tuple[int, str]]:
-    """The number of a line and the target of a link in it, for every link outside code."""
+    """Line number and target of every link outside code."""
     for number, line in prose(page.read_text("utf-8")):
         text = re.sub(r"`[^`]*`", "", line)
         yield from ((number, found) for found in (*_LINK.findall(text), *_ADDRESS.findall(text)))
 
 
 def target(page: Path, link: str) -> tuple[Path, str] | None:
-    """The file here that a link in `page` means, and the heading in it; None where it leads elsewhere."""
+    """The file here that a link in `page` means, and the heading in it; None for links out of the project."""
     for address, folder in own_addresses().items():
         if link.startswith(address):
             path, _, fragment = link.removeprefix(address).partition("#")
@@ -68,7 +66,7 @@ def target(page: Path, link: str) -> tuple[Path, str] | None:
 
 
 def fault(page: Path, link: str) -> str | None:
-    """What is wrong with a link in `page`; None where nothing is, or where only the network could tell."""
+    """What is wrong with a link in `page`; None if nothing is, or if it leads out of the project."""
     found = target(page, link)
     if found is None:
         return None
@@ -92,22 +90,24 @@ def broken(pages: list[Path]) -> list[str]:
     ]
 
 
-def external(pages: list[Path]) -> list[str]:
-    """Links that lead out of this project, each once."""
-    return sorted({link for page in pages for _, link in links(page) if target(page, link) is None})
+def wiki() -> tuple[str, list[str], list[str]]:
+    """All runbooks as one document; a line for each problem; the links that lead out of the project.
 
-
-def wiki(pages: list[Path]) -> str:
-    """One document: the first page, then each other one a chapter, with a table of contents."""
-    title, _, rest = pages[0].read_text("utf-8").partition("\n")
+    The document is the index, then each other page as a chapter, with a table of contents.
+    """
+    pages = [INDEX, *sorted(set(FOLDER.glob("*.md")) - {INDEX})]
+    title, _, rest = INDEX.read_text("utf-8").partition("\n")
     chapters = [rest.strip(), *(_deeper(page.read_text("utf-8")) for page in pages[1:])]
     body = "\n\n".join(chapters)
     contents = [f"- [{heading}](#{anchor(heading)})" for heading in headings(body, level=2)]
-    return "\n".join([title, "", *contents, "", body, ""])
+    document = "\n".join([title, "", *contents, "", body, ""])
+    problems = broken(pages) + [f"{name}: the heading comes twice" for name in ambiguous(document)]
+    outside = {link for page in pages for _, link in links(page) if target(page, link) is None}
+    return document, problems, sorted(outside)
 
 
 def ambiguous(document: str) -> list[str]:
-    """Headings in the table of contents whose anchor is not theirs alone: wikis number these differently."""
+    """Headings in the table of contents that share an anchor: wikis number these differently."""
     counts = Counter(map(anchor, headings(document)))
     return [heading for heading in headings(document, level=2) if counts[anchor(heading)] > 1]
 
@@ -119,21 +119,3 @@ def _deeper(text: str) -> str:
         if line.startswith("#"):
             lines[number - 1] = f"#{line}"
     return "\n".join(lines)
-
-
-def runbooks(
-    output: Annotated[Path, typer.Option(help="Where to write it.")] = ROOT / "build" / "runbooks.md",
-) -> None:
-    """Write all runbooks into one file for a wiki; fails, a line each, where a link leads nowhere."""
-    pages = [INDEX, *sorted(set(FOLDER.glob("*.md")) - {INDEX})]
-    document = wiki(pages)
-    problems = broken(pages) + [f"{name}: the heading comes twice" for name in ambiguous(document)]
-    for problem in problems:
-        typer.echo(problem, err=True)
-    if problems:
-        raise typer.Exit(1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(document, "utf-8", newline="\n")
-    for link in external(pages):
-        typer.echo(f"not looked at, it leads elsewhere: {link}")
-    typer.echo(f"{len(pages)} pages, every link leads somewhere: {output}")

@@ -4,20 +4,18 @@ the service with 1 and with 2 workers, under load -> memory of each, processor t
 -> a table of workers, the number to set, and what limits it
 """
 
+import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import psutil
-import typer
 
-from app.core.sizing import Machine, default_workers, machine
+from app.core.sizing import Machine, default_workers
 from lifecycle.errors import LifecycleError
+from lifecycle.files import ROOT
 from lifecycle.printing import table
 from load.profile import step
 from load.service import Running, service
 
-ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"
 MEMORY_SHARE = 0.8  # the rest is for buffers of the system and for unusually large requests
 CONNECTIONS = 64
 MIB = 2**20
@@ -34,11 +32,11 @@ class Cost:
     execution: str
 
 
-def measure(seconds: float) -> Cost:
+def measure(seconds: float = 2.0) -> Cost:
     """Start the service with two workers and then with one, load each for `seconds` a step, weigh it."""
     weights: list[int | None] = []
     for workers in (2, 1):  # the last steps are those with one worker
-        typer.echo(f"size: measuring with {workers} workers ...", err=True)
+        print(f"size: measuring with {workers} workers ...", file=sys.stderr)
         with service(APP_WORKERS=str(workers), APP_METRICS_ENABLED="true") as running:
             busy = step(running, CONNECTIONS, seconds)
             weights.append(_pss(running))
@@ -88,15 +86,12 @@ def size_table(cost: Cost, there: Machine) -> str:
     return table(("workers", "memory", "of the limit", "about predictions/s", ""), rows)
 
 
-def size(
-    seconds: Annotated[float, typer.Option(help="How long each of the four steps takes.")] = 2.0,
-) -> None:
-    """Say how many workers this model and this machine carry, from a measurement."""
-    there, cost = machine(), measure(seconds)
+def report(cost: Cost, there: Machine) -> str:
+    """The measurement, the table, and the advice as the last line."""
     workers, reason = advise(cost, there)
-    picked = default_workers(ARTIFACTS)
+    picked = default_workers(ROOT / "artifacts")
     each = "not available on this system" if cost.worker is None else f"{cost.worker / MIB:.0f} MiB each"
-    typer.echo(
+    return (
         f"machine    {there.cpus} processors, {there.memory / MIB:,.0f} MiB\n"
         f"worker     {each}\n"
         f"model      {cost.model_seconds * 1e6:.0f} µs a row alone, run as `{cost.execution}`\n"
