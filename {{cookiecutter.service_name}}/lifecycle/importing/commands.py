@@ -11,7 +11,7 @@ import typer
 
 from lifecycle.errors import LifecycleError
 from lifecycle.importing.documents import Runtime
-from lifecycle.importing.importer import ARTIFACTS
+from lifecycle.importing.importer import ARTIFACTS, Request
 from lifecycle.importing.importer import import_model as run
 from lifecycle.importing.steps import ROOT
 
@@ -60,12 +60,13 @@ def import_model(
     is released; otherwise `make promote` releases it. The same inputs give the same bytes, and any failure
     leaves the repository as it was.
     """
+    own = [name for name in trust.split(",") if name]
+    request = Request(
+        model, data, target, runtime, own, trust_listed, parsed_bounds(bounds or []), review_threshold,
+        feedback_tolerance, holdout,
+    )  # fmt: skip
     try:
-        made = run(
-            model, data, target, runtime=runtime, trust=[one for one in trust.split(",") if one],
-            trust_listed=trust_listed, bounds=parsed_bounds(bounds or []), review_threshold=review_threshold,
-            feedback_tolerance=feedback_tolerance, holdout=holdout, check=check,
-        )  # fmt: skip
+        made = run(request, check=check)
     except KeyboardInterrupt:
         typer.echo("import-model: stopped; nothing was changed", err=True)
         raise typer.Exit(130) from None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from app.core.manifest import Input
-from app.core.runtimes import OnnxRuntime, skops_types
+from app.core.runtimes import OnnxRuntime
 from lifecycle.errors import LifecycleError
 from lifecycle.importing import libraries
 from lifecycle.importing.documents import ANSWERS, SAMPLE, Conversion, Converted
@@ -37,13 +37,6 @@ from lifecycle.tables import read_sample
 
 ROWS_ALONE = 20  # asked one at a time, because an answer may not depend on the rows beside it
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
-# Types that estimators of these libraries are made of; anything else is for the person to trust.
-KNOWN = ("sklearn.", "numpy.", "scipy.", "pandas.")
-KNOWN_BUILTINS = {
-    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "set", "slice", "str",
-                                      "tuple", "type", "complex", "frozenset", "range", "bytearray")),
-    "collections.OrderedDict", "collections.defaultdict", "functools.partial",
-}  # fmt: skip
 
 
 def convert(folder: Path) -> None:
@@ -63,7 +56,20 @@ def convert(folder: Path) -> None:
     if original.task == "regression":
         tolerance = VALUE_TOLERANCE * float(answers.std()) or 1e-6 * max(1.0, float(np.abs(answers).max()))
     proof = Proof(rows, chosen, answers, tolerance)
-    form, content, gap, types = _converted(original, proof, request)
+    tries: list[str] = []
+    types: list[str] = []
+    packages = {"numpy", *original.libraries}
+    forms = original.forms or (onnx_forms(original, chosen) if request.runtime == "onnx" else ())
+    if found := proven(proof, forms, tries):
+        packages |= {"onnx", "onnxruntime"} if original.forms else {"onnx", "onnxruntime", "skl2onnx"}
+    elif original.forms:
+        raise LifecycleError(f"the model cannot be served as ONNX: {'; '.join(tries)}")
+    else:
+        content, types = skops.trusted(original.estimator, request, tries)
+        runtime = skops.runtime(content, types, chosen, original.labels)
+        found = "scikit-learn itself", content, proof.gap(runtime)
+        packages |= {"skops", "pandas"} if any(one.dtype != "float64" for one in chosen) else {"skops"}
+    form, content, gap = found
     converted = Converted(
         task=original.task,
         labels=original.labels,
@@ -74,64 +80,10 @@ def convert(folder: Path) -> None:
         tolerance=tolerance,
         gap=gap,
         trusted_types=types,
-        libraries={name: metadata.version(name) for name in sorted(_packages(original, chosen, types))},
+        libraries={name: metadata.version(name) for name in sorted(packages)},
     )
     (folder / converted.file).write_bytes(content)
     converted.write(folder)
-
-
-def _converted(
-    original: Original, proof: "Proof", request: Conversion
-) -> tuple[str, bytes, float, list[str]]:
-    """Name, bytes, gap and, of skops, the types of the first form that answers as the original does."""
-    tries: list[str] = []
-    forms = original.forms
-    if not forms and request.runtime == "onnx":
-        forms = onnx_forms(original, proof.entries)
-    if found := proven(proof, forms, tries):
-        return *found, []
-    if original.forms:
-        raise LifecycleError(f"the model cannot be served as ONNX: {'; '.join(tries)}")
-    content = skops.content(original.estimator)
-    types = sorted(skops_types(content))
-    strange = [one for one in types if not known(one)]
-    if request.runtime == "onnx":
-        trust = f" --trust {','.join(strange)}" if strange else ""
-        raise LifecycleError(
-            f"no ONNX form of this model answers as it does ({'; '.join(dict.fromkeys(tries))}). It can be "
-            f"served by scikit-learn itself, some hundred times slower: repeat with --runtime skops{trust}"
-        )
-    untrusted = [one for one in strange if one not in request.trust and not request.trust_listed]
-    if untrusted:
-        raise LifecycleError(
-            f"skops: the model is made of types that are not trusted: {', '.join(untrusted)}. "
-            f"If you know them: --trust {','.join(untrusted)}"
-        )
-    return (
-        "scikit-learn itself",
-        content,
-        proof.gap(skops.runtime(original, content, types, proof.entries)),
-        types,
-    )
-
-
-def _packages(original: Original, entries: Sequence[Input], types: list[str]) -> set[str]:
-    """The packages whose versions the manifest records."""
-    if not types:
-        return (
-            original.libraries
-            | {"numpy", "onnx", "onnxruntime"}
-            | ({"skl2onnx"} if not original.forms else set())
-        )
-    pandas = {"pandas"} if any(entry.dtype != "float64" for entry in entries) else set()
-    return original.libraries | pandas | {"numpy", "scikit-learn", "skops"}
-
-
-def known(name: str) -> bool:
-    """Whether a type may be loaded because it belongs to a library that models are made with."""
-    return name.startswith((*KNOWN, *(f"{one}." for one in libraries.modules("convertible")))) or (
-        name in KNOWN_BUILTINS
-    )
 
 
 @dataclass
@@ -187,33 +139,30 @@ def onnx_forms(original: Original, entries: Sequence[Input]) -> list[Form]:
     """The forms to try, the fastest first: one tensor of floats, of doubles, then one for each column."""
     from skl2onnx.common import data_types as types
 
-    estimator = libraries.convertible(original.estimator)
     classifier = original.task == "classification"
+    make = partial(to_onnx, libraries.convertible(original.estimator), classifier=classifier)
+    tensors = {"float32": types.FloatTensorType, "float64": types.DoubleTensorType}
+    exact = {"int64": types.Int64TensorType, "bool": types.BooleanTensorType}
     forms: list[Form] = []
-    for precise, single in (("float32", types.FloatTensorType), ("float64", types.DoubleTensorType)):
-        if all(entry.dtype != "string" for entry in entries):
-            declared = [("features", single([None, len(entries)]))]
+    if all(entry.dtype != "string" for entry in entries):
+        for precise, tensor in tensors.items():
             forms.append(
-                (f"one {precise} tensor", partial(to_onnx, estimator, declared, classifier=classifier))
+                (f"one {precise} tensor", partial(make, [("features", tensor([None, len(entries)]))]))
             )
-    for precise, single in (("float32", types.FloatTensorType), ("float64", types.DoubleTensorType)):
-        for whole in (False, True):
-            kinds = {
-                "string": types.StringTensorType,
-                "int64": types.Int64TensorType if whole else single,
-                "bool": types.BooleanTensorType if whole else single,
-                "float64": single,
-            }
-            declared = [
-                (
-                    entry.name,
-                    (single if entry.nullable and entry.dtype != "string" else kinds[entry.dtype])([None, 1]),
-                )
+    some_exact = any(entry.dtype in exact and not entry.nullable for entry in entries)
+    for precise, tensor in tensors.items():
+        name = f"a tensor for each column, numbers as {precise}"
+        for suffix, kept in [("", {}), (", integers as int64", exact)][: 1 + some_exact]:
+            kinds = [
+                types.StringTensorType
+                if entry.dtype == "string"
+                else tensor
+                if entry.nullable
+                else kept.get(entry.dtype, tensor)
                 for entry in entries
             ]
-            name = f"a tensor for each column, numbers as {precise}{', integers as int64' if whole else ''}"
-            if not whole or any(entry.dtype in ("int64", "bool") and not entry.nullable for entry in entries):
-                forms.append((name, partial(to_onnx, estimator, declared, classifier=classifier)))
+            declared = [(entry.name, kind([None, 1])) for entry, kind in zip(entries, kinds, strict=True)]
+            forms.append((name + suffix, partial(make, declared)))
     return forms
 
 

@@ -13,15 +13,12 @@ the machine: the same inputs give the same bytes.
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from app.core.errors import ArtifactError
-from app.core.manifest import Input, Manifest, Training
+from app.core.manifest import Input, Manifest, Outputs, Training
 from app.core.store import MANIFEST, RELEASE, read_manifest, read_release
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
@@ -44,23 +41,24 @@ HOLDOUT = "evaluation/holdout"
 REVIEW_THRESHOLD = 0.6
 MAX_CATEGORIES, ROWS_A_CATEGORY = 50, 2
 
-Bounds = Mapping[str, tuple[float | None, float | None]]
+
+Bounds = Mapping[str, tuple[float | None, float | None]]  # least and greatest value by column
 
 
 @dataclass(frozen=True)
-class Wish:
-    """The arguments of `import_model`."""
+class Request:
+    """A model to import: its file, its training data, and the column that it predicts."""
 
     model: Path
     data: Path
     target: str
-    runtime: Runtime
-    trust: Sequence[str]
-    trust_listed: bool
-    bounds: Bounds
-    review_threshold: float | None
-    feedback_tolerance: float | None
-    holdout: Path | None
+    runtime: Runtime = "onnx"
+    trust: Sequence[str] = ()  # types of your own that skops may load
+    trust_listed: bool = False  # trust every type that the model is made of
+    bounds: Bounds = field(default_factory=dict)
+    review_threshold: float | None = None  # of the served version, else 0.6
+    feedback_tolerance: float | None = None
+    holdout: Path | None = None  # rows that training never saw
 
 
 @dataclass(frozen=True)
@@ -72,35 +70,15 @@ class Imported:
     new_contract: bool
 
 
-def import_model(
-    model: Path,
-    data: Path,
-    target: str,
-    *,
-    runtime: Runtime = "onnx",
-    trust: Sequence[str] = (),
-    trust_listed: bool = False,
-    bounds: Bounds | None = None,
-    review_threshold: float | None = None,
-    feedback_tolerance: float | None = None,
-    holdout: Path | None = None,
-    check: bool = False,
-) -> Imported:
-    """Make the next version of a fitted model, its training data and the name of the column it predicts.
+def import_model(request: Request, *, check: bool = False) -> Imported:
+    """Make the next version of a model; with `check` nothing is written. Says on stderr what is going on.
 
-    `trust` names types of your own that skops may load, `trust_listed` allows all that the model is made of.
-    `bounds` gives the least and the greatest value to accept of a column, `holdout` is a file of rows that
-    training never saw. With `check` nothing is written. Progress goes to stderr. Raises LifecycleError; then
-    the repository is as it was.
+    Raises LifecycleError, one line for a person; then the repository is as it was.
     """
-    wish = Wish(
-        model, data, target, runtime, trust, trust_listed, bounds or {}, review_threshold,
-        feedback_tolerance, holdout,
-    )  # fmt: skip
     try:
         with alone(ROOT):
             recover(ROOT)
-            return _import(wish, check=check)
+            return _import(request, check=check)
     except ArtifactError as error:
         raise LifecycleError(str(error)) from None
     except OSError as error:
@@ -108,35 +86,33 @@ def import_model(
         raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
 
 
-def _import(wish: Wish, *, check: bool) -> Imported:
-    for path in filter(None, (wish.model, wish.data, wish.holdout)):
+def _import(request: Request, *, check: bool) -> Imported:
+    for path in filter(None, (request.model, request.data, request.holdout)):
         if not path.is_file():
             raise LifecycleError(f"{path}: there is no such file")
-    if wish.holdout and fingerprint(wish.holdout) == fingerprint(wish.data):
-        raise LifecycleError(f"{wish.holdout.name}: has the training rows, on which any model looks good")
-    table = profile(wish.data, Progress(f"reading {wish.data.name}"))
-    candidates = usable(table, wish.target)
+    if request.holdout and fingerprint(request.holdout) == fingerprint(request.data):
+        raise LifecycleError(f"{request.holdout.name}: has the training rows, on which any model looks good")
+    table = profile(request.data, Progress(f"reading {request.data.name}"))
+    candidates = usable(table, request.target)
     work = ROOT / WORK
     work.mkdir()
     try:
-        rows = sample(table, work / SAMPLE, Progress(f"sampling {wish.data.name}"))
+        rows = sample(table, work / SAMPLE, Progress(f"sampling {request.data.name}"))
         of_all = "all of them" if rows == table.rows else f"a sample of {rows:,}, drawn with seed 0"
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
-        made = convert(work, wish, candidates)
-        assembly = prepare(work, wish, table, made)
+        made = convert(work, request, candidates)
+        assembly = prepare(work, request, table, made)
         steps.run("assemble", work, cwd=work / "repository")
         changes = changed(work / "repository", assembly.version, check=check)
-        changes += outdated(work / "repository") if wish.holdout or assembly.rewritten else []
-        point_out(table, made.names, wish.target, read_sample(work / SAMPLE))
-        report(made, rows)
+        changes += outdated(work / "repository") if request.holdout or assembly.rewritten else []
+        point_out(table, made.names, request.target, read_sample(work / SAMPLE))
+        compared = "labels equal, scores" if made.labels else "values"
+        say(
+            f"{made.described} as {made.form}: {compared} within {made.tolerance:.1g} of the original on "
+            f"{rows:,} rows (at most {made.gap:.1g} away)"
+        )
         if not check:
-            if any((ARTIFACTS / assembly.version) in path.parents for path in changes):
-                announce(made, assembly)
-            if assembly.rewritten and wish.holdout is None:
-                say(
-                    "`make evaluate` needs rows that the model never saw: repeat with HOLDOUT=rows.csv, or "
-                    "give it DATA=rows.csv"
-                )
+            announce(request, made, assembly, changes)
             apply(ROOT, work, changes)
         return Imported(assembly.version, [path.as_posix() for path in changes], assembly.new_contract)
     finally:
@@ -155,16 +131,16 @@ def usable(table: Table, target: str) -> list[Column]:
     return [one for one in table.columns.values() if one.name != target]
 
 
-def convert(work: Path, wish: Wish, columns: Sequence[Column]) -> Converted:
+def convert(work: Path, request: Request, columns: Sequence[Column]) -> Converted:
     """The model opened, converted and compared, in another process; raises LifecycleError."""
-    if wish.model.suffix != ".onnx":
-        say(f"opening {wish.model.name} runs whatever code it holds: done in a process of its own")
+    if request.model.suffix != ".onnx":
+        say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
     Conversion(
-        model=wish.model.resolve(),
-        target=wish.target,
-        runtime=wish.runtime,
-        trust=list(wish.trust),
-        trust_listed=wish.trust_listed,
+        model=request.model.resolve(),
+        target=request.target,
+        runtime=request.runtime,
+        trust=list(request.trust),
+        trust_listed=request.trust_listed,
         inputs=[
             Input.model_validate({"name": one.name, "dtype": one.dtype, "nullable": one.nullable})
             for one in columns
@@ -182,13 +158,13 @@ def convert(work: Path, wish: Wish, columns: Sequence[Column]) -> Converted:
     return Converted.read(work)
 
 
-def prepare(work: Path, wish: Wish, table: Table, made: Converted) -> Assembly:
+def prepare(work: Path, request: Request, table: Table, made: Converted) -> Assembly:
     """Write the copy of the repository and the document that `assemble` needs; raises LifecycleError.
 
     The contract can be new without being rewritten: where a person changed a unit or a bound in predict.py.
     """
-    features = [feature(table.columns[name], wish.bounds) for name in made.names]
-    if unknown := sorted(wish.bounds.keys() - set(made.names)):
+    features = [feature(table.columns[name], request.bounds) for name in made.names]
+    if unknown := sorted(request.bounds.keys() - set(made.names)):
         raise LifecycleError(f"--bounds: the model takes no column {unknown[0]!r}")
     for one in features:
         low, high = table.columns[one.name].low, table.columns[one.name].high
@@ -199,29 +175,25 @@ def prepare(work: Path, wish: Wish, table: Table, made: Converted) -> Assembly:
             broken = f"{high:g} in the data is above the bound {one.maximum:g}"
         if broken:
             raise LifecycleError(f"column {one.name!r}: {broken}")
-    outputs = {"task": made.task, "labels": made.labels}
-    contract = contract_sha256([asdict(one) for one in features], outputs)
+    contract = contract_sha256([asdict(one) for one in features], made.model_dump(include={"task", "labels"}))
     rewritten = contract != served_contract_sha256()
     training = Training(
-        data_sha256=fingerprint(wish.data),
+        data_sha256=fingerprint(request.data),
         rows=table.rows,
-        target=wish.target,
-        query=f"{wish.data.name}, all rows",
-        code_revision=f"sha256:{fingerprint(wish.model)}",
+        target=request.target,
+        query=f"{request.data.name}, all rows",
+        code_revision=f"sha256:{fingerprint(request.model)}",
     )
     there = manifests()
-    current = None if rewritten else served_manifest(there)
+    current = None if rewritten else there.get(read_release(ROOT / ARTIFACTS).serving)
     version = version_for(there, training, made.runtime, "" if rewritten else contract)
     earlier = there.get(version)
-    threshold, tolerance = wish.review_threshold, wish.feedback_tolerance
-    if threshold is None:
-        threshold = current.outputs.review_threshold if current else REVIEW_THRESHOLD
-    if tolerance is None:
-        tolerance = current.outputs.feedback_tolerance if current else 0.0
+    said = current.outputs if current else Outputs(review_threshold=REVIEW_THRESHOLD)
+    threshold, tolerance = request.review_threshold, request.feedback_tolerance
     assembly = Assembly(
         version=version,
-        name=current.name if current else slug(wish.model.stem),
-        target=wish.target,
+        name=current.name if current else slug(request.model.stem),
+        target=request.target,
         new_contract=not current or current.contract_sha256 != contract,
         rewritten=rewritten,
         training=training,
@@ -231,9 +203,9 @@ def prepare(work: Path, wish: Wish, table: Table, made: Converted) -> Assembly:
             if (column := table.columns[name]).low is not None and column.high is not None
             and column.dtype in ("float64", "int64")
         },
-        review_threshold=threshold,
-        feedback_tolerance=tolerance,
-        holdout=f"{HOLDOUT}{wish.holdout.suffix.lower()}" if wish.holdout else None,
+        review_threshold=said.review_threshold if threshold is None else threshold,
+        feedback_tolerance=said.feedback_tolerance if tolerance is None else tolerance,
+        holdout=f"{HOLDOUT}{request.holdout.suffix.lower()}" if request.holdout else None,
         # Words may change at any time, and a version never.
         words={
             one.name: Words(description=one.description, example=one.example)
@@ -245,10 +217,10 @@ def prepare(work: Path, wish: Wish, table: Table, made: Converted) -> Assembly:
         kept = [one.name for one in features if one.title or one.description or one.unit]
         if kept:
             say(f"title, description and unit are kept as {PREDICT} had them: {', '.join(map(repr, kept))}")
-        text = source(features, made.labels, examples(work, made.names), wish.target)
+        text = source(features, made.labels, examples(work, made.names), request.target)
         (copy / PREDICT).write_text(text, "utf-8", newline="\n")
-    if wish.holdout and assembly.holdout:
-        shutil.copyfile(wish.holdout, copy / assembly.holdout)
+    if request.holdout and assembly.holdout:
+        shutil.copyfile(request.holdout, copy / assembly.holdout)
     assembly.write(work)
     return assembly
 
@@ -282,25 +254,15 @@ def feature(column: Column, bounds: Bounds) -> Feature:
 def examples(work: Path, names: list[str]) -> list[dict[str, Any]]:
     """Two rows of the data, complete where there are such."""
     rows = read_sample(work / SAMPLE).select(names)
-    missing = sum((pc.cast(pc.is_null(column), pa.int32()).to_numpy() for column in rows.columns), start=0)
-    first = int(missing.argmin())
-    alike = [index for index in (missing == missing[first]).nonzero()[0].tolist() if index != first]
-    chosen = [first, *alike[len(alike) // 2 :][:1]]
-    return [rows.slice(index, 1).to_pylist()[0] for index in chosen]
+    complete = rows.drop_null()
+    rows = complete if complete.num_rows else rows
+    return rows.take(sorted({0, rows.num_rows // 2})).to_pylist()  # type: ignore[no-any-return]
 
 
 def manifests() -> dict[str, Manifest]:
     """Every version in artifacts/, by name; raises LifecycleError where a manifest cannot be read."""
     folders = [path.parent for path in (ROOT / ARTIFACTS).glob(f"v*/{MANIFEST}")]
     return {folder.name: read_manifest(folder) for folder in folders}
-
-
-def served_manifest(there: Mapping[str, Manifest]) -> Manifest | None:
-    """The manifest of the served version."""
-    try:
-        return there.get(read_release(ROOT / ARTIFACTS).serving)
-    except ArtifactError:
-        return None
 
 
 def version_for(there: Mapping[str, Manifest], training: Training, runtime: str, contract: str) -> str:
@@ -356,29 +318,20 @@ def outdated(copy: Path) -> list[Path]:
     return sorted(path for path in there if not (copy / path).is_file())
 
 
-def report(made: Converted, rows: int) -> None:
-    """Say how the converted model was proven."""
-    compared = "labels equal, scores" if made.labels else "values"
-    say(
-        f"{made.described} as {made.form}: {compared} within {made.tolerance:.1g} of the original on "
-        f"{rows:,} rows (at most {made.gap:.1g} away)"
-    )
-
-
-def announce(made: Converted, assembly: Assembly) -> None:
-    """Say what the new version means for the service."""
+def announce(request: Request, made: Converted, assembly: Assembly, changes: list[Path]) -> None:
+    """Say what the version means for the service, unless it was there, and what is missing for a release."""
     version = assembly.version
-    if assembly.new_contract:
+    new = any((ARTIFACTS / version) in path.parents for path in changes)
+    if new and assembly.new_contract:
         say(
             f"the inputs or labels are new: they stand in {PREDICT}, v0 is a stub, {version} serves; other "
             "versions are of the old contract"
         )
-    else:
+    elif new:
         say(f"the contract stays: {version} stands beside the served version until it is promoted")
-    if made.runtime == "skops":
+    if new and made.runtime == "skops":
         wanted = [f"{name}=={number}" for name, number in made.libraries.items() if name != "numpy"]
         say(f"the manifest trusts these types: {', '.join(made.trusted_types)}")
-        say(
-            f"the image needs what it runs on: add {', '.join(wanted)} to requirements/runtime.in and run "
-            "`make lock`"
-        )
+        say(f"the image needs {', '.join(wanted)}: add them to requirements/runtime.in and run `make lock`")
+    if assembly.rewritten and request.holdout is None:
+        say("`make evaluate` needs rows that the model never saw: HOLDOUT=rows.csv, or later DATA=rows.csv")

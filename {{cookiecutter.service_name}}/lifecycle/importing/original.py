@@ -8,11 +8,11 @@ Everything that makes it unfit for serving is a LifecycleError, in one line.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ SCORE_TOLERANCE = 1e-5
 OPSET = {"": 18, "ai.onnx.ml": 3}
 ROWS_A_CALL = 8_192
 
+Task = Literal["classification", "regression"]
 Answers = np.ndarray[Any, np.dtype[np.float64]]
 Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
 
@@ -33,7 +34,7 @@ Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
 class Original:
     """The model as it was given: what it takes, what it answers, and how to ask it."""
 
-    task: str
+    task: Task
     labels: list[Any]
     names: list[str]
     described: str
@@ -57,17 +58,14 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
         check_is_fitted(estimator)
     except (NotFittedError, TypeError):
         raise LifecycleError(f"{path.name}: the {kind} is not fitted") from None
-    if is_classifier(estimator):
-        task = "classification"
-        if not hasattr(estimator, "predict_proba"):
-            raise LifecycleError(
-                f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; "
-                "wrap it in CalibratedClassifierCV and fit again"
-            )
-    elif is_regressor(estimator):
-        task = "regression"
-    else:
+    if not is_classifier(estimator) and not is_regressor(estimator):
         raise LifecycleError(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
+    task: Task = "classification" if is_classifier(estimator) else "regression"
+    if task == "classification" and not hasattr(estimator, "predict_proba"):
+        raise LifecycleError(
+            f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; wrap it "
+            "in CalibratedClassifierCV and fit again"
+        )
     named = getattr(estimator, "feature_names_in_", None)
     names = [str(name) for name in named] if named is not None else list(inputs)
     if lacking := [name for name in names if name in unusable] if named is not None else list(unusable):
@@ -82,7 +80,12 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
             f"model and data columns differ: the model takes {count} columns without names, and the data has "
             f"{len(names)} beside the target: {quoted(names)}"
         )
-    labels = labels_of(path, estimator) if task == "classification" else []
+    labels: list[Any] = []
+    if task == "classification":
+        classes = getattr(estimator, "classes_", None)
+        if classes is None or isinstance(classes, list):
+            raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
+        labels = as_labels(path, np.asarray(classes).tolist())
     columns = [inputs[name] for name in names]
 
     def answer(part: Any) -> Answers:
@@ -98,7 +101,9 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
         _same_choice(path, estimator, rows, scores)
         return scores
 
-    return Original(task, labels, names, describe(estimator), answer, packages(libraries.in_use()), estimator)
+    providers = metadata.packages_distributions()
+    packages = {"scikit-learn"} | {providers[name][0] for name in libraries.in_use()}
+    return Original(task, labels, names, describe(estimator), answer, packages, estimator)
 
 
 def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
@@ -128,21 +133,11 @@ def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
             f"{path.name}: is made of {name}, which is not where it was when the model was saved; a class or "
             "function from a notebook has to move into a module that can be imported here"
         ) from None
-    except OSError as error:
-        raise LifecycleError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
-    except Exception as error:  # whatever a broken pickle makes of itself
+    except Exception as error:  # unpickling a broken file can raise anything
         saved_by = "torch" if load else "joblib or pickle"
         raise LifecycleError(
             f"{path.name}: cannot be read as a model saved by {saved_by} ({type(error).__name__})"
         ) from None
-
-
-def labels_of(path: Path, estimator: Any) -> list[Any]:
-    """The classes, as JSON has them."""
-    classes = getattr(estimator, "classes_", None)
-    if classes is None or isinstance(classes, list):
-        raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
-    return as_labels(path, np.asarray(classes).tolist())
 
 
 def as_labels(path: Path, labels: list[Any]) -> list[Any]:
@@ -186,12 +181,6 @@ def describe(estimator: Any) -> str:
         inner = [describe(step) for _, step, _ in estimator.transformers_ if hasattr(step, "get_params")]
         return f"{type(estimator).__name__}({', '.join(inner)})"
     return type(estimator).__name__
-
-
-def packages(modules: Iterable[str]) -> set[str]:
-    """The packages that provide these modules; with scikit-learn, which every estimator needs."""
-    names = metadata.packages_distributions()
-    return {"scikit-learn"} | {names[name][0] for name in modules}
 
 
 def quoted(names: Sequence[str]) -> str:

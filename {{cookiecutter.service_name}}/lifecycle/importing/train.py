@@ -18,7 +18,6 @@ import numpy as np
 import onnxruntime
 import typer
 from numpy.typing import NDArray
-from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
@@ -27,19 +26,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from app.core.manifest import VERSION_PATTERN, Training
-from lifecycle.package import (
-    TOLERANCE,
-    Rows,
-    baseline,
-    differing,
-    feature_names,
-    golden_set,
-    labels,
-    pack,
-    publish,
-    ranges_of,
-    start_release,
-)
+from lifecycle import package
+from lifecycle.errors import LifecycleError
+from lifecycle.importing.convert import to_onnx
 from lifecycle.importing.stub import VERSION as STUB_VERSION
 from lifecycle.importing.stub import stub_files
 
@@ -59,9 +48,9 @@ LIBRARIES = ("numpy", "onnx", "onnxruntime", "scikit-learn", "skl2onnx")
 class Data:
     """Rows [n, 4] in cm and their labels, split into what the model sees and what judges it."""
 
-    training: Rows
+    training: package.Rows
     training_labels: NDArray[np.str_]
-    holdout: Rows
+    holdout: package.Rows
     holdout_labels: NDArray[np.str_]
 
 
@@ -91,42 +80,37 @@ def fit(data: Data) -> Pipeline:
 
 def convert(pipeline: Pipeline) -> bytes:
     """The pipeline as ONNX: `features` [rows, 4] -> `label` [rows], `probabilities` [rows, 3]; float32."""
-    model = to_onnx(
-        pipeline,
-        initial_types=[("features", FloatTensorType([None, len(feature_names())]))],
-        options={"zipmap": False},
-        name="model",  # the default is a new random name each time
-        target_opset={"": 18, "ai.onnx.ml": 3},
-    )
-    model.domain = ""
-    return bytes(model.SerializeToString())
+    inputs = [("features", FloatTensorType([None, len(package.feature_names())]))]
+    return to_onnx(pipeline, inputs, classifier=True)
 
 
-def prove_parity(pipeline: Pipeline, model: bytes, rows: Rows) -> None:
+def prove_parity(pipeline: Pipeline, model: bytes, rows: package.Rows) -> None:
     """Raise ValueError unless ONNX and scikit-learn answer `rows` alike."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     label, probabilities = session.run(["label", "probabilities"], {"features": rows.astype(np.float32)})
     if label.tolist() != pipeline.predict(rows).tolist():
         raise ValueError("the ONNX model chooses other labels than scikit-learn")
     gap = float(np.abs(probabilities - pipeline.predict_proba(rows)).max())
-    if not gap <= TOLERANCE:
-        raise ValueError(f"the ONNX model is {gap:.1e} away from scikit-learn, allowed is {TOLERANCE:.0e}")
+    if not gap <= package.TOLERANCE:
+        raise ValueError(
+            f"the ONNX model is {gap:.1e} away from scikit-learn, allowed is {package.TOLERANCE:.0e}"
+        )
 
 
 def model_files(version: str, data: Data) -> dict[str, bytes]:
     """Fit, convert, prove, package: the files of `version`."""
     pipeline = fit(data)
-    if pipeline.classes_.tolist() != labels():
+    if pipeline.classes_.tolist() != package.labels():
         raise ValueError(f"the model's labels {pipeline.classes_.tolist()} are not those of the contract")
     model = convert(pipeline)
     prove_parity(pipeline, model, np.vstack([data.training, data.holdout]))
-    return pack(
+    return package.pack(
         version=version,
         runtime="onnx",
         files={
             "model.onnx": model,
-            "baseline.json": baseline(list(data.training.T), pipeline.predict_proba(data.training)),
-            "golden.jsonl": golden_set(data.holdout.tolist(), pipeline.predict_proba(data.holdout)),
+            "baseline.json": package.baseline(list(data.training.T), pipeline.predict_proba(data.training)),
+            "golden.jsonl": package.golden_set(data.holdout.tolist(), pipeline.predict_proba(data.holdout)),
         },
         outputs=OUTPUTS,
         libraries={name: installed(name) for name in LIBRARIES},
@@ -138,15 +122,15 @@ def model_files(version: str, data: Data) -> dict[str, bytes]:
             # Text mode: the same on a checkout with other line ends.
             code_revision="sha256:" + hashlib.sha256(Path(__file__).read_text("utf-8").encode()).hexdigest(),
         ),
-        ranges=ranges_of(data.training),
+        ranges=package.ranges_of(data.training),
     )
 
 
-def canonical_csv(rows: Rows, targets: NDArray[Any]) -> bytes:
+def canonical_csv(rows: package.Rows, targets: NDArray[Any]) -> bytes:
     """The training rows as UTF-8 CSV with a header and LF: what `data_sha256` is the hash of."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*feature_names(), TARGET])
+    writer.writerow([*package.feature_names(), TARGET])
     writer.writerows([*row, target] for row, target in zip(rows.tolist(), targets.tolist(), strict=True))
     return text.getvalue().encode()
 
@@ -168,26 +152,21 @@ def train(
         )
     data = load()
     made = {STUB_VERSION: stub_files(data.holdout), version: model_files(version, data)}
-    changes = {name: differing(artifacts / name, files) for name, files in made.items()}
-    for name, names in changes.items():
-        if names and check:
-            typer.echo(f"{name}: differs from what this code makes: {', '.join(names)}", err=True)
-        elif names and not force and (artifacts / name).exists():
-            typer.echo(
-                f"{name}: exists with other bytes ({', '.join(names)}); a version is never changed: take "
-                "--version for a new one, or --force if it was never released",
-                err=True,
+    changes = {name: package.differing(artifacts / name, files) for name, files in made.items()}
+    changed = {name: ", ".join(names) for name, names in changes.items() if names}
+    for name, files in changed.items():
+        if check:
+            raise LifecycleError(f"{name} differs from what this code makes: {files}")
+        if not force and (artifacts / name).exists():
+            raise LifecycleError(
+                f"{name} exists with other bytes ({files}); a version is never changed: take --version for a "
+                "new one, or --force if it was never released"
             )
-            raise typer.Exit(1)
     if check:
-        raise typer.Exit(int(any(changes.values())))
+        return
     for name, names in changes.items():
         if names:
-            publish(artifacts, name, made[name])
+            package.publish(artifacts, name, made[name])
         typer.echo(f"{artifacts / name}: {'written' if names else 'unchanged'}")
-    if start_release(artifacts, serving=version, previous=STUB_VERSION):
+    if package.start_release(artifacts, serving=version, previous=STUB_VERSION):
         typer.echo(f"{artifacts / 'release.json'}: {version} serves")
-
-
-if __name__ == "__main__":
-    typer.run(train)

@@ -9,9 +9,7 @@ import numpy as np
 from app.core.manifest import Input
 from app.core.runtimes import OnnxRuntime
 from lifecycle.errors import LifecycleError
-from lifecycle.importing.original import Answers, Original, as_labels, as_served, quoted
-
-SUFFIXES = (".onnx",)
+from lifecycle.importing.original import Answers, Original, Task, as_labels, as_served, quoted
 
 
 def open_file(
@@ -61,7 +59,7 @@ def open_file(
     def answer(part: Any) -> Answers:
         return np.asarray(runtime.infer(as_served(part, entries, runtime.dtype)), np.float64)
 
-    task = "classification" if labels else "regression"
+    task: Task = "classification" if labels else "regression"
     digest = hashlib.sha256(content).hexdigest()[:8]
     return Original(
         task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[("as it is", lambda: content)]

@@ -3,15 +3,45 @@
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from app.core.manifest import Input
-from app.core.runtimes import SkopsRuntime
-from lifecycle.importing.original import Original
+from app.core.runtimes import SkopsRuntime, skops_types
+from lifecycle.errors import LifecycleError
+from lifecycle.importing import libraries
+from lifecycle.importing.documents import Conversion
+
+# Types that estimators of these libraries are made of; anything else is for the person to trust.
+KNOWN = tuple(f"{name}." for name in ("sklearn", "numpy", "scipy", "pandas", *libraries.ESTIMATORS))
+KNOWN_BUILTINS = {
+    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "set", "slice", "str",
+                                      "tuple", "type", "complex", "frozenset", "range", "bytearray")),
+    "collections.OrderedDict", "collections.defaultdict", "functools.partial",
+}  # fmt: skip
 
 
-def content(estimator: Any) -> bytes:
+def trusted(estimator: Any, request: Conversion, tries: Sequence[str]) -> tuple[bytes, list[str]]:
+    """The model as skops saves it and the types in it; raises LifecycleError unless all may be loaded."""
+    content = normalised(estimator)
+    types = sorted(skops_types(content))
+    strange = [one for one in types if not one.startswith(KNOWN) and one not in KNOWN_BUILTINS]
+    if request.runtime == "onnx":
+        trust = f" --trust {','.join(strange)}" if strange else ""
+        raise LifecycleError(
+            f"no ONNX form of this model answers as it does ({'; '.join(dict.fromkeys(tries))}). It can be "
+            f"served by scikit-learn itself, some hundred times slower: repeat with --runtime skops{trust}"
+        )
+    if untrusted := [one for one in strange if one not in request.trust and not request.trust_listed]:
+        raise LifecycleError(
+            f"skops: the model is made of types that are not trusted: {', '.join(untrusted)}. "
+            f"If you know them: --trust {','.join(untrusted)}"
+        )
+    return content, types
+
+
+def normalised(estimator: Any) -> bytes:
     """The model as skops saves it, ids and names in order and without times: the same bytes every time."""
     import skops.io
 
@@ -46,8 +76,8 @@ def content(estimator: Any) -> bytes:
     return target.getvalue()
 
 
-def runtime(original: Original, content: bytes, types: list[str], entries: list[Input]) -> SkopsRuntime:
+def runtime(content: bytes, types: list[str], entries: list[Input], labels: list[Any]) -> SkopsRuntime:
     """The runtime that would serve it."""
     import skops.io
 
-    return SkopsRuntime(skops.io, content, types, entries, original.labels)
+    return SkopsRuntime(skops.io, content, types, entries, labels)

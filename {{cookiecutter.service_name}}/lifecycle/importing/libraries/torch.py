@@ -24,7 +24,6 @@ from lifecycle.errors import LifecycleError
 from lifecycle.importing.original import OPSET, Answers, Original, as_labels, as_served, parts, unpickle
 from lifecycle.importing.steps import say
 
-SUFFIXES = (".pt", ".pth", ".pt2", ".ts")
 EXAMPLE_ROWS = 4  # one row would be taken for a constant
 SUM_TOLERANCE = 1e-4
 
