@@ -3,14 +3,10 @@
 settings, fleet -> metrics, log -> feedback, models -> service -> routes, documents, middleware -> FastAPI
 """
 
-import asyncio
-import os
 import tomllib
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from fastapi import FastAPI, Security
 from fastapi.exceptions import RequestValidationError
@@ -22,14 +18,15 @@ from app import capabilities
 from app.api.call import Service
 from app.api.docs import add_docs, openapi
 from app.api.errors import handle
+from app.api.lifespan import lifespan
 from app.api.metrics import add_metrics
 from app.api.middleware import CrossOrigin, ServiceMiddleware
 from app.api.routes import inference, operations
 from app.api.routing import JSONRoute
 from app.api.security import SCHEMES, Guard
-from app.core.errors import ServiceError, reason_of
+from app.core.errors import ServiceError
 from app.monitoring.feedback import Feedback, tolerances
-from app.observability.logging import LineWriter, configure_logging
+from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
 from app.observability.recorder import Recorder
 from app.rollout.fleet import FLEET, Fleet
@@ -39,13 +36,6 @@ from app.settings import Settings, load_settings
 
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
 HANDLED = (HTTPException, RequestValidationError, ServiceError, Exception)
-BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
-
-
-class State(TypedDict):
-    """What the lifespan gives every request."""
-
-    service: Service
 
 
 @cache
@@ -81,7 +71,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         title=service.name,
         version=service.version,
         description=about["description"],
-        lifespan=_lifespan(service, writer),
+        lifespan=lifespan(service, writer),
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
         redoc_url=None,
@@ -100,42 +90,6 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     app.middleware_stack = _stack(app, service)
     capabilities.install(app, service)
     return app
-
-
-def _lifespan(
-    service: Service, writer: LineWriter
-) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
-        # In the background, so that /health and /ready tell the truth while a large model loads.
-        models, loading = service.models, asyncio.create_task(_load(service, writer))
-        if service.fleet.replaces:  # another worker answers until this one can
-            service.metrics.restarts.inc()
-            await loading
-            await models.look()  # the version that the master verified may have been replaced since
-        following = asyncio.create_task(models.follow(loading))
-        try:
-            yield {"service": service}
-        finally:
-            loading.cancel()
-            following.cancel()
-            service.recorder.flush(everything=True)
-            models.close()
-            service.log.info("stopped")
-            await asyncio.to_thread(writer.close)
-
-    return lifespan
-
-
-async def _load(service: Service, writer: LineWriter) -> None:
-    """Load the version to serve; without any, the process ends."""
-    try:
-        await service.models.load()
-    except Exception as error:
-        service.log.error("cannot start", reason=reason_of(error))
-        writer.close()
-        # A worker that replaces another is tried again, and the others go on meanwhile.
-        os._exit(1 if service.fleet.replaces else BOOT_ERROR)
 
 
 def _stack(app: FastAPI, service: Service) -> ASGIApp:

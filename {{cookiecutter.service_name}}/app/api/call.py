@@ -30,7 +30,7 @@ _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 
 
 def decision(prediction: Any) -> dict[str, Any]:
-    """What was predicted: a classifier's label and score, or a regressor's value."""
+    """A classifier's label and score, or a regressor's value."""
     try:
         return {"label": prediction.label, "score": prediction.score}
     except AttributeError:
@@ -39,7 +39,7 @@ def decision(prediction: Any) -> dict[str, Any]:
 
 @dataclass(slots=True, eq=False)
 class Service:
-    """The parts of the running service: what routes, middleware and capabilities work with."""
+    """The parts of the running service, for routes, middleware and capabilities."""
 
     name: str
     version: str
@@ -79,9 +79,9 @@ class Call:
     request_id: str = ""
     trace_id: str | None = None
     client: str = ""  # hashed
-    session: str = ""  # what APP_CANARY_HEADER says, in place of the client
+    session: str = ""  # value of APP_CANARY_HEADER, in place of the client
     idempotency_key: bytes | None = None
-    attempt: int = 1  # which one this is, as a retrying proxy says
+    attempt: int = 1  # number of this attempt, from a retrying proxy
     content_type: bytes = b""
     content_encoding: bytes = b""
     content_length: int = 0
@@ -89,7 +89,7 @@ class Call:
     model_version: str | None = None
     canary: Canary | None = None  # the one it is counted for
     prediction_id: str | None = None
-    audit: dict[str, Any] = field(default_factory=dict)  # what the log line has on top
+    audit: dict[str, Any] = field(default_factory=dict)  # further fields of the log line
     error: BaseException | None = None  # for the log, not for the client
 
     @property
@@ -116,7 +116,7 @@ class Call:
         return stems
 
     def record(self, predictions: Sequence[Prediction], thresholds: dict[str, Any]) -> None:
-        """Complete the ids, and put on record what was decided: never what it was decided from."""
+        """Complete the ids, and put the decisions on record, never the inputs."""
         service, entries = self.service, []
         for one in predictions:
             decided = decision(one)

@@ -28,7 +28,7 @@ def problem(error: ServiceError, request_id: str) -> bytes:
 
 @lru_cache(maxsize=256)
 def _around_request_id(code: str, detail: str) -> tuple[bytes, bytes]:
-    """A document without violations, but for its id: under overload this is most of what is written."""
+    """A document without violations, split at its id: under overload most answers are of this kind."""
     before, _, after = _rendered(ServiceError(code, detail), "?").partition(b'"?"')
     return before + b'"', b'"' + after
 

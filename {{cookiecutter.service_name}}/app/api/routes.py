@@ -35,7 +35,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": meaning} for status, meaning in _MEANING.items()
 }
 
-# OpenAPI's links: what a client may do next with what it has sent or got.
+# OpenAPI's links: further calls that a client may make with a request or an answer.
 _AS_BATCH = {
     "InBatch": {
         "operationId": "predict_batch_v1_predict_batch_post",
@@ -106,7 +106,8 @@ async def health() -> Health:
 @operations.get("/ready", summary="Can it predict?", responses={503: _ANSWERS[503]})
 async def ready(call: CurrentCall) -> Ready:
     """Readiness: 503 with the failing check named until a model is loaded and warm."""
-    return Ready(call.service.models.check_ready().version)
+    call.service.models.check_ready()
+    return Ready(call.pipeline.version)
 
 
 @operations.get("/version", summary="What is running?")

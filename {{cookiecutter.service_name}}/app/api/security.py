@@ -1,4 +1,4 @@
-"""Who may call, and how often. Decided from the headers alone, before the body is read.
+"""Authentication and quotas. Decided from the headers alone, before the body is read.
 
     key -> sha256 -> compared with every known one -> the client's name -> its quota, and that of failures
 
@@ -52,8 +52,8 @@ class Limit:
         return cls(int(amount), _SECONDS[unit], text)
 
 
-# A right key is accepted even then: behind a shared address, one caller must not lock out the others. What
-# keeps keys from being guessed is their length; this tells a loop with a wrong key to stop.
+# A right key is accepted even then: behind a shared address, one caller must not lock out the others. Keys
+# cannot be guessed because of their length; this tells a loop with a wrong key to stop.
 FAILURES = Limit.parse("30/minute")
 
 
@@ -100,12 +100,12 @@ class SharedWindows:
     async def hit(self, limit: Limit, name: str) -> float:
         """See `Windows.hit`; never raises."""
         if (now := monotonic()) >= self._ask_again:
-            if self._away:  # one request tries; the others do not wait for what comes of it
+            if self._away:  # one request tries; the others do not wait for its result
                 self._ask_again = now + PAUSE_SECONDS
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     left = await self._hit(limit, name)
-            except Exception as error:  # whatever is wrong with Redis is no reason to refuse a request
+            except Exception as error:  # a failing Redis is no reason to refuse a request
                 self._ask_again = monotonic() + PAUSE_SECONDS
                 if not self._away:
                     self._away = True
@@ -179,7 +179,7 @@ def _in_query(query: bytes) -> bool:
 
 @lru_cache(maxsize=4096)
 def _hashed(address: str) -> str:
-    if ":" in address:  # whoever has one address of IPv6 has a whole /64 of them
+    if ":" in address:  # a client with one address of IPv6 has a whole /64 of them
         with suppress(ValueError):
             address = str(ip_network(f"{address}/64", strict=False))
     return hashlib.sha256(address.encode()).hexdigest()[:12]

@@ -1,13 +1,12 @@
-"""Micro-batching without a timer: what arrives while the last batch runs is the next batch.
+"""Micro-batching without a timer: requests that arrive while a batch runs are the next batch.
 
     submit(rows) -> queue -> at most max_rows -> run, on the loop or in one thread -> each caller its own
 
 `run` never raises for a bad row: it returns, per row, an answer or the error that is this row's own.
-A job that nobody waits for, or whose deadline passed, is dropped when its turn comes, never run.
+A job whose caller has gone, or whose deadline passed, is dropped when its turn comes, never run.
 """
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ Row = tuple[Any, ...]
 
 @dataclass(slots=True)
 class Batch:
-    """What one call of the model gave."""
+    """The result of one call of the model."""
 
     answers: list[Any]  # per row an answer, or the exception that is this row's own
     stages: tuple[float, float, float]  # seconds of preprocess, inference, postprocess
@@ -83,8 +82,6 @@ class Batcher:
         self._running: list[_Job] = []  # in the thread now
         self._began = 0.0  # when they got there
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._rings = math.inf  # when the alarm does
         self._retired = False
 
     @property
@@ -94,7 +91,7 @@ class Batcher:
 
     @property
     def abandoned(self) -> int:
-        """Requests that nobody waits for any more while their rows still run."""
+        """Requests whose caller has gone or was answered while their rows still run."""
         return sum(job.future.done() for job in self._running) if self._running else 0
 
     @property
@@ -114,12 +111,16 @@ class Batcher:
                 self._draining = loop.call_later(self._max_wait, self._drain_here)
             else:  # after everything that is ready on the loop now, so that its requests join
                 self._draining = loop.call_soon(self._drain_here)
-        if self._executor is not None and deadline < self._rings:
-            self._set_alarm()
-        return await job.future
+        if self._executor is None:
+            return await job.future
+        try:  # the loop is free while the model works, so a deadline is met on time
+            async with asyncio.timeout(deadline - job.queued):
+                return await job.future
+        except TimeoutError:
+            raise self._expired() from None
 
     def retire(self) -> None:
-        """Answer what is here, then end: another model takes what comes."""
+        """Answer the requests that are here, then end: another model takes the next ones."""
         self._retired = True
         if self._draining is None:
             self.close()
@@ -139,7 +140,7 @@ class Batcher:
             self.close()
 
     async def _drain_in_thread(self, loop: asyncio.AbstractEventLoop, executor: ThreadPoolExecutor) -> None:
-        await asyncio.sleep(self._max_wait)  # 0 lets what is ready join
+        await asyncio.sleep(self._max_wait)  # 0 lets requests that are ready join
         while jobs := self._take():
             started = self._began = perf_counter()
             self._running = jobs
@@ -158,11 +159,13 @@ class Batcher:
         rows, now = 0, perf_counter()
         while self._queue and not (jobs and rows + len(self._queue[0].rows) > self._max_rows):
             job = self._queue.popleft()
-            if job.deadline <= now:
-                self._expire(job)
-            elif not job.future.done():  # done: its caller has gone
+            if job.future.done():  # its caller has gone
+                continue
+            if job.deadline > now:
                 jobs.append(job)
                 rows += len(job.rows)
+            elif self._executor is None:  # otherwise its own timeout answers
+                job.future.set_exception(self._expired())
         return jobs
 
     def _call(self, jobs: Sequence[_Job]) -> list[Batch]:
@@ -170,7 +173,7 @@ class Batcher:
         return [self._guarded(rows[at : at + self._max_rows]) for at in range(0, len(rows), self._max_rows)]
 
     def _guarded(self, rows: list[Row]) -> Batch:
-        """Whatever goes wrong with this call, its callers get an answer and the next call its turn."""
+        """If this call fails in any way, its callers get an answer and the next call its turn."""
         try:
             return self._run(rows)
         except Exception as error:
@@ -190,20 +193,6 @@ class Batcher:
         for batch in batches:
             self._observer.batch(batch, waits)
 
-    def _expire(self, job: _Job) -> None:
-        if not job.future.done():
-            self._observer.shed("deadline")
-            job.future.set_exception(ServiceError("model_timeout", "the deadline passed"))
-
-    def _set_alarm(self) -> None:
-        """One timer for all, set to the next deadline: it tells those whose time is up."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-        now, self._alarm, self._rings = perf_counter(), None, math.inf
-        for job in (*self._running, *self._queue):
-            if job.deadline <= now:
-                self._expire(job)
-            elif not job.future.done():
-                self._rings = min(self._rings, job.deadline)
-        if self._rings < math.inf:
-            self._alarm = asyncio.get_running_loop().call_later(self._rings - now, self._set_alarm)
+    def _expired(self) -> ServiceError:
+        self._observer.shed("deadline")
+        return ServiceError("model_timeout", "the deadline passed")

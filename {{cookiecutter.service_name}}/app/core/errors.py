@@ -1,4 +1,4 @@
-"""What can go wrong, as errors that know their status; `api.errors` alone turns them into answers."""
+"""Errors that know their status; `api.errors` alone turns them into answers."""
 
 from typing import Any
 
@@ -49,5 +49,5 @@ class ArtifactError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Why a version is not used, in words that hold nothing but ours."""
+    """Why a version is not used, without words of a library."""
     return str(error) if isinstance(error, ArtifactError) else type(error).__name__

@@ -1,4 +1,4 @@
-"""The manifest of a model version: what it is, what it takes, where it came from, what its files hash to.
+"""The manifest of a model version: its inputs and outputs, its origin, the hashes of its files.
 
 artifacts/<version>/manifest.json -> Manifest
 """
@@ -41,11 +41,11 @@ class Input(_Strict):
 
 
 class Outputs(_Strict):
-    """What the model answers."""
+    """Answers of the model."""
 
     labels: list[bool | int | str] = []
-    score: str = ""  # what the score means, in a sentence
-    value: Annotated[str, Field(exclude_if=operator.not_)] = ""  # what a regressor's value means, its unit
+    score: str = ""  # its meaning, in a sentence
+    value: Annotated[str, Field(exclude_if=operator.not_)] = ""  # a regressor's: meaning, unit
     review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     # How far a regressor's value may be from the truth that feedback gives, to count as correct.
     feedback_tolerance: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
@@ -75,13 +75,13 @@ class Manifest(_Strict):
     outputs: Outputs
     training: Training | None
     libraries: dict[str, str]
-    # What a skops model may be made of; serving loads nothing else.
+    # Types that a skops model may be made of; serving loads no other.
     trusted_types: Annotated[list[str], Field(exclude_if=lambda types: not types)] = []
     contract_sha256: Sha256
 
     @property
     def unpinned(self) -> str:
-        """What keeps the model from being traced or rebuilt; a rules model is its own source."""
+        """The part that is missing to trace or rebuild the model; a rules model is its own source."""
         if self.runtime == "rules":
             return ""
         if self.training is None:

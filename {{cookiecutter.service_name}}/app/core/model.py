@@ -25,7 +25,7 @@ _prediction: Any = Prediction
 
 Execution = Literal["inline", "batch", "thread"]
 
-ROUNDING = 1e-4  # by which a sum of float32 may miss what a probability can be
+ROUNDING = 1e-4  # a sum of float32 may leave the range 0 to 1 by this much
 GOLDEN = "golden.jsonl"
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
 
@@ -65,7 +65,7 @@ class Model:
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
         self._out_of_range = policy.out_of_range
-        # For the record of what was decided by them.
+        # For the record of decisions.
         self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
         # Columns that have a training range, and the ranges as precise as the rows are.
         self._ranged = [index for index, entry in enumerate(inputs) if entry.training_range]

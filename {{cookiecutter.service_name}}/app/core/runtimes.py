@@ -1,4 +1,4 @@
-"""What runs a model: verified bytes in, a function from rows to probabilities, or to values, out."""
+"""Runtimes: from verified bytes to a function from rows to probabilities, or to values."""
 
 import io
 import json
@@ -244,7 +244,7 @@ class SkopsRuntime:
         """See `Runtime`."""
         rows: Any = matrix
         if self._kinds:
-            # An estimator looks at the type of each column, and finds what training found there.
+            # An estimator looks at the type of each column, and finds the same as in training.
             named = zip(self._kinds.items(), matrix.T, strict=True)
             rows = self._frame(
                 {name: column.astype(kind) if kind else column.tolist() for (name, kind), column in named}
@@ -256,7 +256,7 @@ class SkopsRuntime:
 
 
 def _kind(entry: Input) -> Any:
-    """What a column had in training; None leaves it to pandas, which knows missing text."""
+    """A column's type in training; None leaves it to pandas, which knows missing text."""
     if entry.dtype == "string" or (entry.dtype == "bool" and entry.nullable):
         return None
     if entry.dtype == "float64" or entry.nullable:
@@ -312,7 +312,7 @@ class RulesRuntime:
         return self._otherwise
 
     def _spread(self, decision: dict[str, Any]) -> list[float]:
-        """The decided label's score, and what is left of 1 shared by the other labels; or the value."""
+        """The decided label's score, and the rest of 1 shared by the other labels; or the value."""
         if not self._labels:
             return [float(decision["value"])]
         chosen, score = self._labels.index(decision["label"]), float(decision["score"])

@@ -10,7 +10,7 @@ MODEL_FACTOR = 4  # a loaded model takes up to this many times the size of its f
 
 @dataclass(frozen=True)
 class Machine:
-    """What the service may really use: processors, and bytes of memory."""
+    """Processors and bytes of memory that the service may use."""
 
     cpus: int
     memory: int

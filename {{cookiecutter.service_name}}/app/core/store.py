@@ -96,7 +96,7 @@ def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) ->
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What the version in `folder` says of itself, still to be verified; raises ArtifactError."""
+    """The manifest of the version in `folder`, not verified yet; raises ArtifactError."""
     return _parse(folder, _read(folder / MANIFEST))
 
 

@@ -57,7 +57,7 @@ class Calls:
         self._shed[reason] += 1
 
     def write(self, everything: bool, beside: bool = False) -> list[Batch]:
-        """Write what was collected, `beside` another version also each call's duration; the batches."""
+        """Write the collected calls and return them; `beside` another version, also each call's duration."""
         for reason, count in self._shed.items():
             self._metrics.shed.labels(reason).inc(count)
         self._shed.clear()

@@ -24,7 +24,7 @@ from app.observability.metrics import Metrics
 MISSING, OTHER = "missing", "other"
 LEAST_ROWS, ROWS_A_BIN = 100, 20  # of training: with fewer, its own chance looks like drift
 LINE_SECONDS = 60.0
-LINE_ROWS = 20  # the bins of a few rows would tell what somebody sent
+LINE_ROWS = 20  # the bins of a few rows would disclose a client's input
 
 
 def settled(counts: Iterable[int], rows: int) -> bool:
@@ -97,7 +97,7 @@ class Drift:
             self.write_line()
 
     def write_line(self) -> None:
-        """Log what was counted since the last line, unless it is so little that it tells whose."""
+        """Log what was counted since the last line, unless so few rows would disclose an input."""
         if self._rows < LINE_ROWS:
             return
         features: defaultdict[str, dict[str, int]] = defaultdict(dict)
@@ -117,7 +117,7 @@ class Drift:
         numbers = rows[:, self._numbers].astype(np.float32, copy=False)
         missing = np.isnan(numbers).sum(axis=0)
         beyond = (numbers[:, :, None] > self._edges).sum(axis=0)  # [features, edges]; NaN is beyond none
-        # What is beyond one edge and not beyond the next is in the bin between them.
+        # A value beyond one edge and not beyond the next is in the bin between them.
         steps = np.column_stack([len(rows) - missing, beyond, np.zeros_like(missing)])
         inside = steps[:, :-1] - steps[:, 1:]
         found, bins = np.nonzero(inside)

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from zlib import crc32
 
 from app.core.errors import ArtifactError, ServiceError
@@ -31,30 +31,8 @@ _ENTRY, _WAYS = 16, 8  # bytes: 14 of the id, 2 of the label; entries that share
 _BUCKETS = 2**14
 
 
-class _Codec(Protocol):
-    """How an answer is written into an id, and compared with the truth."""
-
-    bits: int  # that an answer takes
-
-    def encode(self, answer: Any) -> int:
-        """The answer as a number of `bits`."""
-        ...
-
-    def knows(self, number: int) -> bool:
-        """Whether there is an answer with this number."""
-        ...
-
-    def right(self, number: int, truth: Any, tolerance: float) -> bool:
-        """Whether the answer with this number is the truth, or close enough to it."""
-        ...
-
-    def key(self, truth: Any) -> int:
-        """The truth as a number from 1 to 65,535, to tell whether another was given before."""
-        ...
-
-
 class _LabelCodec:
-    """A label is its index."""
+    """Labels in ids: a label is its index. `key` is the truth as a number that is not 0."""
 
     bits = 10
 
@@ -75,7 +53,7 @@ class _LabelCodec:
 
 
 class _ValueCodec:
-    """A value is its 32 bits as a float."""
+    """A regressor's values in ids: a value is its 32 bits as a float."""
 
     bits = 32
 
@@ -98,10 +76,9 @@ def tolerances(place: Path | str) -> dict[str, float] | None:
     """The versions in a folder, each with how far a value may be from the truth; None if it is no folder."""
     if not isinstance(place, Path):
         return None
-    found = dict.fromkeys(
-        (path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)), 0.0
-    )
-    for version in found:
+    names = [path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
+    found = dict.fromkeys(names, 0.0)
+    for version in names:
         with suppress(ArtifactError):  # such a version is not served either
             found[version] = read_manifest(place / version).outputs.feedback_tolerance
     return found
@@ -122,11 +99,11 @@ class Feedback:
         given: "Given | None" = None,
     ) -> None:
         labels = list(labels)
-        self._codec: _Codec = _LabelCodec(labels) if labels else _ValueCodec()
+        self._codec = _LabelCodec(labels) if labels else _ValueCodec()
         # By number, each with its tolerance; a version known by its number alone has that of the latest.
         self._versions: dict[int, tuple[str, float]] = {}
         self._tolerance = 0.0
-        self._marks: dict[str, int] = {}  # by version, what its number adds to the answer's
+        self._marks: dict[str, int] = {}  # by version: its number, shifted above the answer's bits
         for version, tolerance in (versions or {}).items():
             self.know(version, tolerance)
         self._open = versions is None

@@ -29,7 +29,7 @@ STDOUT = 1
 
 Format = Literal["json", "console"]
 Logger = structlog.typing.FilteringBoundLogger
-RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the service failed, and what is in the line
+RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the service failed, and the line's fields
 
 
 class LineWriter:
@@ -68,7 +68,7 @@ class LineWriter:
     debug = info = warning = error = write
 
     def close(self, timeout: float = 2.0) -> None:
-        """Write what is queued, for at most `timeout` seconds: a blocked reader must not hold up the exit."""
+        """Write the queued lines, at most `timeout` seconds: a blocked reader must not hold up the exit."""
         self._closing = True
         self._wake.set()
         if self._thread is not None:
@@ -100,7 +100,7 @@ class ForeignHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; one whose arguments do not fit its message is written without them."""
         try:
-            # What asyncio says of a failure quotes the arguments and the error; the frames below say enough.
+            # asyncio's message quotes the arguments and the error; the frames below are enough.
             message = "an error on the event loop" if record.name == "asyncio" else record.getMessage()
         except (TypeError, ValueError):  # arguments that do not fit must not fail the caller
             message = str(record.msg)
@@ -130,7 +130,7 @@ def configure_logging(
     threading.excepthook = lambda failed: logger.error("a thread failed", exc_info=failed.exc_value)
 
     def request_line(failed: bool, fields: dict[str, Any]) -> None:
-        """What the logger does for a line, without its four copies of the fields: they cost as much again."""
+        """The logger's work for a line, without its four copies of the fields: they cost as much again."""
         if failed or threshold <= logging.INFO:
             writer.write(render(None, "error" if failed else "info", fields))
 
@@ -138,7 +138,7 @@ def configure_logging(
 
 
 def server_logging(fmt: Format) -> dict[str, Any]:
-    """Gunicorn's `logconfig_dict`: what its master says, in the same shape."""
+    """Gunicorn's `logconfig_dict`: lines of its master in the same shape."""
     logger = {"level": "INFO", "handlers": ["stdout"], "propagate": False}
     handlers = {"stdout": {"()": ForeignHandler, "fmt": fmt}}
     return {"version": 1, "handlers": handlers, "root": logger, "loggers": {"gunicorn.error": logger}}
@@ -154,7 +154,7 @@ def describe(error: BaseException | None) -> str:
 
 
 def _write_now(line: bytes) -> None:
-    """For gunicorn's master, which must have no threads: a line that nobody reads must not stop it."""
+    """For gunicorn's master, which must have no threads: write unless the reader is blocked."""
     if select.select([], [STDOUT], [], 0)[1]:
         os.write(STDOUT, line + b"\n")
 

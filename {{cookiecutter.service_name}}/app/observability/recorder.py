@@ -22,7 +22,7 @@ class Source(Protocol):
     """Collects on its own and writes with the recorder's flush: calls of the models, levels of queues."""
 
     def write(self, everything: bool) -> object:
-        """Write to Prometheus; `everything` includes what may otherwise wait for longer than a flush."""
+        """Write to Prometheus; `everything` includes values that may otherwise wait longer than a flush."""
 
 
 class Recorder:
@@ -48,12 +48,12 @@ class Recorder:
             self._schedule()
 
     async def settle(self) -> None:
-        """Wait until every worker has written what it answered before now."""
+        """Wait until every worker has written its answers from before now."""
         await asyncio.sleep(2 * FLUSH_SECONDS)
         self.flush(everything=True)
 
     def flush(self, everything: bool = False) -> None:
-        """Write what was collected."""
+        """Write the collected counts and values, and those of the sources."""
         self._scheduled = False
         for (counter, labels), times in self._counts.items():
             (counter.labels(*labels) if labels else counter).inc(times)

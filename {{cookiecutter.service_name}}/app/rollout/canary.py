@@ -1,7 +1,7 @@
-"""A new version for some of the clients, and the end of it where it does worse than the served one.
+"""A new version for some of the clients, which ends where it does worse than the serving version.
 
-    client -> sha256 with the version -> below the released percentage: the canary, else the served version
-    status, seconds -> Counts, in memory that all workers share -> once a second: worse? -> nobody gets it
+    client -> sha256 with the version -> below the released percentage: the canary, else the serving version
+    status, seconds -> Counts, in memory that all workers share -> once a second: worse? -> it ends
 
 A client gets the same version from every worker and replica, and keeps it when the percentage grows.
 """
@@ -29,7 +29,7 @@ REASONS = (None, "errors", "latency")
 _SHORTEST, _STEP, _BUCKETS = 1e-4, 1.2, 72  # seconds: from a tenth of a millisecond to 42
 _BOUNDS = _SHORTEST * _STEP ** np.arange(_BUCKETS)
 _WIDTH = 1 + _BUCKETS
-Arm = NDArray[np.int64]  # what became of the requests for a version: [failures, answers by latency]
+Arm = NDArray[np.int64]  # requests for a version: [failures, answers by latency]
 
 
 def error_rate(arm: Arm) -> float:
@@ -44,7 +44,7 @@ def p95(arm: Arm) -> float:
 
 
 def worse(served: Arm, canary: Arm) -> int:
-    """In what the canary does worse, by more than a margin and than chance: an index of REASONS."""
+    """The reason why the canary is worse, by more than a margin and chance, as an index of REASONS."""
     theirs, own = int(served.sum()), int(canary.sum())
     if own < MIN_REQUESTS:
         return 0
@@ -115,7 +115,7 @@ class Canary:
         self._ended.append((taken, status >= 500, seconds))
 
     def write(self) -> None:
-        """Write what was noted to the metrics."""
+        """Write the noted requests to the metrics."""
         for taken, failed, seconds in self._ended:
             steps = math.ceil(math.log(max(seconds / _SHORTEST, 1), _STEP))
             self._own[taken][0 if failed else 1 + min(steps, _BUCKETS - 1)] += 1
@@ -126,7 +126,7 @@ class Canary:
         self._ended.clear()
 
     def judge(self) -> dict[str, Any] | None:
-        """Tell the other workers what happened here; why the canary is to end, if it is."""
+        """Share this worker's requests with the others; the reason to end the canary, if there is one."""
         self.write()
         own, self._own = self._own, [[0] * _WIDTH, [0] * _WIDTH]
         return self._counts.add(self._key, own)

@@ -4,7 +4,7 @@
     look:  release.json changed -> per role: read, verify -> load, warm up, replay (in a thread) -> start
     judge: once a second -> a canary that does worse than the serving version stops, in all workers
 
-Whatever is wrong with a new version, the serving one goes on.
+If anything is wrong with a new version, the serving one goes on.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from app.rollout.fleet import Fleet, read_fallback, read_served
 from app.rollout.release import LOOK_SECONDS, Follower, Role, Wanted
 from app.rollout.shadow import BUSY, Shadow
 
-GC_ALLOCATIONS = 10_000  # between two collections of what is young; a request leaves hardly any cycles
+GC_ALLOCATIONS = 10_000  # between collections of young objects; a request leaves hardly any cycles
 
 
 class Models:
@@ -41,7 +41,7 @@ class Models:
         self.serving: Pipeline | None = None  # None until the first version is loaded and warm
         self.canary: Canary | None = None
         self.shadow: Shadow | None = None
-        self._wanted: dict[Role, Wanted | None] = {}  # what each role was started with
+        self._wanted: dict[Role, Wanted | None] = {}  # of release.json, as each role was started
         self._calls = Calls(metrics, log)
         place = settings.artifacts_dir
         followed = isinstance(place, Path) and not settings.model_version
@@ -65,13 +65,11 @@ class Models:
             return pipeline, None
         return canary.pipeline if canary.takes(client) else pipeline, canary
 
-    def check_ready(self) -> Pipeline:
-        """The serving pipeline, once every worker has one; raises ServiceError with the failing check."""
-        if self.serving is None:
-            raise ServiceError("model_not_ready", "check `model` fails: it is still loading")
+    def check_ready(self) -> None:
+        """Raise ServiceError with the failing check until every worker can answer."""
+        self.pipeline_for("")
         if not self._fleet.all_loaded:
             raise ServiceError("model_not_ready", "check `workers` fails: one is still loading the model")
-        return self.serving
 
     @property
     def threaded(self) -> bool:
@@ -86,11 +84,11 @@ class Models:
     async def load(self) -> None:
         """Load the version to serve, or the fallback version; raises the error that leaves neither."""
         pipeline, problem, seconds = await asyncio.to_thread(self._build_usable)
-        # Half of the tail latency is the collector walking what never changes: take it out of its sight.
+        # Half of the tail latency is the collector walking objects that never change: exempt them.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS)
-        # A fallback is not what was wanted: if its own version is released, it takes over from itself.
+        # A fallback is not the wanted version: if its own version is released, it is loaded anew.
         self._serve(pipeline, None if problem else Wanted(pipeline.version), seconds)
         if problem:
             self._log.error("fallback serves", reason=problem, model_version=pipeline.version)
@@ -183,7 +181,7 @@ class Models:
             self._serve(pipeline, want, perf_counter() - began)
 
     def _serve(self, pipeline: Pipeline, want: Wanted | None, seconds: float) -> None:
-        """Let `pipeline` answer from now on; the one before ends what it has begun."""
+        """Let `pipeline` answer from now on; the one before finishes its requests."""
         old, metrics = self.serving, self._metrics
         if old is not None:
             self._show(old, 0)
@@ -218,15 +216,13 @@ class Models:
 
     def _start_shadow(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
         """Compare answers with those of `pipeline` from now on, or with none."""
+        admission = self.admission
         if self.shadow is not None:
             self.shadow.close()
         self.shadow, self._wanted["shadow"] = None, want
         if pipeline is not None:
-            self.shadow = Shadow(pipeline, self._busy, self._metrics)
+            self.shadow = Shadow(pipeline, lambda: admission.inside > BUSY * admission.limit, self._metrics)
         self._log.info("shadow", model_version=pipeline and pipeline.version)
-
-    def _busy(self) -> bool:
-        return self.admission.inside > BUSY * self.admission.limit
 
     def _start_canary(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
         """Let `pipeline` be the canary from now on, unless a worker has found it worse already."""

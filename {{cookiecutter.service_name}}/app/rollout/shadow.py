@@ -1,9 +1,10 @@
-"""A version that is asked what clients have asked, after they got their answer. Nobody gets what it says.
+"""A version that is asked the same rows as the serving one, after the clients got their answers.
 
     answers -> at most QUEUE_ROWS waiting -> one call at a time, in a thread -> agree, disagree, error
-            -> `dropped`: no place in the queue, or the service has enough to do
+            -> `dropped`: no place in the queue, or the service is busy
 
-It has SHARE of the time and no more: after each call it rests. Where that is not enough, it sees a sample.
+No client gets its answers. It has SHARE of the time and no more: after each call it rests. Where that is not
+enough, it sees a sample.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ BUSY = 0.5  # of the places for requests are taken: from there on all rows are d
 
 
 class Shadow:
-    """Compares `pipeline` with the answers that clients got, and counts."""
+    """Compares the answers of `pipeline` with those that clients got, and counts."""
 
     def __init__(self, pipeline: Pipeline, busy: Callable[[], bool], metrics: Metrics) -> None:
         self.pipeline, self._busy, version = pipeline, busy, pipeline.version
@@ -38,7 +39,7 @@ class Shadow:
         self._working: asyncio.Task[None] | None = None
 
     def offer(self, batches: Sequence[Batch]) -> None:
-        """Take what was answered, as far as there is time for it."""
+        """Queue answered rows, as many as there is time for."""
         pairs = [pair for one in batches for pair in zip(one.rows, one.answers, strict=False)]
         pairs = [pair for pair in pairs if not isinstance(pair[1], Exception)]
         places = 0 if self._busy() else QUEUE_ROWS - len(self._queue)
@@ -48,7 +49,7 @@ class Shadow:
             self._working = asyncio.get_running_loop().create_task(self._work())
 
     def close(self) -> None:
-        """Ask it nothing more."""
+        """Drop the queue; the current call ends in its thread."""
         if self._working is not None:
             self._working.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -69,7 +70,7 @@ class Shadow:
                     if spread is not None:
                         answers = [one for one in batch.answers if hasattr(one, name)]
                         observe_many(spread, [(getattr(one, name), 1) for one in answers])
-            except Exception:  # whatever it raises is its own affair
+            except Exception:  # an error of a shadow affects no client
                 found = Counter(error=len(pairs))
             for agreement, rows in found.items():
                 self._counts[agreement].inc(rows)

@@ -1,4 +1,4 @@
-"""What the service itself answers: several predictions, problems, and its operational endpoints."""
+"""Answers of the service itself: several predictions, problems, and its operational endpoints."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -34,7 +34,7 @@ def _of_own_type(label: Any) -> Any:
 
 
 class Feedback(BaseModel):
-    """What a prediction should have been."""
+    """The truth about an earlier prediction."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
