@@ -25,6 +25,7 @@ from app.core.store import MANIFEST, RELEASE, Release
 from app.monitoring.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features
+from lifecycle.files import write_file
 
 NAME = "iris"
 MAX_BINS = 10
@@ -224,6 +225,4 @@ def start_release(root: Path, serving: str, previous: str) -> bool:
 
 def write_release(root: Path, release: Release) -> None:
     """Write `release.json` whole or not at all: a running service may read it at any moment."""
-    new = root / ".release.new"
-    new.write_bytes(canonical_json(release.model_dump()))
-    new.replace(root / RELEASE)
+    write_file(root / RELEASE, canonical_json(release.model_dump()))

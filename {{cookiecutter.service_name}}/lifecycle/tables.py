@@ -10,7 +10,6 @@ takes it for, because most estimators were fitted on that.
 """
 
 import csv
-import hashlib
 import json
 import math
 import re
@@ -85,12 +84,6 @@ class Table:
     path: Path
     columns: dict[str, Column]
     rows: int = 0
-
-
-def fingerprint(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def batches(path: Path) -> Iterator[Batch]:

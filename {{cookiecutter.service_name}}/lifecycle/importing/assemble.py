@@ -93,7 +93,7 @@ def version_files(
             training=assembly.training,
             ranges=assembly.ranges,
             trusted_types=model.trusted_types,
-            words={name: words.model_dump() for name, words in assembly.words.items()},
+            words=assembly.words,
         )
     }
     if assembly.new_contract:

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from lifecycle.errors import LifecycleError
+from lifecycle.files import ROOT
 from lifecycle.importing.documents import Runtime
 from lifecycle.importing.importer import ARTIFACTS, Request
 from lifecycle.importing.importer import import_model as run
-from lifecycle.importing.steps import ROOT
 
 
 def import_model(

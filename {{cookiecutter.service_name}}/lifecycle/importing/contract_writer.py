@@ -5,7 +5,6 @@
 Titles, descriptions, units and bounds are a person's to add; an import keeps those of columns that stay.
 """
 
-import json
 import keyword
 import re
 import subprocess
@@ -100,8 +99,8 @@ def source(
     """The module: for a classifier with `labels`, for a regressor without."""
     names = [feature.name for feature in features]
     fields = [_field(own, one) for own, one in zip(field_names(names), features, strict=True)]
-    value = _literal(f"The model's estimate of {target}.")
-    label = f"Literal[{', '.join(map(_literal, labels))}]" if labels else "float"
+    value = repr(f"The model's estimate of {target}.")
+    label = f"Literal[{', '.join(map(repr, labels))}]" if labels else "float"
     parts = [
         HEAD,
         f"Label = {label}\n",
@@ -109,7 +108,7 @@ def source(
         "class Features(BaseModel):\n",
         f'    """The {f"{len(names)} columns" if len(names) > 1 else "column"} that the model takes."""\n\n',
         '    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, '
-        f'json_schema_extra={{"examples": {[_Source(one) for one in examples]!r}}})\n\n',
+        f'json_schema_extra={{"examples": {[*examples]!r}}})\n\n',
         *fields,
         "\n\n",
         PREDICTION.replace("REASON", "the score is below the review threshold or " if labels else "").replace(
@@ -119,35 +118,23 @@ def source(
     return formatted("".join(parts))
 
 
-class _Source(dict[str, Any]):
-    """A JSON object that shows itself as Python."""
-
-    def __repr__(self) -> str:
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(value)}" for key, value in self.items()) + "}"
-
-
-def _literal(value: Any) -> str:
-    """A JSON value as Python, text in double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
 def _field(own: str, feature: Feature) -> str:
     kind = _TYPES[feature.dtype]
     if feature.categories:
-        kind = f"Literal[{', '.join(map(_literal, feature.categories))}]"
+        kind = f"Literal[{', '.join(map(repr, feature.categories))}]"
     if feature.nullable:
         kind += " | None"
-    words = [f"alias={_literal(feature.name)}"] if own != feature.name else []
+    words = [f"alias={feature.name!r}"] if own != feature.name else []
     for name, bound in (("ge", feature.minimum), ("le", feature.maximum)):
         if bound is not None:
             words.append(f"{name}={bound:.17g}" if bound == int(bound) else f"{name}={bound!r}")
     words += [
-        f"{name}={_literal(text)}"
+        f"{name}={text!r}"
         for name, text in (("title", feature.title), ("description", feature.description))
         if text
     ]
     if feature.unit:
-        words.append(f'json_schema_extra={{"unit": {_literal(feature.unit)}}}')
+        words.append(f'json_schema_extra={{"unit": {feature.unit!r}}}')
     return f"    {own}: Annotated[{kind}, Field({', '.join(words)})]\n" if words else f"    {own}: {kind}\n"
 
 

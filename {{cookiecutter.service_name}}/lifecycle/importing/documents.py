@@ -67,13 +67,6 @@ class Converted(_Document):
         return f"model.{self.runtime}"
 
 
-class Words(_Document):
-    """What a version says of an input beside the contract; kept when a version is made again."""
-
-    description: str
-    example: Any
-
-
 class Assembly(_Document):
     """The version to make of the converted model."""
 
@@ -87,7 +80,7 @@ class Assembly(_Document):
     review_threshold: float
     feedback_tolerance: float
     holdout: str | None  # path in the repository
-    words: dict[str, Words]
+    words: dict[str, dict[str, Any]]  # by input, where an earlier making of the version said others
 
 
 class Refusal(_Document):

@@ -24,13 +24,14 @@ from app.schemas.contract import contract_inputs, contract_sha256, served_contra
 from app.schemas.predict import Features
 from lifecycle import package
 from lifecycle.errors import LifecycleError
+from lifecycle.files import ROOT, sha256
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source
-from lifecycle.importing.documents import SAMPLE, Assembly, Conversion, Converted, Runtime, Words
+from lifecycle.importing.documents import SAMPLE, Assembly, Conversion, Converted, Runtime
 from lifecycle.importing.findings import point_out
 from lifecycle.importing.journal import WORK, alone, apply, recover, unstopped
-from lifecycle.importing.steps import ROOT, Progress, say
-from lifecycle.tables import Column, Table, fingerprint, profile, read_sample, sample
+from lifecycle.importing.steps import Progress, say
+from lifecycle.tables import Column, Table, profile, read_sample, sample
 
 ARTIFACTS, PREDICT = Path("artifacts"), Path("app/schemas/predict.py")
 DOCUMENTS = (
@@ -90,7 +91,7 @@ def _import(request: Request, *, check: bool) -> Imported:
     for path in filter(None, (request.model, request.data, request.holdout)):
         if not path.is_file():
             raise LifecycleError(f"{path}: there is no such file")
-    if request.holdout and fingerprint(request.holdout) == fingerprint(request.data):
+    if request.holdout and sha256(request.holdout) == sha256(request.data):
         raise LifecycleError(f"{request.holdout.name}: has the training rows, on which any model looks good")
     table = profile(request.data, Progress(f"reading {request.data.name}"))
     candidates = usable(table, request.target)
@@ -178,11 +179,11 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
     contract = contract_sha256([asdict(one) for one in features], made.model_dump(include={"task", "labels"}))
     rewritten = contract != served_contract_sha256()
     training = Training(
-        data_sha256=fingerprint(request.data),
+        data_sha256=sha256(request.data),
         rows=table.rows,
         target=request.target,
         query=f"{request.data.name}, all rows",
-        code_revision=f"sha256:{fingerprint(request.model)}",
+        code_revision=f"sha256:{sha256(request.model)}",
     )
     there = manifests()
     current = None if rewritten else there.get(read_release(ROOT / ARTIFACTS).serving)
@@ -208,7 +209,7 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
         holdout=f"{HOLDOUT}{request.holdout.suffix.lower()}" if request.holdout else None,
         # Words may change at any time, and a version never.
         words={
-            one.name: Words(description=one.description, example=one.example)
+            one.name: one.model_dump(include={"description", "example"})
             for one in (earlier.inputs if earlier else ())
         },
     )  # fmt: skip

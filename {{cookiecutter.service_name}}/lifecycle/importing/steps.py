@@ -13,9 +13,9 @@ from pathlib import Path
 
 from app.core.errors import ArtifactError
 from lifecycle.errors import LifecycleError
+from lifecycle.files import ROOT
 from lifecycle.importing.documents import Refusal
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS_A_LINE = 5
 
 
