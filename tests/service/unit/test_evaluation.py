@@ -387,8 +387,7 @@ def test_other_answers_than_recorded_fail(place: Path) -> None:
         "golden.jsonl",
         b"".join(json.dumps(one).encode() + b"\n" for one in lines),
     )
-    assert "golden set: v2/golden.jsonl: line 1 has another answer" in refused("evaluate", "v2", root=place
-    )
+    assert "golden set: v2/golden.jsonl: line 1 has another answer" in refused("evaluate", "v2", root=place)
 
 
 def test_the_rows_of_training_prove_nothing(place: Path) -> None:

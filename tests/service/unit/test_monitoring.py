@@ -25,9 +25,9 @@ from typer.testing import CliRunner, Result
 
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
+from app.monitoring.calls import COUNT_ROWS, COUNT_SECONDS, Calls
 from app.monitoring.drift import LEAST_ROWS, LINE_ROWS, MISSING, OTHER, ROWS_A_BIN, Drift, settled
 from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
-from app.monitoring.calls import COUNT_ROWS, COUNT_SECONDS, Calls
 from app.observability.metrics import Metrics
 from app.schemas.service import Feedback as Truth
 from lifecycle.__main__ import commands
@@ -167,7 +167,9 @@ def test_rows_are_held_a_second_at_most() -> None:
     calls, row = Calls(metrics, CapturingLogger()), np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
     inputs = [SimpleNamespace(name=name) for name in BINS]
     manifest = SimpleNamespace(version="v1", inputs=inputs)
-    artifact: Any = SimpleNamespace(manifest=manifest, files={"baseline.json": BASELINE})
+    values = {} if OWN_LABELS else {"values": {"bins": ["-0", "0-"], "counts": [50, 70], "edges": [0.0]}}
+    baseline = json.dumps(json.loads(BASELINE) | values).encode()
+    artifact: Any = SimpleNamespace(manifest=manifest, files={"baseline.json": baseline})
     calls.know(artifact)
 
     def seen() -> float:

@@ -21,9 +21,9 @@ from structlog.testing import CapturingLogger
 from app.api.call import Service
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
-from app.observability.logging import ForeignHandler, LineWriter
 from app.monitoring.calls import Calls
 from app.monitoring.feedback import Feedback
+from app.observability.logging import ForeignHandler, LineWriter
 from app.observability.metrics import LATENCY, Metrics, observe_many
 from app.observability.recorder import Recorder
 from app.rollout.fleet import Fleet
