@@ -7,12 +7,8 @@ Every step has an end of its own, so that gunicorn never has to kill a worker th
 """
 
 import asyncio
-import ctypes
 import os
 import signal
-import struct
-from contextlib import suppress
-from socket import SOL_SOCKET
 from typing import Any, cast
 
 from uvicorn.config import Config
@@ -21,24 +17,15 @@ from uvicorn.server import Server
 from server.fleet import ForkingFleet
 from server.protocol import Protocol
 
-HANDSHAKE_SECONDS = 0.05  # in a data centre: nobody waits longer before the door is closed
-# A packet filter for a listening socket: where SYN, but not ACK, is among the flags, drop the packet.
-SO_ATTACH_FILTER = 26
-NO_SYN = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFF))
+BACKLOG_SECONDS = 1.0  # for the connections that wait at the listening socket
 CUT_SECONDS = 0.5  # between the attempts to get rid of a connection
 
 
-async def let_in(sockets: Any) -> None:
-    """Let in who has connected, and nobody after them: to close a socket resets whom it has not let in."""
-    program = b"".join(struct.pack("HBBI", *instruction) for instruction in NO_SYN)
-    memory = ctypes.create_string_buffer(program)
-    for socket in sockets:
-        with suppress(OSError):  # where the kernel cannot do it, somebody may be reset
-            here = struct.pack("HP", len(NO_SYN), ctypes.addressof(memory))
-            socket.setsockopt(SOL_SOCKET, SO_ATTACH_FILTER, here)
-    await asyncio.sleep(HANDSHAKE_SECONDS)
-    while any(socket.get_backlog() > 0 for socket in sockets):  # noqa: ASYNC110  # the kernel rings no bell
-        await asyncio.sleep(HANDSHAKE_SECONDS)
+async def accept_backlog(sockets: Any) -> None:
+    """Accept the connections that are complete: to close a listening socket resets those."""
+    end = asyncio.get_running_loop().time() + BACKLOG_SECONDS
+    while any(socket.get_backlog() > 0 for socket in sockets) and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(0)
 
 
 class DrainingServer(Server):
@@ -66,11 +53,11 @@ class DrainingServer(Server):
         loop = asyncio.get_running_loop()
         heart = loop.create_task(self._beat())
         self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
-        if self._fleet.stopping:  # else the other workers take whoever waits at the door
-            await let_in(sockets)
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(0)
+        if self._fleet.stopping:  # else other workers accept the connections that wait
+            await accept_backlog(sockets)
+        for listener in (*self.servers, *sockets):  # at once: a connection that comes in between is reset
+            listener.close()
+        await asyncio.sleep(0)  # a connection that was just accepted becomes one of the server's
         alarm = loop.call_later(0 if self._hurried else self._answer_seconds, self.cut)
         await super().shutdown(sockets)
         alarm.cancel()
