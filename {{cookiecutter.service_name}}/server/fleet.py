@@ -23,12 +23,12 @@ from prometheus_client import values
 from app.core.errors import ArtifactError
 from app.core.sizing import default_workers
 from app.core.store import Artifact
-from app.observability.flight import FlightRecorder
 from app.observability.metrics import forget_worker
 from app.rollout.fleet import FLEET, Fleet, read_usable
 from app.settings import Settings, SettingsError, load_settings
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+MAX_STACK_BYTES = 16_384
 
 
 class ForkingFleet(Fleet):
@@ -162,14 +162,16 @@ def on_reload(server: Any) -> None:
 
 
 def pre_fork(_server: Any, worker: Any) -> None:
-    """Give the worker the memory that will tell, if it dies, what it was doing."""
-    worker.flight = forking_fleet().flight = FlightRecorder()
+    """Give the worker a file for the stacks of its threads, which the master can read when it has died."""
+    worker.stacks = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker lives
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Say what a worker was doing if it crashed, and take its live gauges out of /metrics."""
-    if fields := worker.flight.read():
-        server.log.error("worker died", extra={"fields": {"pid": worker.pid, **fields}})
+    """Log where a worker was if a signal ended it, and take its live gauges out of /metrics."""
+    worker.stacks.seek(0)
+    if stacks := worker.stacks.read(MAX_STACK_BYTES).decode(errors="replace"):
+        server.log.error("worker died", extra={"fields": {"pid": worker.pid, "stacks": stacks}})
+    worker.stacks.close()
     forget_worker(worker.pid)
 
 

@@ -1,6 +1,7 @@
 """gunicorn's worker: uvicorn with the protocol, the limits and the end that this service has."""
 
 import asyncio
+import faulthandler
 import os
 import signal
 import sys
@@ -40,9 +41,9 @@ class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types
         }
 
     def init_signals(self) -> None:
-        """Have the stacks written down when gunicorn aborts a worker that is blocked, or a crash ends it."""
+        """Have the stacks written when a signal ends this worker, also while a model holds Python's lock."""
         super().init_signals()
-        forking_fleet().flight.watch()
+        faulthandler.enable(self.stacks)
 
     async def _serve(self) -> None:
         fleet = forking_fleet()

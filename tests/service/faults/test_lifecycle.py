@@ -214,7 +214,7 @@ def test_a_model_that_blocks_the_event_loop(
         until(lambda: len(ready(service)) == 3, "another worker")
         traffic.flows()
     (line,) = [line for line in service.lines() if line["event"] == "worker died"]
-    assert (line["level"], line["route"], line["model_version"]) == ("error", "/v1/predict", "v1")
+    assert line["level"] == "error"
     assert "Aborted" in line["stacks"]
     assert re.search(r"core/runtimes.py\W+line \d+ in infer", line["stacks"])
     assert traffic.ends["refused"] == 0

@@ -91,6 +91,8 @@ class Call:
     prediction_id: str | None = None
     audit: dict[str, Any] = field(default_factory=dict)  # further fields of the log line
     error: BaseException | None = None  # for the log, not for the client
+    status: int = 0  # of the answer, once it has begun
+    counted: bool = False  # by the instrumentator in FastAPI's stack
 
     @property
     def pipeline(self) -> Pipeline:
@@ -132,19 +134,19 @@ class Call:
         for start in range(0, len(entries), AUDIT_ROWS):
             service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
 
-    def finish(self, method: str, route: str, status: int, seconds: float, *, counted: bool = False) -> None:
+    def finish(self, method: str, route: str, seconds: float) -> None:
         """Count the answer, unless FastAPI's stack has counted it, and write the one line of this request."""
-        if not counted:
-            self.service.count_answer(method, route, status, seconds)
+        if not self.counted:
+            self.service.count_answer(method, route, self.status, seconds)
         if self.canary is not None:
-            self.canary.note(self.model_version == self.canary.pipeline.version, status, seconds)
+            self.canary.note(self.model_version == self.canary.pipeline.version, self.status, seconds)
         fields = {
             "event": "request",
             "request_id": self.request_id,
             "trace_id": self.trace_id,
             "method": method,
             "route": route,
-            "status": status,
+            "status": self.status,
             "duration_ms": round(seconds * 1000, 3),
             "model_version": self.model_version,
             "prediction_id": self.prediction_id,

@@ -1,6 +1,6 @@
 """The one ASGI middleware: everything that holds for every request.
 
-    headers -> Call (id, trace, clock) -> key, quota -> slot -> route -> answer -> metrics -> log line
+    headers -> Call (id, trace, clock) -> admit: key, quota -> answer: route -> finish: send, count, log
 
 Requests for the model (`JSONRoute`) are dispatched here, by path: they skip FastAPI's middleware stack and
 router, which know nothing about them that this module does not. All others go on to FastAPI.
@@ -22,7 +22,6 @@ from app.api.call import Call, Service
 from app.api.errors import MEDIA_TYPE, problem
 from app.api.routing import JSONRoute
 from app.core.errors import ServiceError
-from app.observability.flight import OTHER
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -30,10 +29,11 @@ _ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request
 _SHED = {"overloaded": "queue_full", "model_not_ready": "not_ready", "rate_limited": "rate_limit"}
 _CLOSED_REQUEST = 499  # nginx's number for a client that has gone
 _JSON = [(b"content-type", b"application/json")]
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, headers, body
 
 
 class ServiceMiddleware:
-    """Wraps FastAPI; `direct` are the routes it dispatches itself, by path."""
+    """Wraps FastAPI; admits, answers and finishes requests. `direct`: the routes answered here, by path."""
 
     def __init__(
         self, app: ASGIApp, service: Service, direct: dict[str, JSONRoute], features: frozenset[str]
@@ -41,69 +41,82 @@ class ServiceMiddleware:
         self._app, self._service, self._direct, self._features = app, service, direct, features
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """One request, from its headers to its log line, whatever becomes of it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        service, method, path = self._service, scope["method"], scope["path"]
-        call, key = self._open(scope)
-        route = self._direct.get(path) if method == "POST" else None
-        status, headers, body = (route and route.status_code) or 200, _JSON, b""
-        passed_on = started = False
+        service, (call, key) = self._service, self._open(scope)
+        route = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
+        answer: Answer | None = None
+        try:
+            await self._admit(call, key, scope)
+            answer = await self._answer(call, route, scope, receive, send)
+        except ClientDisconnect:
+            service.recorder.count(service.metrics.disconnects)
+            call.status = _CLOSED_REQUEST
+        except asyncio.CancelledError:  # by the server, when the time to finish what is inside is over
+            if call.status:
+                raise
+            service.recorder.count(service.metrics.shed, "draining")
+            stops = ServiceError("model_timeout", "the service stops before this can be finished")
+            answer = self._failed(call, stops)
+        except Exception as error:
+            answer = self._failed(call, error)
+        await self._finish(call, route, answer, scope, send)
+
+    async def _admit(self, call: Call, key: bytes | None, scope: Scope) -> None:
+        """Raise ServiceError for a request that is refused by its headers alone: broken, no key, no quota."""
+        if "refused" in scope:  # by the server: the bytes were no request
+            raise scope["refused"]
+        if scope["path"].startswith("/v1/"):
+            guard, query = self._service.guard, scope["query_string"]
+            address = scope["client"][0] if scope["client"] else ""
+            call.client, known = guard.identify(key, query, address)
+            if not known:
+                await guard.refuse(call.client, key, query)
+            if guard.limited:
+                await guard.spend(call.client)
+            if self._service.models.canary is not None:
+                call.session = _session(scope, self._service.settings.canary_header)
+
+    async def _answer(
+        self, call: Call, route: JSONRoute | None, scope: Scope, receive: Receive, send: Send
+    ) -> Answer | None:
+        """The answer of one of our routes; None if FastAPI's stack has sent one."""
+        if route is not None:
+            return route.status_code or 200, _JSON, await route.answer(call, scope, receive)
 
         async def send_marked(message: Message) -> None:
-            nonlocal status, started
             if message["type"] == "http.response.start":
-                status, started = message["status"], True
+                call.status = message["status"]
                 own = (b"x-request-id", call.request_id.encode())
                 message["headers"] = [*message.get("headers", ()), own]
             await send(message)
 
-        try:
-            if "refused" in scope:  # by `protocol`: it never became a request
-                raise scope["refused"]
-            if path.startswith("/v1/"):
-                guard, query = service.guard, scope["query_string"]
-                address = scope["client"][0] if scope["client"] else ""
-                call.client, known = guard.identify(key, query, address)
-                if not known:
-                    await guard.refuse(call.client, key, query)
-                if guard.limited:
-                    await guard.spend(call.client)
-                if service.models.canary is not None:
-                    call.session = _session(scope, service.settings.canary_header)
-            service.fleet.flight.route(OTHER if route is None else route.label)
-            if route is not None:
-                body = await route.answer(call, receive)
-            else:
-                if path == "/metrics":
-                    await service.recorder.settle()
-                scope.setdefault("state", {})["call"] = call
-                passed_on = True
-                await self._app(scope, receive, send_marked)
-        except ClientDisconnect:
-            service.recorder.count(service.metrics.disconnects)
-            status = _CLOSED_REQUEST
-        except asyncio.CancelledError:  # by the server, when the time to finish what is inside is over
-            if started:
-                raise
-            service.recorder.count(service.metrics.shed, "draining")
-            failure = ServiceError("model_timeout", "the service stops before this can be finished")
-            status, headers, body = self._failed(call, failure)
-        except Exception as error:
-            status, headers, body = self._failed(call, error)
-        if not started and status != _CLOSED_REQUEST:
-            length, own = (b"content-length", b"%d" % len(body)), (b"x-request-id", call.request_id.encode())
-            headers = [*headers, length, own]
-            whole = scope.get("extensions", {}).get("http.response.whole") if method != "HEAD" else None
-            if whole is None or not whole(send, status, headers, body):
-                await send({"type": "http.response.start", "status": status, "headers": headers})
+        if scope["path"] == "/metrics":
+            await self._service.recorder.settle()
+        scope.setdefault("state", {})["call"] = call
+        call.counted = True
+        await self._app(scope, receive, send_marked)
+        return None
+
+    async def _finish(
+        self, call: Call, route: JSONRoute | None, answer: Answer | None, scope: Scope, send: Send
+    ) -> None:
+        """Send the answer, unless one has begun; count it and write its log line."""
+        begun = call.status
+        if answer is not None:
+            call.status, headers, body = answer
+            headers = [
+                *headers,
+                (b"content-length", b"%d" % len(body)),
+                (b"x-request-id", call.request_id.encode()),
+            ]
+            if not begun and not _send_whole(scope, send, call.status, headers, body):
+                await send({"type": "http.response.start", "status": call.status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
         scope["route_path"] = getattr(scope.get("route"), "path", None) if route is None else route.path
-        handler = scope["route_path"] or "none"
-        seconds = perf_counter() - call.started
-        # A request that was passed on is counted by the instrumentator, which FastAPI's stack holds.
-        call.finish(method, handler, status, seconds, counted=passed_on)
+        call.finish(scope["method"], scope["route_path"] or "none", perf_counter() - call.started)
 
     def _open(self, scope: Scope) -> tuple[Call, bytes | None]:
         """The call and the key it shows, from one pass over the headers."""
@@ -136,7 +149,7 @@ class ServiceMiddleware:
         call.request_id = call.request_id or os.urandom(16).hex()
         return call, key
 
-    def _failed(self, call: Call, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    def _failed(self, call: Call, error: Exception) -> Answer:
         """The answer to a failure, counted; what a client must not see is kept for the log line."""
         call.error = error.__cause__ if isinstance(error, ServiceError) else error
         failure = error if isinstance(error, ServiceError) else ServiceError("internal_error")
@@ -154,6 +167,14 @@ class ServiceMiddleware:
         return failure.status, encoded, problem(failure, call.request_id)
 
 
+def _send_whole(
+    scope: Scope, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes
+) -> bool:
+    """Answer in one piece, where the server offers that; whether it did."""
+    whole = scope.get("extensions", {}).get("http.response.whole")
+    return whole is not None and scope["method"] != "HEAD" and whole(send, status, headers, body)
+
+
 def _session(scope: Scope, header: str | None) -> str:
     """What the header says that keeps clients with a canary; nothing if there is none."""
     wanted = header.lower().encode() if header else b""
@@ -164,7 +185,7 @@ class CrossOrigin(CORSMiddleware):
     """Stands around the service, which therefore sees no preflight: those get their id here."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """See Starlette."""
+        """The answer to a preflight, with the request's id or a new one."""
         response, given = super().preflight_response(request_headers), request_headers.get("x-request-id", "")
         kept = _REQUEST_ID.fullmatch(given.encode("latin-1"))
         response.headers["x-request-id"] = given if kept else os.urandom(16).hex()

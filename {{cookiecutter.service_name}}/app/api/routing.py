@@ -17,12 +17,11 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive
+from starlette.types import Receive, Scope
 
 from app.api.call import Call
 from app.api.errors import from_validation
 from app.core.errors import ServiceError
-from app.observability.flight import label
 
 _SCALARS = (float, int, str, bool)
 
@@ -34,19 +33,18 @@ class JSONRoute(APIRoute):
         super().__init__(path, endpoint, **options)
         (body,) = self.dependant.body_params
         kind: Any = body.field_info.annotation
-        self.label = label(path)
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
         fields = list(kind.model_fields.values())
         flat = all(field.is_required() and field.annotation in _SCALARS for field in fields)
         self._colons = len(fields) if flat else -1  # in a body of this kind that is as it should be
 
-    async def answer(self, call: Call, receive: Receive) -> bytes:
+    async def answer(self, call: Call, scope: Scope, receive: Receive) -> bytes:
         """The response body; raises ServiceError, or ClientDisconnect."""
         if call.content_type != b"application/json" or call.content_encoding:
             _check_media_type(call)
         service = call.service
         service.models.admission.check()
-        call.body = body = await _read(call, receive)
+        call.body = body = await _read(call, scope, receive)
         with service.models.admission:
             document = self._validate(body)
             work = self.endpoint(document, call)
@@ -69,7 +67,7 @@ class JSONRoute(APIRoute):
         """FastAPI's hook: the same `answer`, for requests that come through its router."""
 
         async def handle(request: Request) -> Response:
-            body = await self.answer(request.scope["state"]["call"], request.receive)
+            body = await self.answer(request.scope["state"]["call"], request.scope, request.receive)
             return Response(body, self.status_code or 200, media_type="application/json")
 
         return handle
@@ -84,36 +82,31 @@ def _check_media_type(call: Call) -> None:
         raise ServiceError("unsupported_media_type", "send the body without Content-Encoding")
 
 
-async def _read(call: Call, receive: Receive) -> bytes:
-    """The whole body, at most APP_MAX_BODY_BYTES of it, and all of it before the deadline."""
+async def _read(call: Call, scope: Scope, receive: Receive) -> bytes:
+    """The whole body, at most APP_MAX_BODY_BYTES of it; raises ServiceError, or ClientDisconnect."""
     limit = call.service.settings.max_body_bytes
     if call.content_length <= limit:
-        # Nearly always it has arrived with the headers: look first, and set an alarm only if it has not.
-        pending: Any = receive()
-        try:
-            pending.send(None)
-            pending.close()
-            body = await _read_slowly(call, {"more_body": True}, receive)
-        except StopIteration as arrived:
-            body = arrived.value.get("body", b"")
-            if arrived.value.get("more_body"):
-                body = await _read_slowly(call, arrived.value, receive)
+        # Nearly always the body has arrived with the headers; only if it has not, an alarm is set.
+        whole = scope.get("extensions", {}).get("http.request.whole")
+        body = whole(receive) if whole is not None else None
+        if body is None:
+            body = await _receive(call, receive, limit)
         if len(body) <= limit:
             return body
     raise ServiceError("body_too_large", f"at most {limit} bytes")
 
 
-async def _read_slowly(call: Call, message: Message, receive: Receive) -> bytes:
-    """What follows `message`, up to the limit; ServiceError at the deadline, ClientDisconnect at the end."""
-    chunks, size = [message.get("body", b"")], len(message.get("body", b""))
+async def _receive(call: Call, receive: Receive, limit: int) -> bytes:
+    """The body as ASGI gives it, until it exceeds `limit`; ServiceError at the deadline of the request."""
+    chunks, size, more = [], 0, True
     try:
         async with asyncio.timeout(call.deadline - perf_counter()):
-            while message.get("more_body") and size <= call.service.settings.max_body_bytes:
+            while more and size <= limit:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
                 chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
+                size, more = size + len(chunks[-1]), message.get("more_body", False)
     except TimeoutError:
         call.service.recorder.count(call.service.metrics.shed, "deadline")
         raise ServiceError("model_timeout", "the body did not arrive in time") from None

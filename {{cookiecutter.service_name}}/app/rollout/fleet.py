@@ -13,7 +13,6 @@ from app.core.errors import ArtifactError
 from app.core.runtimes import import_library
 from app.core.store import Artifact, read_artifact, read_release
 from app.monitoring.feedback import Given
-from app.observability.flight import FlightRecorder
 from app.rollout.canary import Counts
 from app.settings import Settings
 
@@ -28,7 +27,6 @@ class Fleet:
         self.settings, self.workers = settings, workers
         self.given = Given()  # labels that came back
         self.counts = Counts()  # requests of a canary and of the version beside it
-        self.flight = FlightRecorder()  # of the worker that is forked next
 
     def served(self) -> tuple[Artifact, str]:
         """The verified artifact to serve; and why it is the fallback version, or an empty string."""

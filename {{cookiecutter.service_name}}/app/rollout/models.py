@@ -193,7 +193,6 @@ class Models:
         self._expect_feedback(pipeline)
         self.serving, self._wanted["serving"] = pipeline, want
         self.write(everything=False)  # the levels, before the first request
-        self._fleet.flight.version(pipeline.version)
         self._log.info(
             "ready",
             model_version=pipeline.version,
