@@ -1,6 +1,8 @@
 """What a render consists of: exact file lists for every choice, byte for byte where bytes matter."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ CHOICES = {option: list(choices) for option, choices in QUESTIONS["_choices"].it
 OTHER_CHOICES = [(o, c) for o, choices in CHOICES.items() for c in choices if c != QUESTIONS[o]]
 CAPABILITIES: list[str] = QUESTIONS["_capabilities"]
 RENDERED = "pyproject.toml"  # names the capabilities
+ADDED = SERVICE / "_overlays" / "capabilities"
 LISTS = Path(__file__).parent / "files"
 
 
@@ -64,6 +67,34 @@ def test_capabilities_combine_without_a_matrix_of_cases(bake: Bake) -> None:
     assert sum(map(len, added)) == len(set().union(*added))
     expected = {name: content for files in each for name, content in files.items() if name != RENDERED}
     assert {name: content for name, content in together.items() if name != RENDERED} == expected
+
+
+def test_capabilities_never_touch_the_same_file() -> None:
+    """No file of a capability has the path of a file of the base, of an option or of another capability."""
+    folders = [folder for folder in (SERVICE / "_overlays").iterdir() if folder != ADDED]
+    taken = {
+        path.relative_to(folder)
+        for folder in (SERVICE, *folders)
+        for path in folder.rglob("*")
+        if path.is_file() and not {".venv", "_overlays"} & set(path.relative_to(folder).parts)
+    }
+    for folder in ADDED.iterdir():
+        own = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        own = {path for path in own if "__pycache__" not in path.parts}
+        assert not own & taken, folder.name
+        taken |= own
+
+
+def test_the_base_knows_the_variables_of_each_capability() -> None:
+    """`VARIABLES` in app/capabilities.py names exactly what the capabilities' settings.py declare."""
+    base = (SERVICE / "app" / "capabilities.py").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^VARIABLES = (\{.*?^\})", base, re.MULTILINE | re.DOTALL)
+    declared = {}
+    for name in CAPABILITIES:
+        module = (ADDED / name / "app" / name.replace("-", "_") / "settings.py").read_text(encoding="utf-8")
+        fields = re.findall(r"^    ([a-z_]+): (?!ClassVar)", module, re.MULTILINE)
+        declared[name] = tuple(f"APP_{field.upper()}" for field in fields)
+    assert ast.literal_eval(table) == declared
 
 
 def test_overlays_are_choices() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import PREFIX, Settings
+from app.settings import load_settings, redacted
 from tests.conftest import ROOT, read, run
 from tests.test_alerts import ALERTS
 
@@ -90,7 +90,7 @@ def test_commands_and_paths_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_in_documents_exist(page: Path) -> None:
     """No document speaks of an APP_ variable that the service would refuse."""
-    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    known = set(redacted(load_settings()))
     unknown = set(re.findall(r"\bAPP_[A-Z_]+[A-Z]\b", read(page))) - known
     assert not unknown, f"{name(page)} names settings that app/settings.py lacks: {unknown}"
 
@@ -116,7 +116,9 @@ def test_alerts_and_runbooks_have_the_same_names() -> None:
     """Each alert has its runbook, each runbook its alert, and the index leads to all of them."""
     pages = {path.stem for path in RUNBOOKS}
     assert pages == set(ALERTS), "name docs/runbooks/*.md after the alerts in ops/prometheus/*rules.yml"
-    linked = set(re.findall(r"\[(\w+)\]\([^)]*\1\.md\)", read("docs/runbooks/README.md")))
+    # The page of a capability, docs/<capability>.md, leads to its own runbooks.
+    index = "".join(read(page) for page in [ROOT / "docs/runbooks/README.md", *(ROOT / "docs").glob("*.md")])
+    linked = set(re.findall(r"\[(\w+)\]\([^)]*\1\.md\)", index))
     assert pages <= linked, f"docs/runbooks/README.md does not lead to {pages - linked}"
 
 

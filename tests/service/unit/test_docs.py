@@ -19,11 +19,12 @@ import pytest
 import yaml
 from prometheus_client import Metric
 
+from app.capabilities import installed
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.core.store import read_artifact
 from app.observability.metrics import Metrics
 from app.schemas.predict import Features
-from app.settings import PREFIX, Settings
+from app.settings import Settings, load_settings, redacted
 from lifecycle.operations.docs import _api
 from lifecycle.operations.runbooks import anchor, broken, headings, prose
 from lifecycle.operations.watching import alertmanager_flags, running
@@ -47,16 +48,19 @@ PAGES = [path for path in DOCS if path.parent == INDEX.parent]
 RUNBOOKS = [path for path in PAGES if path != INDEX]
 PEOPLE_READ = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 DASHBOARD = ROOT / "ops" / "grafana" / "dashboards" / "overview.json"
-SETTINGS = {PREFIX + name.upper() for name in Settings.model_fields}
+SETTINGS = set(redacted(load_settings()))
 SECTIONS = [
     "TL;DR", "Is it real", "Impact", "First three actions", "Ranked causes",
     "Roll back the model / the image", "Escalate", "Silence", "After",
 ]  # fmt: skip
-ALERTS = {
+BASE_ALERTS = {
     "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "WorkerRestarts",
     "Saturation", "HighInvalidInputRate", "NonFiniteOutput", "ModelReloadFailed", "FeatureDrift",
     "PredictionShift", "LowConfidence", "AccuracyDrop", "ServingFallback", "CanaryStopped",
 }  # fmt: skip
+# Alerts and metrics of capabilities.
+ALERTS = BASE_ALERTS | ({"TraceSpansDropped"} if "tracing" in installed() else set())
+ADDED_METRICS = {"trace_spans_dropped_total"} if "tracing" in installed() else set()
 SYMPTOMS = {
     "elevated 5xx": "AvailabilityBudgetBurn",
     "high latency": "LatencyBudgetBurn",
@@ -115,7 +119,7 @@ def declared() -> set[str]:
     metrics.expect_values([0.0])  # as for a regressor
     families: list[Metric] = list(metrics.registry.collect())
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
-    return {family.name + suffix for family in families for suffix in suffixes[family.type]}
+    return ADDED_METRICS | {family.name + suffix for family in families for suffix in suffixes[family.type]}
 
 
 def rules() -> list[dict[str, Any]]:
@@ -189,7 +193,7 @@ def test_every_alert_has_its_runbook() -> None:
 def test_runbooks_are_found_by_symptom() -> None:
     """The index leads from 5xx, latency, readiness, 422, saturation and wrong predictions to the page."""
     rows = re.findall(r"^\| ([^|]*) \| \[(\w+)\]", sections(INDEX)["Find the runbook"], re.MULTILINE)
-    assert sorted(page for _, page in rows) == sorted(ALERTS)
+    assert sorted(page for _, page in rows) == sorted(BASE_ALERTS)
     for symptom, page in SYMPTOMS.items():
         assert [found for words, found in rows if words.startswith(symptom)] == [page]
 
@@ -472,9 +476,13 @@ def test_rolling_back_as_the_runbook_says(desk: Desk) -> None:
 
 
 def test_every_setting_is_documented_once() -> None:
-    """`docs/configuration.md` and `.env.example` list every `APP_` variable, in the same order, each once."""
-    table = re.findall(r"^\| `(APP_\w+)`", (ROOT / "docs/configuration.md").read_text("utf-8"), re.MULTILINE)
-    example = re.findall(r"^#(APP_\w+)=", (ROOT / ".env.example").read_text("utf-8"), re.MULTILINE)
+    """`configuration.md`, `.env.example` and those of capabilities list every variable once, in one order."""
+    added = [ROOT / "docs" / f"{name}.md" for name in installed()]
+    examples = [ROOT / ".env.example", *(ROOT / f".env.{name}.example" for name in installed())]
+    tables = "".join(path.read_text("utf-8") for path in [ROOT / "docs/configuration.md", *added])
+    table = re.findall(r"^\| `(APP_\w+)`", tables, re.MULTILINE)
+    lines = "".join(path.read_text("utf-8") for path in examples)
+    example = re.findall(r"^#(APP_\w+)=", lines, re.MULTILINE)
     assert table == example
     assert sorted(table) == sorted(SETTINGS)
 
