@@ -11,6 +11,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.types import Message, Receive, Scope, Send
 
 from app.settings import SettingsError, load_settings
+from app.tracing.spans import Spans
+
+from app.settings import SettingsError, load_settings
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
