@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lifecycle.errors import LifecycleError
 
@@ -14,6 +14,7 @@ OfLabels = Literal["accuracy", "auc", "calibration"]
 OfValues = Literal["r2", "rmse", "mae"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(ge=0)]
+Rounded = Annotated[float, AfterValidator(lambda value: round(value, 6))]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -69,9 +70,9 @@ class Verdict(_Strict):
     manifest_sha256: str
     thresholds_sha256: str
     data: Rows
-    metrics: dict[str, float]
+    metrics: dict[str, Rounded]
     served: str | None
-    served_metrics: dict[str, float]
+    served_metrics: dict[str, Rounded]
 
 
 def read_thresholds(path: Path) -> Thresholds:

@@ -89,20 +89,17 @@ class Gate:
 class Evaluation:
     """Everything that an evaluation found."""
 
-    version: str
-    served: str | None  # the version it was compared with
+    verdict: Verdict
     note: str  # why there is no comparison
     data: Data
     answers: Answers
-    metrics: Metrics
-    served_metrics: Metrics
     slices: list[tuple[Slice, list[Part]]]
     gates: list[Gate]
 
     @property
     def failed(self) -> list[str]:
         """A line for each gate that keeps the version from being released; none if it passed."""
-        return [f"{one.name}: {one.found}, needed: {one.needed}" for one in self.gates if not one.passed]
+        return self.verdict.failed
 
 
 def evaluate(
@@ -147,28 +144,22 @@ def evaluate(
     own, others = measured(rows, answers), measured(rows, theirs)
     cut = slices(thresholds, rows, answers, theirs)
     gates += judge(thresholds, rows, answers, own, cut, (served, others) if theirs else None)
-    compared = served if theirs else None
-    found = Evaluation(version, compared, note, rows, answers, own, others, cut, gates)
-    write_report(found, root / "build" / f"evaluation-{version}")
-    content = canonical_json(verdict(found, root).model_dump())
-    write_file(root / "evaluation" / f"{version}.json", content)
-    return found
-
-
-def verdict(found: Evaluation, root: Path) -> Verdict:
-    """The result as a promotion reads it."""
-    data = found.data
-    return Verdict(
-        version=found.version,
-        passed=not found.failed,
-        failed=found.failed,
-        manifest_sha256=sha256(root / "artifacts" / found.version / MANIFEST),
+    failed = [f"{one.name}: {one.found}, needed: {one.needed}" for one in gates if not one.passed]
+    verdict = Verdict(
+        version=version,
+        passed=not failed,
+        failed=failed,
+        manifest_sha256=sha256(artifacts / version / MANIFEST),
         thresholds_sha256=sha256(root / "evaluation" / THRESHOLDS),
-        data=Rows(file=data.name, sha256=data.sha256, rows=data.table.num_rows, target=data.target),
-        metrics={name: round(value, 6) for name, value in found.metrics.items()},
-        served=found.served,
-        served_metrics={name: round(value, 6) for name, value in found.served_metrics.items()},
+        data=Rows(file=rows.name, sha256=rows.sha256, rows=rows.table.num_rows, target=column),
+        metrics=own,
+        served=served if theirs else None,
+        served_metrics=others,
     )
+    found = Evaluation(verdict, note, rows, answers, cut, gates)
+    write_report(found, root / "build" / f"evaluation-{version}")
+    write_file(root / "evaluation" / f"{version}.json", canonical_json(verdict.model_dump()))
+    return found
 
 
 def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Data:

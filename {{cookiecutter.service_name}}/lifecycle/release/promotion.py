@@ -8,6 +8,8 @@ files are written all the same.
 """
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,14 +52,11 @@ def promote(version: str, *, limits: str | None = None, root: Path = ROOT) -> Sw
         repository.demand_clean(f"artifacts/{RELEASE}", CHANGELOG, f"evaluation/{THRESHOLDS}")
     text = entry(manifest, verdict, release.serving, limits or known_limits(root))
     after = Release(serving=version, previous=release.serving)
-    before = switch(root, after, text)
-    if in_git:
-        paths = [f"artifacts/{RELEASE}", CHANGELOG, f"artifacts/{version}", f"evaluation/{version}.json"]
-        try:
+    with undone_on_failure(root / CHANGELOG, root / "artifacts" / RELEASE):
+        switch(root, after, text)
+        if in_git:
+            paths = [f"artifacts/{RELEASE}", CHANGELOG, f"artifacts/{version}", f"evaluation/{version}.json"]
             repository.commit(f"Release model {version} in place of {release.serving}", paths)
-        except BaseException:
-            restore(before)
-            raise
     return Switched(after, in_git)
 
 
@@ -161,25 +160,27 @@ def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def switch(root: Path, release: Release, text: str) -> dict[Path, bytes]:
-    """Put the entry above all others, then write release.json; returns the old content of both files."""
-    changelog, path = root / CHANGELOG, root / "artifacts" / RELEASE
-    before = {one: one.read_bytes() for one in (changelog, path) if one.exists()}
-    head, found, rest = before.get(changelog, b"# Changelog\n").decode().partition("\n## ")
+def switch(root: Path, release: Release, text: str) -> None:
+    """Put the entry above all others in the changelog, then write release.json; both, or neither."""
+    path = root / CHANGELOG
+    old = path.read_bytes().decode() if path.exists() else "# Changelog\n"
+    head, found, rest = old.partition("\n## ")
     older = f"\n## {rest}" if found else ""
-    try:
-        write_file(changelog, f"{head.rstrip()}\n\n{text}{older}".encode())
+    with undone_on_failure(path):
+        write_file(path, f"{head.rstrip()}\n\n{text}{older}".encode())
         write_release(root / "artifacts", release)
+
+
+@contextmanager
+def undone_on_failure(*paths: Path) -> Iterator[None]:
+    """Put these files back as they are now if what is done meanwhile fails."""
+    before = {path: path.read_bytes() for path in paths if path.exists()}
+    try:
+        yield
     except BaseException:
-        restore(before)
+        for path, content in before.items():
+            write_file(path, content)
         raise
-    return before
-
-
-def restore(before: dict[Path, bytes]) -> None:
-    """Put files back."""
-    for path, content in before.items():
-        write_file(path, content)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ def write_report(found: Evaluation, folder: Path) -> None:
 
 def sections(found: Evaluation) -> Iterator[str]:
     """Headings, paragraphs and tables, in order."""
-    data, version, served = found.data, found.version, found.served
-    both, main = [version, *([served] if served else [])], _main(found)
+    data, version, served = found.data, found.verdict.version, found.verdict.served
+    both, main, own = [version, *([served] if served else [])], _main(found), found.verdict.metrics
 
     def cells(name: str, *metrics: Metrics) -> list[str]:
         return [f"{one[name]:.4g}" if name in one else "-" for one in metrics[: len(both)]]
@@ -43,7 +43,7 @@ def sections(found: Evaluation) -> Iterator[str]:
     )
     gates = [("ok" if one.passed else "**FAILED**", one.name, one.found, one.needed) for one in found.gates]
     yield f"## Gates\n{table(('', 'gate', 'found', 'needed'), gates)}"
-    metrics = [(name, *cells(name, found.metrics, found.served_metrics)) for name in found.metrics]
+    metrics = [(name, *cells(name, own, found.verdict.served_metrics)) for name in own]
     yield f"## Metrics\n{table(('metric', *both), metrics)}"
     for one, parts in found.slices:
         head = (one.column, "rows", *(f"{main} of {name}" for name in both), "")
@@ -56,7 +56,7 @@ def sections(found: Evaluation) -> Iterator[str]:
 
 def pictures(found: Evaluation) -> Iterator[tuple[str, Figure]]:
     """Name and figure: calibration, errors of labels or values, and each slice."""
-    known, version, labels = found.answers.known, found.version, found.data.labels
+    known, version, labels = found.answers.known, found.verdict.version, found.data.labels
     truths, values = found.data.truths[known], found.answers.values[known]
     if not len(truths):
         return
@@ -88,8 +88,8 @@ def pictures(found: Evaluation) -> Iterator[tuple[str, Figure]]:
     for number, (one, parts) in enumerate(found.slices, 1):
         shown = [part for part in parts if main in part.metrics][:MAX_BARS]
         bars = {version: [part.metrics[main] for part in shown]}
-        if found.served:
-            bars[found.served] = [part.served.get(main, 0.0) for part in shown]
+        if found.verdict.served:
+            bars[found.verdict.served] = [part.served.get(main, 0.0) for part in shown]
         frame = pd.DataFrame(bars, index=[f"{part.name} ({part.rows})" for part in shown])
         figure, axes = _figure(f"{main} by {one.column}", 1.5 + 0.45 * len(shown))
         if shown:

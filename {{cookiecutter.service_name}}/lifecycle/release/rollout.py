@@ -6,7 +6,6 @@ Prometheus, or a scrape of /metrics -> traffic, agreement, failures, latency, sc
 Neither needs an evaluation, because neither replaces the served version: `make promote` does.
 """
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,21 +21,11 @@ from lifecycle.operations.sources import MINIMUM, ask, scraped
 from lifecycle.package import write_release
 from lifecycle.printing import table
 
-# What is read, and the label that names the version.
-COUNTERS = {
-    "predictions_total": "model_version",
-    "shadow_predictions_total": "shadow_version",
-    "canary_requests_total": "model_version",
-    "canary_failures_total": "model_version",
-}
-HISTOGRAMS = {
-    "prediction_score": "model_version",
-    "prediction_value": "model_version",
-    "shadow_score": "shadow_version",
-    "shadow_value": "shadow_version",
-    "model_call_duration_seconds": "model_version",
-    "canary_duration_seconds": "model_version",
-}
+COUNTERS = (
+    "predictions_total", "shadow_predictions_total", "canary_requests_total", "canary_failures_total",
+)  # fmt: skip
+CALLS, REQUESTS = "model_call_duration_seconds", "canary_duration_seconds"
+HISTOGRAMS = ("prediction_score", "prediction_value", "shadow_score", "shadow_value", CALLS, REQUESTS)
 AGREEMENTS = {"agree": "#4878a8", "disagree": "#d08030", "error": "#b03030", "dropped": "#dddddd"}
 Sample = tuple[str, dict[str, str], float]
 
@@ -114,7 +103,7 @@ class Side:
     @property
     def latency(self) -> str:
         """The name of the histogram by which it is compared: a canary's requests, a shadow's calls."""
-        return "canary_duration_seconds" if self.role == "canary" else "model_call_duration_seconds"
+        return REQUESTS if self.role == "canary" else CALLS
 
     def verdict(self, served: "Side") -> str:
         """The conclusion, by the margins that stop a canary too."""
@@ -165,7 +154,7 @@ def sides(samples: Iterable[Sample]) -> list[Side]:
     result = [Side(version, role) for role, versions in roles.items() for version in sorted(versions)]
     for name, labels, value in found:
         histogram = name.removesuffix("_bucket")
-        version = labels.get(COUNTERS.get(name) or HISTOGRAMS.get(histogram, ""), "")
+        version = labels.get("shadow_version" if name.startswith("shadow") else "model_version")
         for side in result:
             # A version in both roles has scores of its own in each; its calls are counted together.
             mixed = name.startswith("model_call") or name.startswith("shadow") == (side.role == "shadow")
@@ -173,7 +162,7 @@ def sides(samples: Iterable[Sample]) -> list[Side]:
                 continue
             if name in COUNTERS:
                 side.counts[labels.get("agreement", name)] += value  # type: ignore[assignment]  # no whole number
-            elif name != histogram:
+            elif histogram in HISTOGRAMS and name != histogram:
                 side.buckets[histogram][float(labels["le"])] += value  # type: ignore[assignment]
     return result
 
@@ -189,8 +178,8 @@ def comparison(found: Sequence[Side]) -> str:
             f"{side.counts['dropped']:,.0f}",
             _share(side.agreement if side.role == "shadow" else math.nan),
             _share(side.failures),
-            _quantiles(side, "model_call_duration_seconds", (0.5, 0.95), 1000),
-            _quantiles(side, "canary_duration_seconds", (0.5, 0.95), 1000),
+            _quantiles(side, CALLS, (0.5, 0.95), 1000),
+            _quantiles(side, REQUESTS, (0.5, 0.95), 1000),
             _quantiles(side, side.spread, (0.1, 0.5, 0.9)),
             side.verdict(found[0]),
         )
@@ -210,32 +199,27 @@ def _quantiles(side: Side, histogram: str, shares: Sequence[float], factor: floa
 
 def draw(found: Sequence[Side], path: Path) -> None:
     """Draw agreement, latency and scores beside each other; the name of `path` gives the format."""
-    from matplotlib.figure import Figure  # here, because it takes a second
+    import pandas as pd  # here, because these take a second
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     agreement, latency, scores = figure.subplots(1, 3)
     names = [f"{side.version}\n{side.role}" for side in found]
-    agreement.set(title="rows of a shadow", ylabel="share", ylim=(0, 1))
-    whole = [max(sum(side.counts[one] for one in AGREEMENTS), 1) for side in found]
-    bottom = [0.0] * len(found)
-    for one, colour in AGREEMENTS.items():
-        heights = [side.counts[one] / total for side, total in zip(found, whole, strict=True)]
-        agreement.bar(names, heights, bottom=bottom, label=one, color=colour)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    latency.set(title="a call of the model", ylabel="ms")
-    for shift, share in ((-0.2, 0.5), (0.2, 0.95)):
-        values = [1000 * side.quantile("model_call_duration_seconds", share) for side in found]
-        latency.bar([at + shift for at in range(len(found))], values, width=0.4, label=f"p{share * 100:.0f}")
-    latency.set_xticks(range(len(found)), names)
+    rows = pd.DataFrame([[side.counts[one] for one in AGREEMENTS] for side in found], names, [*AGREEMENTS])
+    shares, colours = rows.div(rows.sum(axis=1).clip(lower=1), axis=0), [*AGREEMENTS.values()]
+    shares.plot.bar(
+        ax=agreement, stacked=True, color=colours, rot=0, ylabel="share", title="rows of a shadow"
+    )
+    calls = {
+        f"p{share:.0%}"[:-1]: [1000 * side.quantile(CALLS, share) for side in found] for share in (0.5, 0.95)
+    }
+    pd.DataFrame(calls, names).plot.bar(ax=latency, rot=0, ylabel="ms", title="a call of the model")
+    for side, name in zip(found, names, strict=True):
+        bounds = pd.Series(side.buckets[side.spread], dtype=float).sort_index()
+        if bounds.max() > 0:
+            heights = bounds.diff().fillna(bounds) / bounds.max()
+            scores.plot([f"{bound:g}" for bound in bounds.index], heights, drawstyle="steps-mid", label=name)
     scores.set(title="scores", ylabel="share of rows")
-    for side in found:
-        bounds = sorted(side.buckets[side.spread].items()) if side.spread else []
-        if bounds and bounds[-1][1]:
-            steps = itertools.pairwise([(0.0, 0.0), *bounds])
-            heights = [(upto - below) / bounds[-1][1] for (_, below), (_, upto) in steps]
-            label = f"{side.version}, {side.role}"
-            scores.plot([f"{bound:g}" for bound, _ in bounds], heights, drawstyle="steps-mid", label=label)
-    for axes in (agreement, latency, scores):
-        axes.legend()
+    scores.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
