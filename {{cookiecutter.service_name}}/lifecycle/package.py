@@ -64,7 +64,7 @@ def golden_set(rows: Sequence[Sequence[Any]], answers: Rows, tolerance: float = 
 
 
 def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
-    """What training looked like, for drift: counts per bin of every feature, and of what was answered.
+    """Training as counts per bin, for drift: of every feature and of the answers.
 
     `columns` has the values of each feature, missing ones as None or NaN. Bin `i` holds
     edges[i-1] < value <= edges[i], the first and last bin are open, so there is always one count more than
@@ -191,7 +191,7 @@ def differing(folder: Path, files: dict[str, bytes]) -> list[str]:
 
 
 def publish(root: Path, version: str, files: dict[str, bytes]) -> None:
-    """Write `files` as `root`/`version`, in place of what is there; on any failure what is there stays."""
+    """Write `files` as `root`/`version`, in place of an older folder, which stays on any failure."""
     target, new, old = root / version, root / f".{version}.new", root / f".{version}.old"
     root.mkdir(parents=True, exist_ok=True)
     if old.exists() and not target.exists():  # killed between the two renames

@@ -38,7 +38,7 @@ from lifecycle.errors import LifecycleError
 SAMPLE_ROWS = 200_000
 BATCH_ROWS, BLOCK_BYTES = 16_384, 2**22
 MAX_DISTINCT = 1_000  # of a text column; with more there are no categories
-# What pandas reads as missing.
+# Words that pandas reads as missing.
 MISSING = [
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
     "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -60,7 +60,7 @@ Progress = Callable[[int], None]  # is told how many rows are done
 
 @dataclass
 class Column:
-    """What all rows say of a column."""
+    """A column, as all rows of the file show it."""
 
     name: str
     dtype: str | None = None  # float64, int64, bool or string; None as long as every value is missing
@@ -219,7 +219,7 @@ def profile(path: Path, progress: Progress) -> Table:
 
 
 def _learn(path: Path, column: Column, array: Any, *, text: bool) -> None:
-    """Add a batch to what is known of its column; with `text` the type is read from the text."""
+    """Update a column from a batch; with `text` the type is read from the text."""
     if text:
         present = values = array.drop_null()
         kind = "string" if column.dtype == "string" else "null"

@@ -129,7 +129,7 @@ def proven(proof: Proof, forms: Sequence[Form], tries: list[str]) -> tuple[str, 
             return name, content, proof.gap(OnnxRuntime(onnxruntime, content, len(proof.entries)))
         except LifecycleError as refusal:
             tries.append(f"{name}: {refusal}")
-        except Exception as error:  # whatever a converter or the runtime finds wrong with the model
+        except Exception as error:  # converters and the runtime raise many types
             words = " ".join(str(error).split())
             tries.append(f"{name}: {type(error).__name__}: {words[:120]}{'...' if len(words) > 120 else ''}")
     return None

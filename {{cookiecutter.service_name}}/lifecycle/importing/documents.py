@@ -1,4 +1,4 @@
-"""What the import's processes hand to each other: one JSON file a document, in the import's folder.
+"""The documents that the import's processes exchange: one JSON file each, in the folder of the import.
 
 import_model -> Conversion -> convert  -> Converted, answers.npy, model.*
 import_model -> Assembly   -> assemble -> repository/

@@ -72,7 +72,7 @@ class Imported:
 
 
 def import_model(request: Request, *, check: bool = False) -> Imported:
-    """Make the next version of a model; with `check` nothing is written. Says on stderr what is going on.
+    """Make the next version of a model; with `check` nothing is written. Progress goes to stderr.
 
     Raises LifecycleError, one line for a person; then the repository is as it was.
     """
@@ -320,7 +320,7 @@ def outdated(copy: Path) -> list[Path]:
 
 
 def announce(request: Request, made: Converted, assembly: Assembly, changes: list[Path]) -> None:
-    """Say what the version means for the service, unless it was there, and what is missing for a release."""
+    """Say what a new version changes for the service, and which rows an evaluation still needs."""
     version = assembly.version
     new = any((ARTIFACTS / version) in path.parents for path in changes)
     if new and assembly.new_contract:

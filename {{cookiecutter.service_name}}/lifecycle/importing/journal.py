@@ -1,6 +1,6 @@
 """All files of an import move into the repository, or none.
 
-.import/repository/ (made) -> .import/backup/ (what is there), journal.json -> moved, file by file
+.import/repository/ (made) -> .import/backup/ (the old files), journal.json -> moved, file by file
 a failure, Ctrl-C, or the next import after a kill -> recover() puts back what the journal names
 """
 
@@ -22,7 +22,7 @@ WORK, JOURNAL = ".import", "journal.json"
 def alone(root: Path) -> Iterator[None]:
     """Work while no other import does, else raise LifecycleError. The lock ends with its last process."""
     with (root / "pyproject.toml").open("r+b") as file:
-        os.set_inheritable(file.fileno(), True)  # a step whose parent was killed may be at work yet
+        os.set_inheritable(file.fileno(), True)  # a step may still run after its parent was killed
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -42,7 +42,7 @@ def alone(root: Path) -> Iterator[None]:
 
 @contextmanager
 def unstopped() -> Iterator[list[int]]:
-    """Ctrl-C waits for the end of this; the list says whether it was pressed."""
+    """Delay Ctrl-C to the end of the block; the list has an entry for each press."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
@@ -52,9 +52,9 @@ def unstopped() -> Iterator[list[int]]:
 
 
 def apply(root: Path, work: Path, changes: Sequence[Path]) -> None:
-    """Move changed files into the repository; on any failure what was there comes back."""
+    """Move changed files into the repository; on any failure the old files come back."""
     made, backup = work / "repository", work / "backup"
-    for path in changes:  # what takes room on the disk comes first
+    for path in changes:  # the copies need space on the disk: make them first
         (backup / path).parent.mkdir(parents=True, exist_ok=True)
         if (root / path).is_file():
             shutil.copyfile(root / path, backup / path)
@@ -78,7 +78,7 @@ def apply(root: Path, work: Path, changes: Sequence[Path]) -> None:
 
 
 def recover(root: Path) -> None:
-    """Undo what an import that did not come to its end had begun to move; as often as need be."""
+    """Undo the moves of an import that did not finish. Can be repeated, also after a partial undo."""
     work = root / WORK
     journal = work / JOURNAL
     if journal.is_file():

@@ -1,4 +1,4 @@
-"""A model as it was given: what it takes, what it answers, and how to ask it.
+"""A model as it was given: its task, labels and columns, and how to ask it.
 
     .joblib, .pkl -> an estimator, unpickled, which runs whatever code the file holds
     .onnx, .pt, .pt2 and others -> libraries/
@@ -32,7 +32,7 @@ Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
 
 @dataclass
 class Original:
-    """The model as it was given: what it takes, what it answers, and how to ask it."""
+    """The model as it was given: its task, labels and columns, and how to ask it."""
 
     task: Task
     labels: list[Any]
@@ -41,7 +41,7 @@ class Original:
     answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
     libraries: set[str]  # packages whose versions decide on the answers
     estimator: Any = None
-    forms: Sequence[Form] = ()  # as ONNX, of what is no estimator
+    forms: Sequence[Form] = ()  # ONNX forms, of models that are no estimators
 
 
 def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -> Original:
@@ -107,7 +107,7 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
 
 
 def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
-    """Whatever the file holds; raises LifecycleError, with what to install where that is the reason."""
+    """The object in the file; raises LifecycleError, which names a missing package or version."""
     import joblib
     from sklearn.exceptions import InconsistentVersionWarning
 
@@ -232,7 +232,7 @@ def as_served(part: Any, entries: Sequence[Input], dtype: Any) -> Any:
 
 
 def original_answers(original: Original, table: Any, entries: Sequence[Input]) -> Answers:
-    """What the original says to every row of the sample; raises LifecycleError."""
+    """The original's answers to every row of the sample; raises LifecycleError."""
     found: list[Answers] = []
     progress = Progress("asking the model")
     for part in parts(table):

@@ -55,7 +55,7 @@ def step(function: Callable[[Path], None]) -> None:
 
 
 def say(words: str) -> None:
-    """Tell the person what is going on."""
+    """Write a line of progress to stderr."""
     print(f"import-model: {words}", file=sys.stderr, flush=True)
 
 

@@ -44,10 +44,10 @@ def stub_files(golden_rows: Rows) -> dict[str, bytes]:
 
 
 def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Rows) -> dict[str, bytes]:
-    """The files of v0 for a contract that nobody has written rules for: it says the same to everybody.
+    """The files of v0 for a contract without rules: the same answer to every request.
 
-    That is what the model answered most, or on average, to the rows that it was judged by: `answers` [rows,
-    labels], or [rows, 1] of a regressor. All of a classifier's answers are for review.
+    It is the label that the model answered most often, or the mean of its values. `answers` is [rows,
+    labels], or [rows, 1] of a regressor. All answers of a classifier are for review.
     """
     if labels():
         counts = np.bincount(answers.argmax(axis=1), minlength=len(labels()))
@@ -63,14 +63,14 @@ def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Rows
         value = float(answers.mean())
         verdict, row = {"value": value}, [value]
         tolerance = 1e-9 * max(1.0, abs(value))
-        outputs = {"value": "The model's mean answer to its training data, whatever was asked."}
+        outputs = {"value": "The model's mean answer to its training data, the same for every request."}
     golden = golden_set(golden_rows, np.array([row] * len(golden_rows)), tolerance)
     files = {"rules.json": canonical_json({"rules": [], "otherwise": verdict}), "golden.jsonl": golden}
     return pack(version=VERSION, name=name, runtime="rules", files=files, outputs=outputs, libraries={})
 
 
 def _on_the_bounds(row: NDArray[np.float64]) -> Rows:
-    """`row`, moved for each rule to the very values that its conditions name: where < and <= part."""
+    """`row` with the bounds of each rule as its values: the rows on which < and <= differ."""
     rows = []
     for rule in RULES["rules"]:
         values = {name: max(conditions.values()) for name, conditions in rule["when"].items()}

@@ -26,7 +26,7 @@ def open_file(
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except OSError as error:
         raise LifecycleError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
-    except Exception as error:  # whatever onnx and its runtime find wrong
+    except Exception as error:  # onnx and its runtime raise many types
         raise LifecycleError(
             f"{path.name}: cannot be read as an ONNX model ({type(error).__name__})"
         ) from None

@@ -40,7 +40,7 @@ WORDS = {
 def open_file(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
 ) -> Original:
-    """What torch saved, of whatever kind; raises LifecycleError."""
+    """The module in the file, of any of torch's three formats; raises LifecycleError."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
@@ -58,7 +58,7 @@ def open_file(
     dtype = np.float64 if torch.float64 in weights and torch.float32 not in weights else np.float32
 
     def outputs(part: Any) -> Answers:
-        """What the module itself says, [rows, 1 or labels]."""
+        """The module's own answers, [rows, 1 or labels]."""
         rows = as_served(part, columns, dtype)
         found = ask(torch, path, module, rows)
         unknown = np.isnan(rows).any(axis=1)
@@ -87,7 +87,7 @@ def open_file(
 
 
 def load(torch: Any, path: Path) -> tuple[Kind, Any, Any]:
-    """What kind the file is, what it holds, and that as it is asked; raises LifecycleError."""
+    """The kind of the file, its content, and the callable of it; raises LifecycleError."""
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if any(name.endswith("models/model.json") for name in names):
         program = unpickle(path, torch.export.load)
@@ -107,7 +107,7 @@ def load(torch: Any, path: Path) -> tuple[Kind, Any, Any]:
 
 
 def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
-    """What it says to a matrix; raises LifecycleError."""
+    """The module's answers to a matrix; raises LifecycleError."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -129,7 +129,7 @@ def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
     return answers
 
 
-# --- what its answers mean -------------------------------------------------------------------------------
+# --- the meaning of its answers -----------------------------------------------------------------------------
 
 
 def read_as(path: Path, raw: Answers, truth: Any, target: str) -> tuple[list[Any], Reading]:
@@ -170,7 +170,7 @@ def finished(raw: Answers, reading: Reading) -> Answers:
 
 
 def tell(path: Path, reading: Reading, labels: list[Any], scores: Answers, truth: Sequence[Any]) -> None:
-    """Say what was found out of the answers, and how often they are right when they mean that."""
+    """Say how the answers are read, and how often they are right when read so."""
     right = np.mean([labels[at] == value for at, value in zip(scores.argmax(axis=1), truth, strict=True)])
     listed = ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")
     say(
@@ -192,7 +192,7 @@ def exported(torch: Any, saved: Any, example: Any) -> Any:
 
 
 def traced(torch: Any, saved: Any, example: Any) -> Any:
-    """By the exporter before that, which needs nothing more; what it misses, the proof on the data finds."""
+    """By the older exporter, which needs no other package; the proof on the data finds what it misses."""
     import onnx
 
     file = io.BytesIO()
@@ -212,7 +212,7 @@ WAYS: dict[Kind, list[tuple[str, Way]]] = {
 
 
 def to_onnx(way: Way, torch: Any, saved: Any, example: Any, reading: Reading) -> bytes:
-    """The module with what its answers lack; the same bytes each time, and no word of the machine in them."""
+    """The module, with the softmax or sigmoid that it lacks; the same bytes each time, on any machine."""
     from onnx import TensorProto, helper
 
     with warnings.catch_warnings():
@@ -242,7 +242,7 @@ def to_onnx(way: Way, torch: Any, saved: Any, example: Any, reading: Reading) ->
 
 
 def forget(part: Any) -> None:
-    """Take out what exporters write beside the model: lines of source code, with their paths."""
+    """Remove notes of the exporters: lines of source code, with their paths."""
     for name in ("metadata_props", "doc_string"):
         if name in part.DESCRIPTOR.fields_by_name:
             part.ClearField(name)
