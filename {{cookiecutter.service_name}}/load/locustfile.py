@@ -7,11 +7,9 @@ locust -f load/locustfile.py --host http://localhost:8000        loads one that 
 """
 
 import ipaddress
-import json
 import random
 import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,9 +17,7 @@ from locust import FastHttpUser, between, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 
-from app.core.store import read_artifact, read_release
-
-ROOT = Path(__file__).resolve().parents[1]
+from load.service import ROOT, golden_rows
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
@@ -42,7 +38,7 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
 def refuse_other_machines(environment: Environment, **_: object) -> None:
-    """A load test aimed at the wrong host is an outage: only this machine, unless asked for by name."""
+    """Refuse other hosts than this machine without --allow-remote: load on a wrong host is an outage."""
     options = environment.parsed_options
     assert options is not None  # set by locust's main  # noqa: S101
     host = urlsplit(environment.host or "").hostname or ""
@@ -56,13 +52,13 @@ def judge(environment: Environment, **_: object) -> None:
     options, total = environment.parsed_options, environment.stats.total
     assert options is not None  # as above  # noqa: S101
     p50, p95, p99 = (total.get_response_time_percentile(share) or 0 for share in (0.5, 0.95, 0.99))
-    reasons = []
-    if total.num_requests == 0:
-        reasons.append("nothing was answered")
-    if not p95 < options.p95_ms:
-        reasons.append(f"p95 {p95} ms is not below {options.p95_ms:g} ms")
-    if total.fail_ratio > options.error_ratio:
-        reasons.append(f"error ratio {total.fail_ratio:.4f} is above {options.error_ratio:g}")
+    broken = {
+        "nothing was answered": total.num_requests == 0,
+        f"p95 {p95} ms is not below {options.p95_ms:g} ms": not p95 < options.p95_ms,
+        f"error ratio {total.fail_ratio:.4f} is above {options.error_ratio:g}": total.fail_ratio
+        > options.error_ratio,
+    }
+    reasons = [words for words, is_broken in broken.items() if is_broken]
     figures = (
         f"load: {total.num_requests} calls, {total.total_rps:.0f} a second, {total.num_failures} errors; "
         f"p50 {p50} ms, p95 {p95} ms, p99 {p99} ms"
@@ -86,16 +82,13 @@ def is_loopback(host: str) -> bool:
 
 
 class Client(FastHttpUser):
-    """Sends golden rows, and holds the service to the golden answers while it is busy."""
+    """Sends golden rows, and compares the answers of the busy service with the golden ones."""
 
     wait_time = between(0.05, 0.15)
 
     def on_start(self) -> None:
         """Read the golden set of the version that serves."""
-        artifacts = ROOT / "artifacts"
-        self.version = read_release(artifacts).serving
-        lines = read_artifact(artifacts, self.version).files["golden.jsonl"].splitlines()
-        self.golden: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.version, self.golden = golden_rows()
         key = self.environment.parsed_options.api_key
         self.headers = {"X-API-Key": key} if key else {}
 
@@ -138,7 +131,7 @@ class Client(FastHttpUser):
                 response.failure(f"unexpected answer: {error!r}")
 
     def compare(self, rows: list[Any], predictions: list[Any], answer: Any) -> None:
-        """A busy service must not mix up its rows. Another version than ours may answer otherwise."""
+        """Compare predictions with their rows, which a busy service must not mix up; skips other versions."""
         if answer["model_version"] == self.version and not all(map(as_recorded, rows, predictions)):
             raise ValueError("answers differ from the golden set")
 
@@ -151,6 +144,6 @@ def as_recorded(row: Any, prediction: Any) -> bool:
 
 
 def refused(answer: Any) -> None:
-    """The problem document says that it was the input."""
+    """Check that the problem document blames the input."""
     if answer["code"] != "invalid_input":
         raise ValueError(f"code {answer['code']}")

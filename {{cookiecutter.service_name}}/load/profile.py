@@ -28,8 +28,7 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from app.core.store import read_artifact, read_release
-from load.service import ROOT, Running
+from load.service import ROOT, Running, golden_rows
 
 CONNECTIONS = (1, 4, 16, 64)
 PATH = "/v1/predict"
@@ -84,12 +83,10 @@ async def _client(host: str, port: int, requests: Iterator[bytes], answers: Answ
 
 def _requests(host: str) -> list[bytes]:
     """Golden rows of the version that is released, one instance a request, as bytes to send."""
-    artifacts = ROOT / "artifacts"
-    golden = read_artifact(artifacts, read_release(artifacts).serving).files["golden.jsonl"]
     key = os.environ.get("LOAD_API_KEY", "")
     requests = []
-    for line in golden.splitlines():
-        body = json.dumps(json.loads(line)["features"]).encode()
+    for row in golden_rows()[1]:
+        body = json.dumps(row["features"]).encode()
         head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         head += f"X-API-Key: {key}\r\n" if key else ""
         requests.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -181,7 +178,7 @@ class Machine:
 
 def bottleneck(peak: Step, machine: Machine) -> tuple[str, str]:
     """What limited the service at its highest throughput, and what to do about it."""
-    cpus, workers = machine.processors, machine.workers
+    cpus = machine.processors
     if peak.refused.get(503, 0) and peak.refused_share > 0.01:
         return (
             f"Admission: {peak.refused_share:.0%} were refused, so that the rest was answered in time.",
@@ -190,14 +187,11 @@ def bottleneck(peak: Step, machine: Machine) -> tuple[str, str]:
         )
     if not peak.rate:
         return "Unknown: no request was answered with 200.", "Find out why, from the statuses below."
-    per_request = 1e6 * peak.server / peak.rate
     share = min(1.0, peak.model / max(peak.server, 1e-9))
-    inside = (
-        f"the model, {share:.0%} of it" if share >= 0.5 else f"HTTP and validation; the model is {share:.0%}"
-    )
+    used = f"{1e6 * peak.server / peak.rate:.0f} µs of processor time a request"
+    cost = f"{used}, {share:.0%} of it in the model, the rest in HTTP and validation"
     per_processor = f"`APP_WORKERS={cpus}`, one a processor; more would take memory and answer no more."
-    cost = f"{per_request:.0f} µs of processor time a request, most of it in {inside}"
-    if peak.server >= BUSY * min(workers, cpus):
+    if peak.server >= BUSY * min(machine.workers, cpus):
         return f"Processor time of the workers: {peak.server:.1f} in use, {cost}.", per_processor
     if peak.client >= BUSY:
         return (
@@ -206,10 +200,9 @@ def bottleneck(peak: Step, machine: Machine) -> tuple[str, str]:
             "Load it from other machines before deciding on workers.",
         )
     if peak.server + peak.client + peak.stray >= BUSY * cpus:
-        others = f", others {peak.stray:.1f}" if peak.stray > STRAY else ""
         return (
             f"Processor time of this machine: the workers used {peak.server:.1f} processors, the load "
-            f"generator {peak.client:.1f}{others} ({cost}).",
+            f"generator {peak.client:.1f}, others {peak.stray:.1f} ({cost}).",
             f"{per_processor} To see what these workers can do, load them from another machine.",
         )
     slowest = max(STAGES, key=lambda name: peak.stages[name])

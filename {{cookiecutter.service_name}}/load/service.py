@@ -3,6 +3,7 @@
 command -> ready -> the block -> SIGTERM, or SIGKILL where it does not end
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import httpx2
 import psutil
+
+from app.core.store import read_artifact, read_release
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS, END_SECONDS = 60.0, 60.0
@@ -60,6 +63,13 @@ def started(
         except psutil.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def golden_rows() -> tuple[str, list[dict[str, Any]]]:
+    """The version that is released, and the rows of its golden set."""
+    version = read_release(ROOT / "artifacts").serving
+    lines = read_artifact(ROOT / "artifacts", version).files["golden.jsonl"].splitlines()
+    return version, [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
     ("found", "workers", "said"),
     [
         (replace(STEP, server=1.95, model=0.2), 2, "Processor time of the workers: 1.9"),
-        (replace(STEP, server=1.95, model=1.9), 2, "the model, 97% of it"),
+        (replace(STEP, server=1.95, model=1.9), 2, "97% of it in the model"),
         (replace(STEP, server=1.5, model=0.2, client=0.4), 2, "Processor time of this machine"),
         (replace(STEP, server=1.0, client=0.97), 4, "The load generator"),
         (replace(STEP, refused={503: 900}, refused_share=0.3), 2, "Admission: 30% were refused"),

@@ -49,6 +49,11 @@ SINES, CALIBRATION_SECONDS = 400, 2.0
 RULES, FAILING, SLOW, BAD = "v0", "v101", "v102", "v103"  # all but the rules exist on this day only
 
 
+def say(words: str) -> None:
+    """A line of progress, at once also where the output is a pipe."""
+    print(f"gameday: {words}", flush=True)
+
+
 class Alert(NamedTuple):
     """One alerting rule, by its labels in Alertmanager."""
 
@@ -62,48 +67,45 @@ class Alert(NamedTuple):
         return cls(labels["alertname"], labels.get("severity", ""), labels.get("sign", ""))
 
 
-@dataclass
-class Seen:
-    """When an alert came and went, in seconds of `time.monotonic`, and what it said."""
+class Event(NamedTuple):
+    """An alert that Alertmanager told a receiver of, `at` seconds of `time.monotonic`."""
 
-    fired: float
-    fault: str
+    at: float
+    fault: "Fault"  # that was going on, and since when
     began: float
-    labels: list[dict[str, str]]  # of each series that fired
-    annotations: dict[str, str]
-    resolved: float | None = None
+    alert: Alert
+    message: dict[str, Any]  # status, labels, annotations
 
 
 @dataclass
 class Day:
     """The fault that is going on, and the alerts that arrived."""
 
-    fault: str = "none"
+    fault: "Fault"
     began: float = field(default_factory=time.monotonic)
-    seen: dict[Alert, Seen] = field(default_factory=dict)
-    due: set[Alert] = field(default_factory=set)  # of this fault; earlier faults may have raised them too
+    events: list[Event] = field(default_factory=list)
 
-    def begin(self, fault: str) -> None:
+    def begin(self, fault: "Fault") -> None:
         """A new fault starts now."""
-        self.fault, self.began, self.due = fault, time.monotonic(), set()
-        print(f"gameday: {fault}")
+        self.fault, self.began = fault, time.monotonic()
+        say(fault.name)
 
     def notify(self, _path: str, message: dict[str, Any]) -> None:
         """Take a message of Alertmanager to a receiver."""
-        now = time.monotonic()
         for one in message["alerts"]:
             alert = Alert.of(one["labels"])
-            known = self.seen.get(alert)
-            if one["status"] != "firing":
-                if known is not None and known.resolved is None:
-                    known.resolved = now
-                    print(f"gameday:   resolved: {alert.name} ({alert.severity})")
-            elif known is None or (known.resolved is not None and alert in self.due):
-                self.seen[alert] = Seen(now, self.fault, self.began, [one["labels"]], one["annotations"])
-                print(f"gameday:   fires: {alert.name} ({alert.severity})")
-            else:
-                known.resolved = None
-                known.labels.append(one["labels"])
+            if self.status(alert) != one["status"]:
+                say(f"  {one['status']}: {alert.name} ({alert.severity})")
+            self.events.append(Event(time.monotonic(), self.fault, self.began, alert, one))
+
+    def of(self, alert: Alert) -> list[Event]:
+        """What arrived about one alert, in order."""
+        return [event for event in self.events if event.alert == alert]
+
+    def status(self, alert: Alert) -> str:
+        """`firing`, `resolved`, or nothing if it never arrived."""
+        own = self.of(alert)
+        return str(own[-1].message["status"]) if own else ""
 
 
 class Traffic:
@@ -123,7 +125,6 @@ class Traffic:
         self._lock, self._ending, self._pause = threading.Lock(), threading.Event(), pause
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
         self.send(payloads)
-        self.paused = False
         self.answers: list[dict[str, Any]] = []  # the latest, for feedback
 
     def __enter__(self) -> "Traffic":
@@ -138,7 +139,7 @@ class Traffic:
         self._http.close()
 
     def send(self, payloads: list[dict[str, Any]]) -> None:
-        """Send these from now on, one after the other."""
+        """Send these from now on, one after the other; nothing, if there are none."""
         self._payloads = cycle(payloads)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
@@ -147,10 +148,10 @@ class Traffic:
 
     def _ask(self) -> None:
         while not self._ending.wait(self._pause):
-            if self.paused:
-                continue
             with self._lock:
-                body = next(self._payloads)
+                body = next(self._payloads, None)
+            if body is None:
+                continue
             with suppress(httpx2.TransportError, ValueError):
                 answer = self.post("/v1/predict", body)
                 if "prediction_id" in answer:
@@ -191,7 +192,7 @@ def release_bad(root: Path) -> str:
 def until(condition: Callable[[], object], what: str, seconds: float = ALERT_SECONDS) -> None:
     """Wait for `condition`; if it does not hold in time, the day goes on and the table shows the gap."""
     if not wait_for(condition, seconds):
-        print(f"gameday:   waited in vain for {what}", file=sys.stderr)
+        say(f"  waited in vain for {what}")
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ class GameDay:
                 {"serving": SLOW},
                 during=self._flood,
             ),
-            Fault("no client any more", ("NoTraffic",), during=self._silence),
+            Fault("no client any more", ("NoTraffic",), payloads=[]),
             Fault("all workers frozen", ("ServiceNotReady",), during=self._freeze),
         ]
 
@@ -298,20 +299,18 @@ class GameDay:
         with self._traffic:
             for fault in self.faults():
                 self._inject(fault)
-            self._day.begin("none: waiting until all is resolved")
-            seen = self._day.seen
+            self._day.begin(Fault("none: waiting until all is resolved"))
             until(
-                lambda: all(one in seen and seen[one].resolved for one in self.shipped),
+                lambda: all(self._day.status(one) == "resolved" for one in self.shipped),
                 "every alert to resolve",
                 RESOLVED_SECONDS,
             )
 
     def _inject(self, fault: Fault) -> None:
-        self._day.begin(fault.name)
-        self._day.due = {one for one in self.shipped if one.name in fault.alerts}
+        self._day.begin(fault)
         self._fired: set[Alert] = set()
         self._release(fault.release)
-        self._traffic.send(fault.payloads or self.usual)
+        self._traffic.send(self.usual if fault.payloads is None else fault.payloads)
         with fault.during():
             until(self._alerted, ", ".join(fault.alerts))
             time.sleep(fault.seconds)
@@ -320,11 +319,11 @@ class GameDay:
 
     def _alerted(self) -> bool:
         """Whether all that is due fires. Receivers get only the page of a page and a ticket with one name."""
-        due = self._day.due
+        due = {one for one in self.shipped if one.name in self._day.fault.alerts}
         self._fired |= {Alert.of(one["labels"]) for one in self._watch.alerts() if one["state"] == "firing"}
         paged = {one.name for one in due if one.severity == "page"}
         told = {one for one in due if one.severity == "page" or one.name not in paged}
-        return due <= self._fired and told <= self._day.seen.keys()
+        return due <= self._fired and all(map(self._day.status, told))
 
     def _release(self, changes: dict[str, Any]) -> None:
         """Change release.json, and wait until both workers serve what it says, if that is possible."""
@@ -374,12 +373,6 @@ class GameDay:
             yield
 
     @contextmanager
-    def _silence(self) -> Iterator[None]:
-        self._traffic.paused = True
-        yield
-        self._traffic.paused = False
-
-    @contextmanager
     def _freeze(self) -> Iterator[None]:
         workers = self._own.workers()
         for worker in workers:
@@ -394,19 +387,30 @@ def alert_table(day: Day, shipped: dict[Alert, dict[str, str]]) -> tuple[str, bo
     rows, good = [], True
     for alert, expected in sorted(shipped.items()):
         name = f"{alert.name} ({', '.join(filter(None, alert[1:]))})"
-        if (seen := day.seen.get(alert)) is None:
+        firing = [event for event in day.of(alert) if event.message["status"] == "firing"]
+        if not firing:
             good = False
             rows.append((name, "", "never", "", "", ""))
             continue
-        page = seen.annotations.get("runbook_url", "").rpartition("/")[2]
+        # An earlier fault may have raised it too.
+        first = next((event for event in firing if alert.name in event.fault.alerts), firing[0])
+        last = day.of(alert)[-1]
+        page = first.message["annotations"].get("runbook_url", "").rpartition("/")[2]
         found = bool(page) and (ROOT / "docs" / "runbooks" / page).is_file()
-        right = any(expected.items() <= labels.items() for labels in seen.labels)
-        good = good and found and right and seen.resolved is not None
+        right = any(expected.items() <= event.message["labels"].items() for event in firing)
+        resolved = last.message["status"] == "resolved"
+        good = good and found and right and resolved
         told = [f"{key}={value}" for key, value in expected.items() if key not in ("severity", "sign")]
-        resolved = "never" if seen.resolved is None else f"{seen.resolved - seen.began:.0f} s"
-        fired = f"{seen.fired - seen.began:.0f} s"
-        labels = ("" if right else "not ") + ", ".join(told)
-        rows.append((name, seen.fault, fired, labels, "found" if found else "missing", resolved))
+        rows.append(
+            (
+                name,
+                first.fault.name,
+                f"{first.at - first.began:.0f} s",
+                ("" if right else "not ") + ", ".join(told),
+                "found" if found else "missing",
+                f"{last.at - first.began:.0f} s" if resolved else "never",
+            )
+        )
     return table(("alert", "fault", "fired after", "labels", "runbook", "resolved after"), rows), good
 
 
@@ -417,7 +421,7 @@ def hold_gameday(keep: Path | None = None) -> bool:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that all programs are stopped
     program("prometheus"), program("alertmanager")  # a missing one is better known before the slow work
-    day, began = Day(), time.monotonic()
+    day, began = Day(Fault("none")), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gameday-") as temporary:
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -432,7 +436,7 @@ def hold_gameday(keep: Path | None = None) -> bool:
             "APP_CANARY_HEADER": SESSION,
             "APP_FALLBACK_VERSION": RULES,
         }
-        print(f"gameday: an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
+        say(f"an hour passes in {3600 / SPEED:.0f} s; logs in {folder}")
         with (
             service(**settings) as own,
             watching(folder, own.address, SPEED, SAMPLE_MS, tell=day.notify) as watch,
@@ -444,7 +448,7 @@ def hold_gameday(keep: Path | None = None) -> bool:
     lines, good = alert_table(day, game.shipped)
     print(f"\n{lines}\n")
     for query in empty:
-        print(f"gameday: a panel shows nothing: {query}", file=sys.stderr)
+        say(f"a panel shows nothing: {query}")
     good = good and not empty
-    print(f"gameday: {'passed' if good else 'FAILED'} in {time.monotonic() - began:.0f} s")
+    say(f"{'passed' if good else 'FAILED'} in {time.monotonic() - began:.0f} s")
     return good
