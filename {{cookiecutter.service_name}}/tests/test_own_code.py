@@ -30,7 +30,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 importlib.import_module(module)
-sys.exit("; ".join(seen + ["changes the environment"] * (dict(os.environ) != before)))
+sys.exit("; ".join(seen + ["changes the environment"] * (dict(os.environ) != before)) or 0)
 """
 
 
