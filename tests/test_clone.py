@@ -68,6 +68,34 @@ def test_update_keeps_what_the_owners_changed(repository: Path, tmp_path: Path) 
     assert not (service / ".github").exists()
 
 
+def test_an_update_adds_and_removes_capabilities(repository: Path, bake: Bake, tmp_path: Path) -> None:
+    """`cruft update` with another answer gives a render with it, also after the old question `deploy`."""
+    created = run(CRUFT, "create", str(repository), "--no-input", cwd=tmp_path)
+    assert created.returncode == 0, created.stdout
+    service = tmp_path / "iris-classifier"
+    state = json.loads((service / ".cruft.json").read_text(encoding="utf-8"))
+    state["context"]["cookiecutter"]["deploy"] = "compose"  # an answer to a question that is gone
+    (service / ".cruft.json").write_text(json.dumps(state), encoding="utf-8")
+    commit(service, "As rendered")
+
+    for answer in ("object-store tracing", "tracing", "none"):
+        variables = json.dumps({"capabilities": answer})
+        command = (CRUFT, "update", "--skip-apply-ask", "--variables-to-update", variables)
+        updated = run(*command, cwd=service)
+        assert updated.returncode == 0, updated.stdout
+        files = contents(service)
+        assert "deploy" not in json.loads(files.pop(".cruft.json"))["context"]["cookiecutter"]
+        kept = {name: content for name, content in files.items() if not name.startswith(".git/")}
+        assert kept == contents(bake(capabilities=answer))
+        commit(service, answer)
+
+    misspelt = (*command[:-1], json.dumps({"capabilities": "traceing"}))
+    refused = run(*misspelt, cwd=service)
+    assert refused.returncode != 0
+    assert "capabilities=tracing" in refused.stdout
+    assert contents(service).keys() - contents(bake()).keys() >= {".cruft.json"}
+
+
 def test_cruft_renders_the_same(repository: Path, bake: Bake, tmp_path: Path) -> None:
     """Cruft renders what cookiecutter renders, byte for byte."""
     created = run(CRUFT, "create", str(repository), "--no-input", cwd=tmp_path)
