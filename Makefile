@@ -13,7 +13,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-ver
 GPU := cuda-bindings cuda-pathfinder nvidia-cuda-cccl nvidia-nvtx triton
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test prove homes test-models test-image check fix files bake benchmark lock setup
+.PHONY: help demo test prove homes test-models test-gameday test-image check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -22,7 +22,7 @@ demo: .venv/render.stamp ## render with defaults into build/, run the service, s
 	$(BIN)/python -m scripts.demo
 
 test: .venv/dev.stamp ## render every option, then check, test and run what was rendered
-	$(PYTEST) -m "not image and not models" $(ARGS)
+	$(PYTEST) -m "not image and not models and not gameday" $(ARGS)
 
 prove: ## test the machinery of a service in full: make prove SERVICE=path (ARGS='-m "not faults"' spares minutes)
 	$(MAKE) --directory "$(SERVICE)" setup
@@ -33,6 +33,9 @@ homes: .venv/dev.stamp ## render into build/homes/ what else to prove: imported 
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
 	$(PYTEST) --dist loadgroup -m models $(ARGS)
+
+test-gameday: .venv/dev.stamp ## raise every alert of a rendered service on purpose: ten minutes
+	$(PYTEST) -m gameday $(ARGS)
 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)
