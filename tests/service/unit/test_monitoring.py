@@ -32,6 +32,7 @@ from app.observability.metrics import Metrics
 from app.schemas.service import Feedback as Truth
 from lifecycle.__main__ import commands
 from lifecycle.operations import drift as monitor
+from lifecycle.operations.sources import MINIMUM
 from lifecycle.package import MAX_BINS
 from tests.service.conftest import ANSWER, ARTIFACTS, SERVED, prediction
 from tests.service.conftest import LABELS as OWN_LABELS
@@ -204,7 +205,7 @@ def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
     answers = document["values"]["counts"] if "values" in document else [*document["labels"].values()]
     for counts in [*spreads, answers]:
         then = np.array(counts) / document["rows"]
-        now = random.multinomial(monitor.MINIMUM, then, 20_000) / monitor.MINIMUM
+        now = random.multinomial(MINIMUM, then, 20_000) / MINIMUM
         assert false_alarms(then, now) < 0.001
     # Training is a sample as well: with the fewest rows of which there is an index, still fewer than 1 %.
     for bins in range(2, MAX_BINS + 1):
@@ -213,17 +214,14 @@ def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
         assert not settled([1] * bins, least - 1)
         for spread in (np.ones(bins), 1 / np.arange(1, bins + 1)):  # even, and with some that are rare
             shares = spread / spread.sum()
-            then, now = (random.multinomial(rows, shares, 20_000) / rows for rows in (least, monitor.MINIMUM))
+            then, now = (random.multinomial(rows, shares, 20_000) / rows for rows in (least, MINIMUM))
             assert false_alarms(then, now) < 0.01, bins
     # These are needed: two bins of 30 rows would not do.
-    few, now = (random.multinomial(rows, [0.5, 0.5], 20_000) / rows for rows in (30, monitor.MINIMUM))
+    few, now = (random.multinomial(rows, [0.5, 0.5], 20_000) / rows for rows in (30, MINIMUM))
     assert false_alarms(few, now) > 0.01
     # The minimum is needed: a third of it would not do.
     even = np.full(10, 0.1)
-    assert (
-        false_alarms(even, random.multinomial(monitor.MINIMUM // 3, even, 20_000) * 3 / monitor.MINIMUM)
-        > 0.01
-    )
+    assert false_alarms(even, random.multinomial(MINIMUM // 3, even, 20_000) * 3 / MINIMUM) > 0.01
 
 
 def test_a_shift_is_seen_at_the_minimum_sample() -> None:
@@ -231,7 +229,7 @@ def test_a_shift_is_seen_at_the_minimum_sample() -> None:
     random = np.random.default_rng(0)
     edges = np.quantile(random.normal(size=100_000), np.linspace(0, 1, 7)[1:-1])
     then = np.full(6, 1 / 6)
-    moved = np.searchsorted(edges, random.normal(1, 1, (2000, monitor.MINIMUM)))
+    moved = np.searchsorted(edges, random.normal(1, 1, (2000, MINIMUM)))
     now = np.stack([(moved == bin_).mean(axis=1) for bin_ in range(6)], axis=1)
     assert false_alarms(then, now) > 0.99
 
@@ -246,7 +244,7 @@ def test_rules_and_command_compute_the_same() -> None:
         kind, pattern = (
             ("least", r">= (\d+)") if ":ratio:" in name else ("floor", r"clamp_min\(.*, ([\d.]+)\)")
         )
-        expected = {"least": monitor.MINIMUM, "floor": monitor.FLOOR}[kind]
+        expected = {"least": MINIMUM, "floor": monitor.FLOOR}[kind]
         assert {float(value) for value in re.findall(pattern, expression)} == {expected}
 
 
@@ -268,7 +266,7 @@ def rule_test(observed: dict[str, int], minutes: int, *, window: str = "1h") -> 
     now = {bin_: max(observed.get(bin_, 0) / rows, monitor.FLOOR) for bin_ in bins}
     psi = sum((now[bin_] - then[bin_]) * np.log(now[bin_] / then[bin_]) for bin_ in bins)
     # Two instances; what an hour holds must reach the minimum.
-    enough = 2 * rows * minutes >= monitor.MINIMUM
+    enough = 2 * rows * minutes >= MINIMUM
     name = f'feature:psi:{window}{{feature="x", model_version="v1"}}'
     return {
         "interval": "1m",
@@ -476,7 +474,7 @@ def test_drift_is_printed_and_drawn(
 
 def test_too_few_rows_are_no_verdict(run: Callable[..., Result], tmp_path: Path) -> None:
     """Below the minimum sample there is no index and no picture, only the number of rows."""
-    (tmp_path / "scrape").write_text(scrape({MOVED: {RARE: monitor.MINIMUM - 1}}))
+    (tmp_path / "scrape").write_text(scrape({MOVED: {RARE: MINIMUM - 1}}))
     done = run("drift", "--metrics", "scrape", "--pictures", "pictures")
     assert "too few rows" in done.stdout
     assert "drifted" not in done.stdout
