@@ -264,6 +264,10 @@ class GameDay:
         return [
             Fault("a start with a version whose model was changed", ("ServingFallback",)),
             Fault("none, for a minute of usual traffic", seconds=60),
+            # Early: its ticket compares slow requests with all requests of the day so far.
+            Fault(
+                "a model that is too slow", ("LatencyBudgetBurn",), {"serving": SLOW}, seconds=TICKET_SECONDS
+            ),
             Fault("none: the rules beside the model, as its shadow and as a canary", (), beside, seconds=20),
             Fault("labels that contradict the predictions", ("AccuracyDrop",), during=self._feedback),
             Fault("a client that breaks the contract", ("HighInvalidInputRate",), payloads=invalid),
@@ -281,9 +285,6 @@ class GameDay:
                 one_in_three,
             ),
             Fault("a canary that answers NaN to one in three", ("CanaryStopped",), canary, one_in_three),
-            Fault(
-                "a model that is too slow", ("LatencyBudgetBurn",), {"serving": SLOW}, seconds=TICKET_SECONDS
-            ),
             Fault(
                 "more requests than a slow model can do",
                 ("Saturation",),
