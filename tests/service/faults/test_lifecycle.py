@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +22,14 @@ import pytest
 from lifecycle.operations.trial import Trouble, make_trial
 from tests.service.conftest import (
     EXAMPLE,
+    GUNICORN,
     NUMBER,
     WITH_NUMBER,
     Service,
     begin,
     copied_artifacts,
     end,
+    environment,
     number,
     serving,
     until,
@@ -156,6 +160,34 @@ def test_stopping_can_be_hurried(start: Start, fault: Fault, signals: list[int],
 def test_stopping_while_loading(start: Start) -> None:
     """SIGTERM before the model has loaded ends the service as well."""
     assert start(ready=False).stop() == 0
+
+
+def test_a_socket_that_outlives_the_service_takes_connections_again(fault: Fault, tmp_path: Path) -> None:
+    """On a socket given by socket activation, a connection waits while the service restarts; none is lost."""
+    with socket.create_server(("127.0.0.1", 0)) as given, ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{given.getsockname()[1]}/v1/predict"
+        for _ in range(2):
+            waits = pool.submit(httpx2.post, url, json=EXAMPLE, timeout=60)
+            process = activated(tmp_path, given)
+            try:
+                assert waits.result().status_code in (200, 503)  # 503 while the model loads: it was taken
+                until(lambda: httpx2.post(url, json=EXAMPLE).status_code == 200, "an answer")
+                process.terminate()
+                assert process.wait(60) == 0
+            finally:
+                end(process)
+    fault("restart on a socket of socket activation", sent=4, answered=4)
+
+
+def activated(folder: Path, given: socket.socket) -> subprocess.Popen[bytes]:
+    """The service as systemd starts it: with an open socket as file 3, and LISTEN_PID that of the service."""
+    command = (
+        f"import os, sys; os.dup2({given.fileno()}, 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    variables = environment(workers=2) | {"LISTEN_FDS": "1"}
+    program = (sys.executable, "-c", command, "-m")
+    return begin(folder, *GUNICORN, program=program, env=variables, pass_fds=(given.fileno(),))
 
 
 # ---- workers that die or hang

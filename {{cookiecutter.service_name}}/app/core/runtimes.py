@@ -6,7 +6,7 @@ import operator
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -113,56 +113,8 @@ class Unfit(Exception):
     """A model that is not loaded, and the reason in a few words of ours."""
 
 
-# The way to every tensor of an ONNX file: the numbers of the fields of onnx.proto, by message.
-ONNX_FIELDS: dict[str, dict[int, str]] = {
-    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
-    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
-    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
-    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
-    "NodeProto": {5: "AttributeProto"},
-    "AttributeProto": {
-        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto",
-        22: "SparseTensorProto", 23: "SparseTensorProto",
-    },
-    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
-    "TensorProto": {13: "StringStringEntryProto"},
-}  # fmt: skip
-
-
-def refers_outside(content: bytes) -> bool:
-    """Whether a tensor of an ONNX file has its data elsewhere: in a file, or at an address in memory."""
-    # Every such tensor spells this key out; a file without it, nearly every one, need not be walked through.
-    return b"location" in content and "StringStringEntryProto" in _messages(memoryview(content), "ModelProto")
-
-
-def _messages(message: memoryview, kind: str) -> Iterator[str]:
-    """The kinds of all messages inside a protobuf message, down to the end of each way in `ONNX_FIELDS`."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        number, wire_type = (key & 0xFFFFFFFF) >> 3, key & 7  # parsers keep 32 bits
-        if wire_type == 0:
-            _, position = _varint(message, position)
-        elif wire_type in (1, 5):
-            position += 8 if wire_type == 1 else 4
-        elif wire_type == 2:
-            size, start = _varint(message, position)
-            position = start + size
-            if inner := ONNX_FIELDS.get(kind, {}).get(number):
-                yield inner
-                yield from _messages(message[start:position], inner)
-        else:
-            raise ValueError("not protobuf")
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """The number at `position`, and the position after it."""
-    value = shift = 0
-    while (byte := message[position]) & 0x80:
-        value, shift, position = value | (byte & 0x7F) << shift, shift + 7, position + 1
-    return value | byte << shift, position + 1
-
-
+# onnxruntime looks for tensors that lie in other files only in this folder, where there are none.
+_NO_FOLDER = ("session.model_external_initializers_file_folder_path", os.devnull)
 _TENSORS: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_, "tensor(string)": np.object_,
@@ -176,12 +128,17 @@ class OnnxRuntime:
     """
 
     def __init__(self, onnxruntime: Any, content: bytes, features: int) -> None:
-        if refers_outside(content):
-            raise Unfit("refers to data outside of the file")
         options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # the one that was looked at
+        options.add_session_config_entry(*_NO_FOLDER)
+        # Not onnxruntime's own format, which it would recognise as well.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            if os.devnull in str(error) or "external" in str(error).lower():
+                raise Unfit("refers to data outside of the file") from error
+            raise
         taken = self._session.get_inputs()
         self._inputs = [(one.name, _TENSORS[one.type]) for one in taken]
         if sum(one.shape[-1] for one in taken) != features:
