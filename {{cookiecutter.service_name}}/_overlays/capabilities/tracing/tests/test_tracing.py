@@ -4,7 +4,6 @@ docs/tracing.md <-> app/tracing/
 """
 
 import pytest
-from app.tracing.spans import Spans
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -12,8 +11,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.settings import SettingsError, load_settings
 from app.tracing.spans import Spans
-
-from app.settings import SettingsError, load_settings
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
