@@ -26,10 +26,8 @@ def test_the_service_level_is_within_reason() -> None:
 
 
 def test_the_thresholds_are_readable() -> None:
-    """`evaluation/thresholds.toml` has no misspelt name and no value of a wrong type; its rows are there."""
-    thresholds = read_thresholds(THRESHOLDS)
-    file = thresholds.data.file
-    assert file is None or (THRESHOLDS.parent / file).is_file(), f"evaluation/{file} is not there"
+    """`evaluation/thresholds.toml` has no misspelt name and no value of a wrong type."""
+    assert read_thresholds(THRESHOLDS).data.minimum_rows > 0
 
 
 @pytest.mark.parametrize("version", VERSIONS)
