@@ -58,12 +58,15 @@ def test_update_keeps_what_the_owners_changed(repository: Path, tmp_path: Path) 
         module.write("# ours\n")
     commit(service, "Ours")
 
-    slo = upstream / SERVICE.name / "slo.toml"
-    slo.write_text("# theirs\n" + slo.read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("Makefile", "slo.toml", "app/schemas/predict.py"):
+        file = upstream / SERVICE.name / name
+        file.write_text("# theirs\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
     commit(upstream, "Theirs")
     updated = run(CRUFT, "update", "--skip-apply-ask", cwd=service)
     assert updated.returncode == 0, updated.stdout
-    assert (service / "slo.toml").read_text(encoding="utf-8").startswith("# theirs\n")
+    assert (service / "Makefile").read_text(encoding="utf-8").startswith("# theirs\n")
+    for name in ("slo.toml", "app/schemas/predict.py"):  # the owner's, as docs/files.md says
+        assert not (service / name).read_text(encoding="utf-8").startswith("# theirs\n"), name
     assert (service / "app" / "main.py").read_text(encoding="utf-8").endswith("# ours\n")
     assert not (service / ".github").exists()
 
