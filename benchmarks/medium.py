@@ -64,7 +64,7 @@ def build(folder: Path) -> None:
     # Only now, because these read the contract that was just written.
     sys.path.insert(0, str(folder))
     package, train = (importlib.import_module(f"lifecycle.{name}") for name in ("package", "train"))
-    manifest = importlib.import_module("app.core.manifest")
+    manifest = importlib.import_module("app.core.store")
 
     rows: Any = data.data
     targets = data.target_names[data.target]

@@ -27,7 +27,7 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, settings
 
-from app.core.manifest import Input
+from app.core.store import Input
 from app.schemas.contract import served_contract_sha256
 from app.schemas.predict import Features, Prediction
 from lifecycle.operations.trial import make_trial, number_of

@@ -19,9 +19,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.manifest import FileEntry, Input, Manifest, Outputs, Training
-from app.core.signatures import SIGNATURE
-from app.core.store import MANIFEST, RELEASE, Release
+from app.core.store import (
+    MANIFEST,
+    RELEASE,
+    SIGNATURE,
+    FileEntry,
+    Input,
+    Manifest,
+    Outputs,
+    Release,
+    Training,
+)
 from app.monitoring.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features

@@ -21,10 +21,9 @@ from gunicorn.errors import HaltServer
 from prometheus_client import values
 
 from app.core.errors import ArtifactError
-from app.core.sizing import default_workers
 from app.core.store import Artifact
 from app.observability.metrics import forget_worker
-from app.rollout.fleet import FLEET, Fleet, read_usable
+from app.rollout.fleet import FLEET, Fleet, default_workers, read_usable
 from app.settings import Settings, SettingsError, load_settings
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from app.core.batcher import Silent
-from app.core.model import Execution, Policy
-from app.core.pipeline import Pipeline
+from app.core.pipeline import Execution, Pipeline, Policy
 from app.core.store import read_artifact
 from app.schemas.predict import Features, Prediction
 from load.service import service

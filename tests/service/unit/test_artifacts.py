@@ -37,9 +37,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
 from app.core.errors import ArtifactError
-from app.core.manifest import Input
 from app.core.runtimes import OnnxRuntime, RulesRuntime, SkopsRuntime, load_runtime, skops_types
-from app.core.store import STARTS, Artifact, read_artifact, read_release
+from app.core.store import STARTS, Artifact, Input, read_artifact, read_release
 from app.schemas.contract import contract_inputs
 from tests.service.conftest import ARTIFACTS, EXAMPLE, LABELS, VERSIONS, copied_artifacts
 

@@ -17,14 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, create_model
 
-from app.core.admission import Admission
-from app.core.batcher import Batch, Batcher, Row
+from app.core.batcher import Admission, Batch, Batcher, Row
 from app.core.errors import ArtifactError, ServiceError
-from app.core.manifest import Input, Manifest, Outputs
-from app.core.model import Costs, Execution, Policy
-from app.core.pipeline import Pipeline, choose_execution, rows_of_a_call
+from app.core.pipeline import Costs, Execution, Pipeline, Policy, choose_execution, rows_of_a_call
 from app.core.runtimes import Matrix, Runtime
-from app.core.store import Artifact, read_artifact
+from app.core.store import Artifact, Input, Manifest, Outputs, read_artifact
 from app.schemas.predict import Features, Prediction
 from tests.service.conftest import ARTIFACTS, EXAMPLE, LABELS, NUMBER, SERVED, VERSIONS, golden_set, number
 

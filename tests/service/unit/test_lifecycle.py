@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.sizing import Machine, machine
+from app.rollout.fleet import Machine, machine
 from lifecycle.operations.size import MIB, Cost, advise, carried, size_table
 from lifecycle.package import differing, publish
 from load.profile import STAGES, Step, bottleneck, draw, report

@@ -25,8 +25,18 @@ from typer.testing import CliRunner, Result
 
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
-from app.monitoring.calls import COUNT_ROWS, COUNT_SECONDS, Calls
-from app.monitoring.drift import LEAST_ROWS, LINE_ROWS, MISSING, OTHER, ROWS_A_BIN, Drift, settled
+from app.monitoring.drift import (
+    COUNT_ROWS,
+    COUNT_SECONDS,
+    LEAST_ROWS,
+    LINE_ROWS,
+    MISSING,
+    OTHER,
+    ROWS_A_BIN,
+    Calls,
+    Drift,
+    settled,
+)
 from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.metrics import Metrics
 from app.schemas.service import Feedback as Truth

@@ -21,7 +21,7 @@ from structlog.testing import CapturingLogger
 from app.api.call import Service
 from app.core.batcher import Batch
 from app.core.errors import ServiceError
-from app.monitoring.calls import Calls
+from app.monitoring.drift import Calls
 from app.monitoring.feedback import Feedback
 from app.observability.logging import ForeignHandler, LineWriter
 from app.observability.metrics import LATENCY, Metrics, observe_many

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from app.core.store import Release
 from app.observability.metrics import Metrics
 from app.rollout.canary import MIN_REQUESTS, REASONS, Canary, Counts, worse
-from app.rollout.release import Wanted, wanted
+from app.rollout.models import Wanted, wanted
 from lifecycle.__main__ import commands
 from lifecycle.release.rollout import comparison, sides
 from tests.service.conftest import ARTIFACTS, SERVED

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.sizing import default_workers
+from app.rollout.fleet import default_workers
 from app.settings import GRACE_SECONDS, SLO_FILE, Settings, SettingsError, load_settings, redacted
 
 SECRET = "s3cr3t"  # noqa: S105  # stands for what somebody put into the wrong variable

@@ -6,18 +6,191 @@
 `Pipeline.offline` is for everything that has no server: commands, evaluation, import.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Self
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 from pydantic import BaseModel
 
-from app.core.batcher import Batcher, Observer, Silent
-from app.core.errors import ServiceError
-from app.core.model import Costs, Execution, Model, Policy, rows_of
-from app.core.runtimes import Runtime, load_runtime
+from app.core.batcher import Batch, Batcher, Observer, Row, Silent
+from app.core.errors import ArtifactError, ServiceError
+from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact
-from app.schemas.predict import Prediction
+from app.schemas.contract import label_key
+from app.schemas.predict import Features, Prediction
+
+# A classifier's and a regressor's take different fields, and any one service has only one of the two.
+_prediction: Any = Prediction
+
+Execution = Literal["inline", "batch", "thread"]
+
+ROUNDING = 1e-4  # a sum of float32 may leave the range 0 to 1 by this much
+GOLDEN = "golden.jsonl"
+WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The decisions an operator may change without a new model; None leaves one to manifest or warm-up."""
+
+    review_threshold: float | None = None
+    out_of_range: Literal["accept", "review", "reject"] = "review"
+    batch_max_rows: int = 64
+    batch_max_wait_seconds: float = 0.0
+    execution: Execution | None = None
+
+
+class Costs(NamedTuple):
+    """Seconds of a call with one row, and per row of a full call."""
+
+    per_call: float = 0.0
+    per_row: float = 0.0
+
+
+def rows_of(instances: Iterable[BaseModel]) -> list[Row]:
+    """The values of validated instances, in the order of the model's columns."""
+    return [tuple(instance.__dict__.values()) for instance in instances]
+
+
+class Model:
+    """An artifact, the runtime that was loaded from it, and the policy for its answers."""
+
+    def __init__(self, artifact: Artifact, runtime: Runtime, policy: Policy) -> None:
+        inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
+        self.artifact, self.version, self.runtime = artifact, artifact.manifest.version, runtime
+        self._example: Row = tuple(entry.example for entry in inputs)
+        self._labels: list[Any] = list(outputs.labels)
+        self._keys = [label_key(label) for label in outputs.labels]
+        own = policy.review_threshold
+        self._threshold = outputs.review_threshold if own is None else own
+        self._out_of_range = policy.out_of_range
+        # For the record of decisions.
+        self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
+        # Columns that have a training range, and the ranges as precise as the rows are.
+        self._ranged = [index for index, entry in enumerate(inputs) if entry.training_range]
+        self._names: list[str] = [inputs[index].name for index in self._ranged]
+        precision = np.float64 if runtime.dtype is np.object_ else runtime.dtype
+        ranges = np.array([inputs[index].training_range for index in self._ranged], precision)
+        self._low, self._high = ranges.reshape(-1, 2).T
+        self._every = len(self._ranged) == len(inputs) and runtime.dtype is not np.object_
+
+    def run(self, rows: Sequence[Row]) -> Batch:
+        """One call of the model; a bad row has its error for an answer."""
+        start = perf_counter()
+        matrix = np.asarray(rows, self.runtime.dtype)
+        beyond = self._beyond(matrix)
+        outside, counts = self._outside(beyond) if beyond.any() else (frozenset(), {})
+        ready = perf_counter()
+        outputs = self._infer(matrix)
+        inferred = perf_counter()
+        answer = self._classify if self._labels else self._measure
+        answers = [answer(one, index in outside) for index, one in enumerate(outputs)]
+        stages = (ready - start, inferred - ready, perf_counter() - inferred)
+        return Batch(answers, stages, counts, matrix, self.version, rows)
+
+    def reject(self, rows: Sequence[Row], single: bool) -> None:
+        """Raise ServiceError for values outside the training range, if the policy is `reject`."""
+        if self._out_of_range != "reject":
+            return
+        where = np.argwhere(self._beyond(np.asarray(rows, self.runtime.dtype))).tolist()
+        message = {"msg": "outside the range seen in training", "type": "out_of_range"}
+        locations = [([] if single else ["instances", row], self._names[column]) for row, column in where]
+        errors = [{"loc": ["body", *row, name], **message} for row, name in locations]
+        if errors:
+            raise ServiceError("invalid_input", errors=errors)
+
+    def try_example(self, rows: int = 1) -> None:
+        """Raise ArtifactError unless the model answers so many rows of the manifest's own example."""
+        if any(isinstance(answer, ServiceError) for answer in self.run([self._example] * rows).answers):
+            raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
+
+    def warm_up(self, max_rows: int) -> Costs:
+        """Measure calls with one row and with `max_rows`; the best of several sheds the noise."""
+        best = {}
+        for rows in (1, max_rows):
+            matrix = np.asarray([self._example] * rows, self.runtime.dtype)
+            began, times = perf_counter(), [math.inf]
+            while len(times) <= WARM_UP_CALLS and perf_counter() - began < WARM_UP_SECONDS:
+                start = perf_counter()
+                self._infer(matrix)
+                times.append(perf_counter() - start)
+            self.try_example(rows)
+            best[rows] = min(times) / rows
+        return Costs(best[1], best[max_rows])
+
+    def replay(self) -> None:
+        """Raise ArtifactError unless every golden row gets the answer recorded when the version was made."""
+        lines = [json.loads(line) for line in self.artifact.files.get(GOLDEN, b"").splitlines()]
+        rows = rows_of(Features.model_validate(line["features"]) for line in lines)
+        answers = self.run(rows).answers if rows else []
+        for index, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
+            if isinstance(answer, ServiceError) or not _as_recorded(answer, line):
+                raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
+
+    def _beyond(self, matrix: Matrix) -> Any:
+        """Which values lie outside of the training range, [rows, columns that have one]."""
+        numbers = matrix if self._every else matrix[:, self._ranged].astype(self._low.dtype)
+        return (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
+
+    def _outside(self, beyond: Any) -> tuple[frozenset[int], dict[str, int]]:
+        """Rows to review for a value outside the training range, and the number of such values by feature."""
+        counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
+        rows = np.flatnonzero(beyond.any(axis=1)).tolist()
+        return frozenset(rows if self._out_of_range == "review" else ()), counts
+
+    def _infer(self, matrix: Matrix) -> list[Any]:
+        """The model's output per row; where the model raises, halves find the row that causes it."""
+        try:
+            rows = self.runtime.infer(matrix)
+            if len(rows) != len(matrix) or len(rows[0]) != max(len(self._labels), 1):
+                raise ValueError("the model answered in another shape than it was asked")
+            return rows
+        except Exception as error:  # any exception of a model is this row's answer, not the service's end
+            if len(matrix) == 1:
+                failure = ServiceError("model_error")
+                failure.__cause__ = error
+                return [failure]
+            half = len(matrix) // 2
+            return self._infer(matrix[:half]) + self._infer(matrix[half:])
+
+    def _measure(self, output: Any, outside: bool) -> Any:
+        """A regressor's answer."""
+        if isinstance(output, ServiceError):
+            return output
+        (value,) = output
+        if not math.isfinite(value):
+            return ServiceError("non_finite_output")
+        return _prediction("", self.version, value, "review" if outside else "accept")
+
+    def _classify(self, probabilities: Any, outside: bool) -> Any:
+        """A classifier's answer."""
+        if isinstance(probabilities, ServiceError):
+            return probabilities
+        if not math.isfinite(sum(probabilities)):  # one NaN or infinity among them is enough
+            return ServiceError("non_finite_output")
+        score = max(probabilities)
+        label = self._labels[probabilities.index(score)]
+        if 1.0 < score < 1.0 + ROUNDING or -ROUNDING < min(probabilities) < 0.0:
+            probabilities = [min(max(one, 0.0), 1.0) for one in probabilities]
+            score = min(score, 1.0)
+        action: Literal["accept", "review"] = "review" if outside or score < self._threshold else "accept"
+        by_label = dict(zip(self._keys, probabilities, strict=True))
+        return _prediction("", self.version, label, score, by_label, action)
+
+
+def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
+    """Whether an answer is the one of a golden line, each number within the line's tolerance."""
+    if "value" in line:
+        return abs(answer.value - line["value"]) <= line["tolerance"]  # type: ignore[no-any-return]
+    return all(
+        abs(answer.probabilities[key] - recorded) <= line["tolerance"]
+        for key, recorded in line["probabilities"].items()
+    )
+
 
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
 MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting

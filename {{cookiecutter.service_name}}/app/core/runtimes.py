@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.errors import ArtifactError
-from app.core.manifest import Input
-from app.core.store import Artifact
+from app.core.store import Artifact, Input
 
 Matrix = NDArray[Any]  # [rows, features], of the dtype that the runtime names
 

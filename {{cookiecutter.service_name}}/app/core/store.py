@@ -6,18 +6,121 @@ What is loaded later are these same bytes, so a file that changes on disk afterw
 """
 
 import hashlib
+import operator
 import re
 import stat
+from base64 import b64decode
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import ArtifactError
-from app.core.manifest import VERSION_PATTERN, Manifest
-from app.core.signatures import MAX_SIGNATURE_BYTES, SIGNATURE, verify
 from app.schemas.contract import contract_outputs, contract_sha256, served_contract_sha256
+
+VERSION_PATTERN = r"^v[0-9]{1,9}$"
+_EXACT = re.compile(r"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """One file of the version folder."""
+
+    sha256: Sha256
+    size: Annotated[int, Field(ge=0, description="bytes")]
+
+
+class Input(_Strict):
+    """One feature, in the model's order."""
+
+    name: str
+    dtype: Literal["float64", "int64", "string", "bool"]
+    unit: str | None = None
+    description: str = ""
+    nullable: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    training_range: tuple[float, float] | None = None
+    categories: list[bool | int | str] | None = None
+    example: Any = None
+
+
+class Outputs(_Strict):
+    """Answers of the model."""
+
+    labels: list[bool | int | str] = []
+    score: str = ""  # its meaning, in a sentence
+    value: Annotated[str, Field(exclude_if=operator.not_)] = ""  # a regressor's: meaning, unit
+    review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # How far a regressor's value may be from the truth that feedback gives, to count as correct.
+    feedback_tolerance: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
+
+
+class Training(_Strict):
+    """Where the model came from. `time` is the time of the data, so that a re-run gives the same bytes."""
+
+    data_sha256: Sha256
+    rows: int
+    date_range: tuple[str, str] | None = None
+    query: str | None = None
+    target: str
+    code_revision: str
+    time: str | None = None
+
+
+class Manifest(_Strict):
+    """`manifest.json`."""
+
+    name: str
+    version: Annotated[str, Field(pattern=VERSION_PATTERN)]
+    task: Literal["classification", "regression"]
+    runtime: Literal["onnx", "skops", "rules"]
+    files: dict[str, FileEntry]
+    inputs: list[Input]
+    outputs: Outputs
+    training: Training | None
+    libraries: dict[str, str]
+    # Types that a skops model may be made of; serving loads no other.
+    trusted_types: Annotated[list[str], Field(exclude_if=lambda types: not types)] = []
+    contract_sha256: Sha256
+
+    @property
+    def unpinned(self) -> str:
+        """The part that is missing to trace or rebuild the model; a rules model is its own source."""
+        if self.runtime == "rules":
+            return ""
+        if self.training is None:
+            return "`training`"
+        exact = bool(self.libraries) and all(_EXACT.fullmatch(one) for one in self.libraries.values())
+        return "" if exact else "`libraries`, each of one exact version"
+
+
+SIGNATURE = "manifest.sig"
+MAX_SIGNATURE_BYTES = 256  # base64 of 64 bytes, and a line end
+
+
+def verify(manifest: bytes, signature: bytes, trusted: Sequence[str]) -> bool:
+    """Whether `signature`, the content of manifest.sig, was made of these very bytes by a trusted key."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        raw = b64decode(signature.strip(), validate=True)
+    except ValueError:
+        return False
+    for key in trusted:
+        with suppress(InvalidSignature):
+            Ed25519PublicKey.from_public_bytes(b64decode(key)).verify(raw, manifest)
+            return True
+    return False
+
 
 RELEASE, MANIFEST = "release.json", "manifest.json"
 MAX_JSON_BYTES = 2**24  # of release.json and of a manifest, the two files whose size nothing states

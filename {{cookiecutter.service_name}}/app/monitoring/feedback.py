@@ -9,18 +9,39 @@ An id can therefore be judged after a restart, by any replica, months later. Onl
 a table that the master makes and all workers share, which forgets the oldest when it is full.
 """
 
+import mmap
 import re
 import struct
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from app.core.errors import ArtifactError, ServiceError
-from app.core.manifest import VERSION_PATTERN
-from app.core.shared import SharedMemory
-from app.core.store import read_manifest
+from app.core.store import VERSION_PATTERN, read_manifest
+
+
+class SharedMemory:
+    """`size` bytes, zero at first, that one process at a time may change."""
+
+    def __init__(self, size: int) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._file.truncate(size)
+        self.content = mmap.mmap(self._file.fileno(), 0)
+
+    @contextmanager
+    def locked(self) -> Iterator[mmap.mmap]:
+        """The bytes, while no other process has them; the kernel lets go when a process is killed."""
+        import fcntl  # here, because `python -m app predict` runs on Windows too
+
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield self.content
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
 
 STEM_DIGITS = 18
 _MARK_BITS = 40

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.pipeline import Pipeline
-from app.core.shared import SharedMemory
+from app.monitoring.feedback import SharedMemory
 from app.observability.metrics import Metrics
 
 JUDGE_SECONDS = 1.0

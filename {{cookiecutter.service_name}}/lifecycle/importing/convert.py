@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from app.core.manifest import Input
 from app.core.runtimes import OnnxRuntime
+from app.core.store import Input
 from lifecycle.errors import LifecycleError
 from lifecycle.importing import libraries
 from lifecycle.importing.documents import ANSWERS, SAMPLE, Conversion, Converted

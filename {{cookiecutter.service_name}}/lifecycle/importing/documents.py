@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from app.core.manifest import Input, Training
+from app.core.store import Input, Training
 
 ANSWERS, SAMPLE = "answers.npy", "sample.arrow"  # the original's answers to the rows of the sample
 Label = bool | int | str

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.errors import ArtifactError
-from app.core.manifest import Input, Manifest, Outputs, Training
-from app.core.store import MANIFEST, RELEASE, read_manifest, read_release
+from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training, read_manifest, read_release
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle import package

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from app.core.manifest import Input
+from app.core.store import Input
 from lifecycle.errors import LifecycleError
 from lifecycle.importing import libraries
 from lifecycle.importing.steps import Progress

@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from app.core.manifest import VERSION_PATTERN, Training
+from app.core.store import VERSION_PATTERN, Training
 from lifecycle import package
 from lifecycle.errors import LifecycleError
 from lifecycle.importing.convert import to_onnx

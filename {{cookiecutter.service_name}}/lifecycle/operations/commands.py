@@ -58,7 +58,7 @@ def size(
     seconds: Annotated[float, typer.Option(help="How long each of the four steps takes.")] = 2.0,
 ) -> None:
     """Say how many workers this model and this machine carry, from a measurement."""
-    from app.core.sizing import machine
+    from app.rollout.fleet import machine
     from lifecycle.operations.size import report
 
     typer.echo(report(operations.measure(seconds), machine()))

@@ -13,8 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from app.core.manifest import Input, Manifest
-from app.core.store import MANIFEST, RELEASE
+from app.core.store import MANIFEST, RELEASE, Input, Manifest
 from app.schemas.contract import contract_outputs
 from app.schemas.predict import Features
 from lifecycle.files import ROOT

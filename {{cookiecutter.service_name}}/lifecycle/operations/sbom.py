@@ -16,8 +16,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from app.core.manifest import Manifest
-from app.core.store import MANIFEST, Artifact
+from app.core.store import MANIFEST, Artifact, Manifest
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT, sha256
 

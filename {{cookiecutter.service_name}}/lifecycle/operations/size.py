@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from app.core.sizing import Machine, default_workers
+from app.rollout.fleet import Machine, default_workers
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT
 from lifecycle.printing import table

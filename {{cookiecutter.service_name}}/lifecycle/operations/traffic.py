@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.manifest import Input
 from app.core.pipeline import Pipeline
-from app.core.store import read_artifact
+from app.core.store import Input, read_artifact
 from app.schemas.contract import label_key
 from app.schemas.predict import Features
 

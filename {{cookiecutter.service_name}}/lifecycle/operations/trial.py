@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import onnx.parser
 
-from app.core.manifest import Input, Manifest
 from app.core.runtimes import load_runtime
-from app.core.store import MANIFEST, read_artifact
+from app.core.store import MANIFEST, Input, Manifest, read_artifact
 from lifecycle.package import canonical_json
 
 MODEL, GOLDEN, BASELINE = "model.onnx", "golden.jsonl", "baseline.json"

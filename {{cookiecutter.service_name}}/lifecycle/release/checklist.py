@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from app.core.manifest import VERSION_PATTERN
+from app.core.store import VERSION_PATTERN
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT, write_file
 

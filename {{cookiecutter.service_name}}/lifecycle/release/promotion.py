@@ -16,9 +16,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from app.core.manifest import Manifest
 from app.core.pipeline import Pipeline
-from app.core.store import MANIFEST, RELEASE, Release, read_artifact, read_release
+from app.core.store import MANIFEST, RELEASE, Manifest, Release, read_artifact, read_release
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT, sha256, write_file
 from lifecycle.package import write_release

@@ -9,8 +9,7 @@ from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.core.signatures import SIGNATURE
-from app.core.store import MANIFEST, read_artifact
+from app.core.store import MANIFEST, SIGNATURE, read_artifact
 from lifecycle.errors import LifecycleError
 from lifecycle.files import write_file
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from app.core.manifest import Input
 from app.core.runtimes import OnnxRuntime
+from app.core.store import Input
 from lifecycle.errors import LifecycleError
 from lifecycle.importing.original import Answers, Original, Task, as_labels, as_served, quoted
 

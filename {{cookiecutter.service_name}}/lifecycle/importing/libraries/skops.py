@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.core.manifest import Input
 from app.core.runtimes import SkopsRuntime, skops_types
+from app.core.store import Input
 from lifecycle.errors import LifecycleError
 from lifecycle.importing import libraries
 from lifecycle.importing.documents import Conversion

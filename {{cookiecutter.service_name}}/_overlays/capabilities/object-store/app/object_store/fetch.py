@@ -24,8 +24,15 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
 from app.core.errors import ArtifactError
-from app.core.signatures import MAX_SIGNATURE_BYTES, SIGNATURE
-from app.core.store import MANIFEST, MAX_JSON_BYTES, RELEASE, read_manifest, read_release
+from app.core.store import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    MAX_SIGNATURE_BYTES,
+    RELEASE,
+    SIGNATURE,
+    read_manifest,
+    read_release,
+)
 from app.object_store import REFUSED
 
 SECONDS = 4  # for everything, plus the time that the files take at the lowest speed:

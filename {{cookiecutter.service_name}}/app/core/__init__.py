@@ -1,1 +1,0 @@
-"""Inference without a web framework: manifest, store, runtimes, pipeline, batcher."""

@@ -1,1 +1,0 @@
-"""How inputs and predictions move, and how often predictions are right."""

@@ -1,1 +1,0 @@
-"""Which versions serve: the released one, and a canary or a shadow beside it."""

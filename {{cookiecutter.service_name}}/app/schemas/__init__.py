@@ -1,1 +1,0 @@
-"""The contract: requests, responses, problems, and the signature that artifacts must carry."""
