@@ -7,9 +7,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-main, call, calls, recorder = (
+main, call, calls, metrics = (
     importlib.import_module(f"app.{name}")
-    for name in ("main", "api.call", "monitoring.calls", "observability.recorder")
+    for name in ("main", "api.call", "monitoring.calls", "observability.metrics")
 )
 
 
@@ -23,6 +23,6 @@ def only_ids(call: Any, predictions: Sequence[Any], _thresholds: dict[str, Any])
         one.prediction_id = call.service.feedback.identify(one.prediction_id, one.model_version, one.label)
 
 
-recorder.Recorder.count = recorder.Recorder.observe = calls.Calls.batch = nothing
+metrics.Recorder.count = metrics.Recorder.observe = calls.Calls.batch = nothing
 call.Call.record = only_ids
 create_app = main.create_app

@@ -24,10 +24,15 @@ VARIABLES = {
 
 
 @cache
+def project() -> dict[str, Any]:
+    """The content of pyproject.toml."""
+    return tomllib.loads(PROJECT_FILE.read_text("utf-8"))
+
+
+@cache
 def installed() -> tuple[str, ...]:
     """The capabilities that this service was rendered with; none where it was not rendered at all."""
-    project = tomllib.loads(PROJECT_FILE.read_text("utf-8"))
-    named = project.get("tool", {}).get("service", {}).get("capabilities", "").split()
+    named = project().get("tool", {}).get("service", {}).get("capabilities", "").split()
     return tuple(name for name in named if re.fullmatch("[a-z][a-z0-9-]*", name) and name != "none")
 
 

@@ -14,12 +14,14 @@ import shutil
 import signal
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gunicorn.errors import HaltServer
 from prometheus_client import values
 
+from app import capabilities
 from app.core.errors import ArtifactError
 from app.core.store import Artifact
 from app.observability.metrics import forget_worker
@@ -134,9 +136,8 @@ def on_starting(server: Any) -> None:
         # One folder per start, so that no old count survives.
         os.environ[METRICS_FOLDER] = tempfile.mkdtemp(prefix="metrics-")
         values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]  # as it is set when imported
-    from app.main import project  # here, so that its memory is shared by all workers
-
-    project()
+    import_module("app.main")  # here, so that its memory is shared by all workers
+    capabilities.project()
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
 

@@ -1,19 +1,90 @@
-"""gunicorn's worker: uvicorn with the protocol, the limits and the end that this service has."""
+"""gunicorn's worker: uvicorn with the protocol and the limits of this service, and an end that drains.
+
+    SIGTERM -> the successor serves, if there is to be one -> no new connections; on open ones a last answer
+    each -> after `answer_seconds`, or SIGQUIT, 503 for requests that are still inside -> lifespan
+
+Every step has an end of its own, so that gunicorn never has to kill a worker that stops.
+"""
 
 import asyncio
 import faulthandler
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, cast
 
 from gunicorn.arbiter import Arbiter
+from uvicorn.config import Config
+from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
 from app.settings import GRACE_SECONDS
-from server.drain import DrainingServer
-from server.fleet import forking_fleet
+from server.fleet import ForkingFleet, forking_fleet
 from server.protocol import Protocol
+
+BACKLOG_SECONDS = 1.0  # for the connections that wait at the listening socket
+CUT_SECONDS = 0.5  # between the attempts to get rid of a connection
+
+
+async def accept_backlog(sockets: Any) -> None:
+    """Accept the connections that are complete: to close a listening socket resets those."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + BACKLOG_SECONDS
+    while loop.time() < end and any(socket.get_backlog() > 0 for socket in sockets):  # noqa: ASYNC110  # no event tells
+        await asyncio.sleep(0)  # let the loop accept them
+
+
+class DrainingServer(Server):
+    """Ends as the module says; `master` is the process id of gunicorn's master."""
+
+    def __init__(self, config: Config, fleet: ForkingFleet, master: int, answer_seconds: float) -> None:
+        super().__init__(config)
+        self._fleet, self._master, self._answer_seconds = fleet, master, answer_seconds
+        self._hurried = False
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Tell the others that this worker takes connections now."""
+        await super().startup(sockets)
+        self._fleet.note_serving()
+
+    async def main_loop(self) -> None:
+        """Serve; and go on while successors are still loading."""
+        await super().main_loop()
+        while not (self._hurried or self._fleet.may_leave or os.getppid() != self._master):
+            await asyncio.sleep(0.05)
+            await self.on_tick(0)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Answer what is inside, as the module says, then end the lifespan."""
+        loop = asyncio.get_running_loop()
+        heart = loop.create_task(self._beat())
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        if self._fleet.stopping:  # else other workers accept the connections that wait
+            await accept_backlog(sockets)
+        for listener in (*self.servers, *sockets):  # at once: a connection that comes in between is reset
+            listener.close()
+        await asyncio.sleep(0)  # a connection that was just accepted becomes one of the server's
+        alarm = loop.call_later(0 if self._hurried else self._answer_seconds, self.cut)
+        await super().shutdown(sockets)
+        alarm.cancel()
+        heart.cancel()
+
+    def cut(self) -> None:
+        """Have everything that is inside answered now, and go."""
+        self._hurried = True
+        self.handle_exit(signal.SIGTERM, None)
+        for connection in cast("set[Protocol]", self.server_state.connections.copy()):
+            connection.leave()
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        if self.server_state.connections:  # a client that does not read its answer is not waited for
+            asyncio.get_running_loop().call_later(CUT_SECONDS, self.cut)
+
+    async def _beat(self) -> None:
+        """Uvicorn's heartbeat ends where draining begins, and gunicorn would take that for a hang."""
+        while self.config.callback_notify is not None:
+            await self.config.callback_notify()
+            await asyncio.sleep(1)
 
 
 class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types

@@ -24,8 +24,7 @@ from app.core.errors import ServiceError
 from app.monitoring.drift import Calls
 from app.monitoring.feedback import Feedback
 from app.observability.logging import ForeignHandler, LineWriter
-from app.observability.metrics import LATENCY, Metrics, observe_many
-from app.observability.recorder import Recorder
+from app.observability.metrics import LATENCY, Metrics, Recorder, observe_many
 from app.rollout.fleet import Fleet
 from app.rollout.models import Models
 from app.schemas.predict import Prediction

@@ -15,8 +15,7 @@ from app.core.errors import ServiceError
 from app.core.pipeline import Pipeline
 from app.monitoring.feedback import STEM_DIGITS, Feedback
 from app.observability.logging import Logger, RequestLine
-from app.observability.metrics import Metrics
-from app.observability.recorder import Recorder
+from app.observability.metrics import Metrics, Recorder
 from app.rollout.canary import Canary
 from app.rollout.fleet import Fleet
 from app.rollout.models import Models
@@ -44,6 +43,7 @@ class Service:
     name: str
     version: str
     settings: Settings
+    fleet: Fleet
     log: Logger
     request_line: RequestLine
     metrics: Metrics
@@ -51,7 +51,6 @@ class Service:
     guard: Guard
     feedback: Feedback
     models: Models
-    fleet: Fleet
     keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of predictions with a key
 
     def count_answer(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -92,7 +91,6 @@ class Call:
     audit: dict[str, Any] = field(default_factory=dict)  # further fields of the log line
     error: BaseException | None = None  # for the log, not for the client
     status: int = 0  # of the answer, once it has begun
-    counted: bool = False  # by the instrumentator in FastAPI's stack
 
     @property
     def pipeline(self) -> Pipeline:
@@ -135,9 +133,8 @@ class Call:
             service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
 
     def finish(self, method: str, route: str, seconds: float) -> None:
-        """Count the answer, unless FastAPI's stack has counted it, and write the one line of this request."""
-        if not self.counted:
-            self.service.count_answer(method, route, self.status, seconds)
+        """Count the answer, and write the one line of this request."""
+        self.service.count_answer(method, route, self.status, seconds)
         if self.canary is not None:
             self.canary.note(self.model_version == self.canary.pipeline.version, self.status, seconds)
         fields = {

@@ -20,25 +20,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.call import Call, Service
 from app.api.errors import MEDIA_TYPE, problem
-from app.api.routing import JSONRoute
+from app.api.routes import JSONRoute, inference
 from app.core.errors import ServiceError
+from app.schemas.contract import contract_inputs
+from app.settings import Settings
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request that it sends again
 _SHED = {"overloaded": "queue_full", "model_not_ready": "not_ready", "rate_limited": "rate_limit"}
+# Of requests from pages of other origins.
+_HEADERS = ("authorization", "content-type", "idempotency-key", "traceparent", "x-api-key", "x-request-id")
 _CLOSED_REQUEST = 499  # nginx's number for a client that has gone
 _JSON = [(b"content-type", b"application/json")]
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, headers, body
 
 
 class ServiceMiddleware:
-    """Wraps FastAPI; admits, answers and finishes requests. `direct`: the routes answered here, by path."""
+    """Wraps FastAPI; admits, answers and finishes requests."""
 
-    def __init__(
-        self, app: ASGIApp, service: Service, direct: dict[str, JSONRoute], features: frozenset[str]
-    ) -> None:
-        self._app, self._service, self._direct, self._features = app, service, direct, features
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
+        self._features = frozenset(entry["name"] for entry in contract_inputs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, from its headers to its log line, whatever becomes of it."""
@@ -96,7 +100,6 @@ class ServiceMiddleware:
         if scope["path"] == "/metrics":
             await self._service.recorder.settle()
         scope.setdefault("state", {})["call"] = call
-        call.counted = True
         await self._app(scope, receive, send_marked)
         return None
 
@@ -115,7 +118,7 @@ class ServiceMiddleware:
             if not begun and not _send_whole(scope, send, call.status, headers, body):
                 await send({"type": "http.response.start", "status": call.status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
-        scope["route_path"] = getattr(scope.get("route"), "path", None) if route is None else route.path
+        scope["route_path"] = getattr(route or scope.get("route"), "path", None)
         call.finish(scope["method"], scope["route_path"] or "none", perf_counter() - call.started)
 
     def _open(self, scope: Scope) -> tuple[Call, bytes | None]:
@@ -183,6 +186,11 @@ def _session(scope: Scope, header: str | None) -> str:
 
 class CrossOrigin(CORSMiddleware):
     """Stands around the service, which therefore sees no preflight: those get their id here."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        headers = [*_HEADERS, *filter(None, [settings.canary_header])]
+        exposed = ("retry-after", "x-request-id")
+        super().__init__(app, settings.cors_origins, ("GET", "POST"), headers, expose_headers=exposed)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """The answer to a preflight, with the request's id or a new one."""

@@ -1,1 +1,0 @@
-"""HTTP: routes, middleware, errors, security. Knows schemas and core, never a model runtime."""
