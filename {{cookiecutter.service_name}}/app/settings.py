@@ -8,13 +8,10 @@ table for people. Nothing else in the service reads the environment.
 
 import os
 import re
-from base64 import b64decode
-from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import (
@@ -22,26 +19,24 @@ from pydantic import (
     IPvAnyNetwork,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
 )
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, TomlConfigSettingsSource
 
 from app import capabilities
 
 PREFIX = "APP_"
 SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
 GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
-PUBLIC_KEY_BYTES = 32  # of Ed25519
 _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
 
+_STORAGES = r"memory://|rediss?://([^@/\s]*@)?([^@:/?#\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}([/?]\S*)?"
+
+Version = Annotated[str, Field(pattern=r"^v[0-9]{1,9}$")]
+PublicKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]  # the base64 of Ed25519's 32 bytes
 # As browsers write it; with a path, a capital or no scheme it would never match.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+)$")]
 
@@ -66,9 +61,9 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
     artifacts_dir: Path | str = Path("artifacts")  # a text: an address
-    model_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
-    fallback_version: Annotated[str | None, Field(pattern=r"^v[0-9]{1,9}$")] = None
-    trusted_keys: Annotated[tuple[str, ...], NoDecode] = ()
+    model_version: Version | None = None
+    fallback_version: Version | None = None
+    trusted_keys: Annotated[tuple[PublicKey, ...], NoDecode] = ()
     canary_header: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = None
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -90,20 +85,14 @@ class Settings(BaseSettings):
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
 
-    @field_validator("api_keys", "cors_origins", "trusted_proxies", mode="before")
+    @field_validator("api_keys", "cors_origins", "trusted_keys", "trusted_proxies", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
-        return [one.strip() for one in value.split(",") if one.strip()] if isinstance(value, str) else value
-
-    @field_validator("trusted_keys", mode="before")
-    @classmethod
-    def _public(cls, value: Any) -> Any:
-        # An empty part is refused, not skipped: "," must not mean that nothing has to be signed.
-        keys = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        with suppress(ValueError):
-            if all(len(b64decode(key, validate=True)) == PUBLIC_KEY_BYTES for key in keys):
-                return keys
-        raise ValueError("each key must be an Ed25519 public key: the base64 of its 32 bytes")
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        # No key of signatures may be empty: "," must not mean that nothing has to be signed.
+        parts = [part.strip() for part in value.split(",")]
+        return [part for part in parts if part or info.field_name == "trusted_keys"]
 
     @field_validator("artifacts_dir", mode="before")
     @classmethod
@@ -119,13 +108,9 @@ class Settings(BaseSettings):
     @field_validator("rate_limit_storage")
     @classmethod
     def _known_storage(cls, value: SecretStr) -> SecretStr:
-        place = value.get_secret_value()
-        with suppress(ValueError):  # it would quote the value
-            parts = urlsplit(place)
-            redis = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port
-            if redis or place == "memory://":
-                return value
-        raise ValueError("must be memory:// or redis://host:port")
+        if not re.fullmatch(_STORAGES, value.get_secret_value()):
+            raise ValueError("must be memory:// or redis://host:port")
+        return value
 
     @field_validator("api_keys")
     @classmethod
@@ -152,9 +137,7 @@ class Settings(BaseSettings):
             raise ValueError("APP_API_KEYS is empty: production needs keys, or APP_AUTH_DISABLED=true")
         in_memory = self.rate_limit_storage.get_secret_value() == "memory://"
         if self.rate_limit and in_memory and self.workers != 1:
-            raise ValueError(
-                "APP_RATE_LIMIT_STORAGE=memory:// counts per worker: use redis://... or APP_WORKERS=1"
-            )
+            raise ValueError("APP_RATE_LIMIT_STORAGE=memory:// counts per worker: use redis or APP_WORKERS=1")
         return self
 
     @property
@@ -163,7 +146,7 @@ class Settings(BaseSettings):
         return self.env != "production" if self.docs_enabled is None else self.docs_enabled
 
     @classmethod
-    def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[Any, ...]:
         """The service level objectives are a source of their own, below everything a person sets."""
         return (*sources.values(), TomlConfigSettingsSource(cls, SLO_FILE))
 
@@ -179,10 +162,8 @@ def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment; raises `SettingsError` with one line that names the variable."""
     complete = _complete()
     known = {PREFIX + name.upper() for name in complete.model_fields}
-    named = {
-        name.upper() for name in (*os.environ, *dotenv_values(".env")) if name.upper().startswith(PREFIX)
-    }
-    if unknown := sorted(named - known):
+    named = {name.upper() for name in (*os.environ, *dotenv_values(".env"))}
+    if unknown := sorted(name for name in named - known if name.startswith(PREFIX)):
         where = "docs/configuration.md lists the names"
         for capability, variables in capabilities.VARIABLES.items():
             if unknown[0] in variables:

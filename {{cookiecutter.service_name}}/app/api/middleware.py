@@ -78,8 +78,8 @@ class ServiceMiddleware:
             call.client, known = guard.identify(key, query, address)
             if not known:
                 await guard.refuse(call.client, key, query)
-            if guard.limited:
-                await guard.spend(call.client)
+            if guard.quota is not None:
+                await guard.spend(guard.quota, call.client)
             if self._service.models.canary is not None:
                 call.session = _session(scope, self._service.settings.canary_header)
 

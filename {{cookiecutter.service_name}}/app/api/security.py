@@ -12,12 +12,11 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_network
 from math import ceil
 from time import monotonic, time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -37,8 +36,7 @@ _KEY_IN_QUERY = re.compile(rb"(?:^|[&;])[^=&;]*(?:key|token|secret|auth)[^=&;]*=
 _HOW = "send the key in the header X-API-Key, or as Authorization: Bearer"
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(NamedTuple):
     """At most `amount` in any `seconds`."""
 
     amount: int
@@ -48,7 +46,7 @@ class Limit:
     @classmethod
     def parse(cls, text: str) -> "Limit":
         """From the like of `600/minute`."""
-        amount, _, unit = text.partition("/")
+        amount, unit = text.split("/")
         return cls(int(amount), _SECONDS[unit], text)
 
 
@@ -102,9 +100,12 @@ class SharedWindows:
         if (now := monotonic()) >= self._ask_again:
             if self._away:  # one request tries; the others do not wait for its result
                 self._ask_again = now + PAUSE_SECONDS
+            item, left = self._item(limit.amount, limit.seconds), 0.0
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    left = await self._hit(limit, name)
+                    if not await self._shared.hit(item, name):
+                        window = await self._shared.get_window_stats(item, name)
+                        left = max(0.001, window.reset_time - time())
             except Exception as error:  # a failing Redis is no reason to refuse a request
                 self._ask_again = monotonic() + PAUSE_SECONDS
                 if not self._away:
@@ -118,23 +119,16 @@ class SharedWindows:
         self._on_fallback()
         return self._own.hit(limit, name)
 
-    async def _hit(self, limit: Limit, name: str) -> float:
-        item = self._item(limit.amount, limit.seconds)
-        if await self._shared.hit(item, name):
-            return 0.0
-        return max(0.001, (await self._shared.get_window_stats(item, name)).reset_time - time())
-
 
 class Guard:
     """Authentication and quotas of one process."""
 
     def __init__(self, settings: Settings, log: Logger, on_fallback: Callable[[], None]) -> None:
         self._digests = [bytes.fromhex(key.get_secret_value()) for key in settings.api_keys]
-        self._limit = Limit.parse(settings.rate_limit) if settings.rate_limit else None
+        self.quota = Limit.parse(settings.rate_limit) if settings.rate_limit else None
         uri = settings.rate_limit_storage.get_secret_value()
-        self._windows = None if uri.startswith("memory") else SharedWindows(uri, log, on_fallback)
+        self._shared = None if uri.startswith("memory") else SharedWindows(uri, log, on_fallback)
         self._own = Windows()
-        self.limited = self._limit is not None
 
     def identify(self, key: bytes | None, query: bytes, address: str) -> tuple[str, bool]:
         """The client's name for logs and quotas, hashed, and whether it may call."""
@@ -149,7 +143,7 @@ class Guard:
 
     async def refuse(self, client: str, key: bytes | None, query: bytes) -> NoReturn:
         """Raise the ServiceError for a request that `identify` did not let in; too many of them are 429."""
-        await self._take(FAILURES, f"failed:{client}", f"{FAILURES.text} without an accepted key")
+        await self.spend(FAILURES, f"failed:{client}")
         if query and _in_query(query):
             error = ServiceError("unauthorized", f"a key in the URL ends up in logs: replace it, and {_HOW}")
         elif key:
@@ -159,16 +153,12 @@ class Guard:
         error.headers["www-authenticate"] = 'Bearer realm="service", ApiKey header="X-API-Key"'
         raise error
 
-    async def spend(self, client: str) -> None:
-        """Take one request from the client's quota; raises ServiceError."""
-        if self._limit is not None:
-            await self._take(self._limit, client, f"the quota is {self._limit.text}")
-
-    async def _take(self, limit: Limit, name: str, detail: str) -> None:
-        shared = self._windows
-        left = self._own.hit(limit, name) if shared is None else await shared.hit(limit, name)
+    async def spend(self, limit: Limit, name: str) -> None:
+        """Take one request from what the limit grants to a name; raises ServiceError."""
+        left = await self._shared.hit(limit, name) if self._shared else self._own.hit(limit, name)
         if left > 0:
-            error = ServiceError("rate_limited", detail)
+            kind = "without an accepted key" if limit is FAILURES else "for a client"
+            error = ServiceError("rate_limited", f"at most {limit.text} {kind}")
             error.headers["retry-after"] = str(ceil(left))
             raise error
 

@@ -14,9 +14,9 @@ import select
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from queue import SimpleQueue
 from time import sleep
 from typing import Any, Literal
 
@@ -39,53 +39,38 @@ class LineWriter:
         self, on_drop: Callable[[int], None], descriptor: int = STDOUT, max_lines: int = MAX_LINES
     ) -> None:
         self._on_drop, self._descriptor, self._max_lines = on_drop, descriptor, max_lines
-        self._lines: deque[bytes] = deque()
-        self._wake = threading.Event()
-        self._closing = False
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()  # None is the end
+        self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def write(self, line: bytes) -> None:
         """Queue one line, without its newline."""
-        if len(self._lines) >= self._max_lines:
+        if self._lines.qsize() < self._max_lines:
+            self._lines.put(line)
+        else:
             self._on_drop(1)
-            return
-        self._lines.append(line)
-        if self._thread is None:
-            self._start()
-        if not self._wake.is_set():
-            self._wake.set()
-
-    def _start(self) -> None:
-        """Only with the first line, so that a process that forks before has no thread yet."""
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
-                self._thread.start()
-                atexit.register(self.close)
 
     # structlog calls the method that is named after the level
     debug = info = warning = error = write
 
     def close(self, timeout: float = 2.0) -> None:
         """Write the queued lines, at most `timeout` seconds: a blocked reader must not hold up the exit."""
-        self._closing = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        self._lines.put(None)
+        self._thread.join(timeout)
 
     def _pump(self) -> None:
-        while not (self._closing and not self._lines):
-            self._wake.wait()
-            self._wake.clear()
-            chunk = b"".join(self._lines.popleft() + b"\n" for _ in range(len(self._lines)))
+        lines: list[bytes | None] = []
+        while None not in lines:
+            lines = [self._lines.get()]
+            lines += [self._lines.get() for _ in range(min(self._lines.qsize(), self._max_lines - 1))]
+            chunk = b"".join(line + b"\n" for line in lines if line is not None)
             try:
                 while chunk:
                     chunk = chunk[os.write(self._descriptor, chunk) :]
             except OSError:  # the reader has gone; nothing can be written any more
                 self._on_drop(chunk.count(b"\n"))
-            if not self._closing:
-                sleep(PAUSE_SECONDS)
+            sleep(PAUSE_SECONDS if None not in lines else 0)
 
 
 class ForeignHandler(logging.Handler):
