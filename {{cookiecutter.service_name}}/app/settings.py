@@ -36,7 +36,6 @@ _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
 _STORAGES = r"memory://|rediss?://([^@/\s]*@)?([^@:/?#\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}([/?]\S*)?"
 
 Version = Annotated[str, Field(pattern=r"^v[0-9]{1,9}$")]
-PublicKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]  # the base64 of Ed25519's 32 bytes
 # As browsers write it; with a path, a capital or no scheme it would never match.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+)$")]
 
@@ -63,7 +62,7 @@ class Settings(BaseSettings):
     artifacts_dir: Path | str = Path("artifacts")  # a text: an address
     model_version: Version | None = None
     fallback_version: Version | None = None
-    trusted_keys: Annotated[tuple[PublicKey, ...], NoDecode] = ()
+    trusted_keys: Annotated[tuple[str, ...], NoDecode] = ()
     canary_header: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = None
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -93,6 +92,13 @@ class Settings(BaseSettings):
         # No key of signatures may be empty: "," must not mean that nothing has to be signed.
         parts = [part.strip() for part in value.split(",")]
         return [part for part in parts if part or info.field_name == "trusted_keys"]
+
+    @field_validator("trusted_keys")
+    @classmethod
+    def _public(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch("[A-Za-z0-9+/]{43}=", key) for key in keys):
+            raise ValueError("each key must be an Ed25519 public key: the base64 of its 32 bytes")
+        return keys
 
     @field_validator("artifacts_dir", mode="before")
     @classmethod
