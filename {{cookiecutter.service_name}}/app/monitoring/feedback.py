@@ -46,51 +46,9 @@ class SharedMemory:
 STEM_DIGITS = 18
 _MARK_BITS = 40
 _LARGEST = 3e38
-_FLOAT, _UINT = struct.Struct(">f"), struct.Struct(">I")
 _MAX_VERSIONS = 20
 _ENTRY, _WAYS = 16, 8  # bytes: 14 of the id, 2 of the label; entries that share a bucket
 _BUCKETS = 2**14
-
-
-class _LabelCodec:
-    """Labels in ids: a label is its index. `key` is the truth as a number that is not 0."""
-
-    bits = 10
-
-    def __init__(self, labels: list[Any]) -> None:
-        self._indices = {label: index for index, label in enumerate(labels)}
-
-    def encode(self, answer: Any) -> int:
-        return self._indices[answer]
-
-    def knows(self, number: int) -> bool:
-        return number < len(self._indices)
-
-    def right(self, number: int, truth: Any, tolerance: float) -> bool:
-        return number == self._indices[truth]
-
-    def key(self, truth: Any) -> int:
-        return self._indices[truth] + 1
-
-
-class _ValueCodec:
-    """A regressor's values in ids: a value is its 32 bits as a float."""
-
-    bits = 32
-
-    def encode(self, answer: float) -> int:
-        (number,) = _UINT.unpack(_FLOAT.pack(max(-_LARGEST, min(answer, _LARGEST))))
-        return int(number)
-
-    def knows(self, number: int) -> bool:
-        return True
-
-    def right(self, number: int, truth: float, tolerance: float) -> bool:
-        (value,) = _FLOAT.unpack(_UINT.pack(number))
-        return bool(abs(value - truth) <= tolerance)
-
-    def key(self, truth: float) -> int:
-        return crc32(str(truth).encode()) % 0xFFFF + 1
 
 
 def tolerances(place: Path | str) -> dict[str, float] | None:
@@ -119,12 +77,11 @@ class Feedback:
         contract_sha256: str,
         given: "Given | None" = None,
     ) -> None:
-        labels = list(labels)
-        self._codec = _LabelCodec(labels) if labels else _ValueCodec()
+        self._indices = {label: index for index, label in enumerate(labels)}  # empty for a regressor
+        self._bits = 10 if self._indices else 32  # of the answer: a label's index, or a value as a float
         # By number, each with its tolerance; a version known by its number alone has that of the latest.
         self._versions: dict[int, tuple[str, float]] = {}
         self._tolerance = 0.0
-        self._marks: dict[str, int] = {}  # by version: its number, shifted above the answer's bits
         for version, tolerance in (versions or {}).items():
             self.know(version, tolerance)
         self._open = versions is None
@@ -133,34 +90,42 @@ class Feedback:
 
     def know(self, version: str, tolerance: float = 0.0) -> None:
         """Labels for this version are taken from now on; a value is right if it is so close to the truth."""
-        number = int(version[1:]) % (1 << _MARK_BITS - self._codec.bits)
-        self._versions[number] = version, tolerance
-        self._marks[version] = number << self._codec.bits
+        self._versions[self._number(version)] = version, tolerance
         self._tolerance = tolerance
 
     def identify(self, stem: str, version: str, answer: Any) -> str:
         """The id, 32 hex digits, of what `version` answered: a label, or a value; `stem` has STEM_DIGITS."""
-        marked = f"{stem}{self._marks[version] | self._codec.encode(answer):010x}"
+        if self._indices:
+            bits = self._indices[answer]
+        else:
+            bits = int.from_bytes(struct.pack(">f", max(-_LARGEST, min(answer, _LARGEST))), "big")
+        marked = f"{stem}{self._number(version) << self._bits | bits:010x}"
         return marked + self._check(marked)
 
     def judge(self, prediction_id: str, truth: Any) -> tuple[str, bool, bool]:
         """Version, whether it was right, and whether this is news; raises ServiceError."""
-        codec, marked, mark = self._codec, prediction_id[:-4], int(prediction_id[STEM_DIGITS:-4], 16)
-        number, sound = mark & (2**codec.bits - 1), prediction_id == marked + self._check(marked)
-        found = self._version(mark >> codec.bits) if sound and codec.knows(number) else None
-        if found is None:
+        marked, mark = prediction_id[:-4], int(prediction_id[STEM_DIGITS:-4], 16)
+        bits, number = mark & (2**self._bits - 1), mark >> self._bits
+        sound = prediction_id == marked + self._check(marked)
+        if sound and self._open and len(self._versions) < _MAX_VERSIONS:
+            self._versions.setdefault(number, (f"v{number}", self._tolerance))
+        if not sound or number not in self._versions or (self._indices and bits >= len(self._indices)):
             raise ServiceError("not_found", "this service made no prediction with this id")
-        version, tolerance = found
-        correct = codec.right(number, truth, tolerance)
-        before = self._given.put(prediction_id, codec.key(truth))
-        if before not in (None, codec.key(truth)):
+        version, tolerance = self._versions[number]
+        if self._indices:
+            key = self._indices[truth] + 1
+            correct = bits == self._indices[truth]
+        else:
+            (value,) = struct.unpack(">f", bits.to_bytes(4, "big"))
+            key = crc32(str(truth).encode()) % 0xFFFF + 1
+            correct = abs(value - truth) <= tolerance
+        before = self._given.put(prediction_id, key)
+        if before not in (None, key):
             raise ServiceError("conflict", "another label was given before, and the first one counts")
         return version, correct, before is None
 
-    def _version(self, number: int) -> tuple[str, float] | None:
-        if self._open and len(self._versions) < _MAX_VERSIONS:
-            self._versions.setdefault(number, (f"v{number}", self._tolerance))
-        return self._versions.get(number)
+    def _number(self, version: str) -> int:
+        return int(version[1:]) % (1 << _MARK_BITS - self._bits)
 
     def _check(self, marked: str) -> str:
         return f"{crc32(marked.encode(), self._salt) & 0xFFFF:04x}"

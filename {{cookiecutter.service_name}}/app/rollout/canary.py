@@ -32,11 +32,6 @@ _WIDTH = 1 + _BUCKETS
 Arm = NDArray[np.int64]  # requests for a version: [failures, answers by latency]
 
 
-def error_rate(arm: Arm) -> float:
-    """The share that was answered 5xx."""
-    return int(arm[0]) / max(int(arm.sum()), 1)
-
-
 def p95(arm: Arm) -> float:
     """Seconds within which 95 of 100 answers came, at most a fifth too long."""
     reached = np.cumsum(arm[1:])
@@ -48,9 +43,9 @@ def worse(served: Arm, canary: Arm) -> int:
     theirs, own = int(served.sum()), int(canary.sum())
     if own < MIN_REQUESTS:
         return 0
-    both = error_rate(served + canary)
+    both = int(served[0] + canary[0]) / (theirs + own)
     chance = math.sqrt(both * (1 - both) * (1 / own + (1 / theirs if theirs else 0)))
-    if error_rate(canary) - error_rate(served) > max(ERROR_MARGIN, SIGMAS * chance):
+    if canary[0] / own - served[0] / max(theirs, 1) > max(ERROR_MARGIN, SIGMAS * chance):
         return 1
     bucket = np.searchsorted(_BOUNDS, LATENCY_FACTOR * p95(served) + LATENCY_SECONDS)
     slow = int(canary[bucket + 2 :].sum()) / own
@@ -83,10 +78,10 @@ class Counts:
             served, canary, reason = *self._arms.copy(), REASONS[self._head[1]]
         if reason is None:
             return None
-        return {
-            "reason": reason,
-            "canary": {"requests": int(canary.sum()), "errors": int(canary[0]), "p95": p95(canary)},
-            "served": {"requests": int(served.sum()), "errors": int(served[0]), "p95": p95(served)},
+        arms = {"canary": canary, "served": served}
+        return {"reason": reason} | {
+            name: {"requests": int(arm.sum()), "errors": int(arm[0]), "p95": p95(arm)}
+            for name, arm in arms.items()
         }
 
 

@@ -53,28 +53,6 @@ def wanted(release: Release) -> dict[Role, Wanted | None]:
     }
 
 
-class Follower:
-    """Says when the release in a folder has changed, or is to be tried again; without a folder, never."""
-
-    def __init__(self, root: Path | None) -> None:
-        self._root = root
-        self._seen: tuple[int, ...] | None = None
-        self._again = 0.0  # when to try the same release once more
-
-    async def news(self) -> dict[Role, Wanted | None]:
-        """Wanted version per role if there may be something to do, else nothing; raises ArtifactError."""
-        if self._root is None or (
-            (seen := _stamp(self._root)) == self._seen and perf_counter() < self._again
-        ):
-            return {}
-        self._seen, self._again = seen, math.inf
-        return wanted(await asyncio.to_thread(read_release, self._root))
-
-    def retry(self) -> None:
-        """Try the same release again after a while."""
-        self._again = perf_counter() + RETRY_SECONDS
-
-
 def _stamp(root: Path) -> tuple[int, ...] | None:
     """Another value when release.json has changed."""
     try:
@@ -101,8 +79,10 @@ class Models:
         self._wanted: dict[Role, Wanted | None] = {}  # of release.json, as each role was started
         self._calls = Calls(metrics, log)
         place = settings.artifacts_dir
-        followed = isinstance(place, Path) and not settings.model_version
-        self._follower = Follower(place if followed and isinstance(place, Path) else None)
+        # The folder whose release.json is followed, and its state when it was read last.
+        self._root = place if isinstance(place, Path) and not settings.model_version else None
+        self._seen: tuple[int, ...] | None = None
+        self._again = 0.0  # when to try the same release once more
         self._policy = Policy(
             review_threshold=settings.review_threshold,
             out_of_range=settings.out_of_range,
@@ -160,8 +140,12 @@ class Models:
 
     async def look(self) -> None:
         """Give each role the version released for it; refuse a bad one, and try it again later."""
+        root = self._root
+        if root is None or ((seen := _stamp(root)) == self._seen and perf_counter() < self._again):
+            return
+        self._seen, self._again = seen, math.inf
         try:
-            roles = await self._follower.news()
+            roles = wanted(await asyncio.to_thread(read_release, root))
         except Exception as error:
             self._refuse("release.json", error)
             return
@@ -315,7 +299,7 @@ class Models:
 
     def _refuse(self, role: str, error: Exception) -> None:
         """Say and count that the released version is not used, and try it again later."""
-        self._follower.retry()
+        self._again = perf_counter() + RETRY_SECONDS
         self._metrics.reload_failures.inc()
         served = self.serving.version if self.serving else None
         self._log.error("release refused", role=role, reason=reason_of(error), model_version=served)
