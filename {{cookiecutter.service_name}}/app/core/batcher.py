@@ -220,9 +220,7 @@ class Batcher:
             return Batch([failure] * len(rows), (0.0, 0.0, 0.0), {})
 
     def _finish(self, jobs: Sequence[_Job], started: float, batches: Sequence[Batch]) -> None:
-        answers = (
-            batches[0].answers if len(batches) == 1 else [one for batch in batches for one in batch.answers]
-        )
+        answers = [one for batch in batches for one in batch.answers]
         waits, at = [started - job.queued for job in jobs], 0
         for job in jobs:
             if not job.future.done():

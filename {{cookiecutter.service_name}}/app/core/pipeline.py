@@ -67,7 +67,7 @@ class Model:
         self._keys = [label_key(label) for label in outputs.labels]
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
-        self._out_of_range = policy.out_of_range
+        self._review, self._reject = policy.out_of_range == "review", policy.out_of_range == "reject"
         # For the record of decisions.
         self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
         # Columns that have a training range, and the ranges as precise as the rows are.
@@ -83,23 +83,28 @@ class Model:
         start = perf_counter()
         matrix = np.asarray(rows, self.runtime.dtype)
         beyond = self._beyond(matrix)
-        outside, counts = self._outside(beyond) if beyond.any() else (frozenset(), {})
+        outside, counts = self._outside(beyond) if beyond.any() else (set(), {})
         ready = perf_counter()
         outputs = self._infer(matrix)
         inferred = perf_counter()
         answer = self._classify if self._labels else self._measure
-        answers = [answer(one, index in outside) for index, one in enumerate(outputs)]
+        answers = [
+            one if isinstance(one, ServiceError) else answer(one, index in outside)
+            for index, one in enumerate(outputs)
+        ]
         stages = (ready - start, inferred - ready, perf_counter() - inferred)
         return Batch(answers, stages, counts, matrix, self.version, rows)
 
     def reject(self, rows: Sequence[Row], single: bool) -> None:
         """Raise ServiceError for values outside the training range, if the policy is `reject`."""
-        if self._out_of_range != "reject":
+        if not self._reject:
             return
         where = np.argwhere(self._beyond(np.asarray(rows, self.runtime.dtype))).tolist()
         message = {"msg": "outside the range seen in training", "type": "out_of_range"}
-        locations = [([] if single else ["instances", row], self._names[column]) for row, column in where]
-        errors = [{"loc": ["body", *row, name], **message} for row, name in locations]
+        errors = [
+            {"loc": ["body", *([] if single else ["instances", row]), self._names[column]], **message}
+            for row, column in where
+        ]
         if errors:
             raise ServiceError("invalid_input", errors=errors)
 
@@ -136,11 +141,10 @@ class Model:
         numbers = matrix if self._every else matrix[:, self._ranged].astype(self._low.dtype)
         return (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
 
-    def _outside(self, beyond: Any) -> tuple[frozenset[int], dict[str, int]]:
+    def _outside(self, beyond: Any) -> tuple[set[int], dict[str, int]]:
         """Rows to review for a value outside the training range, and the number of such values by feature."""
         counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
-        rows = np.flatnonzero(beyond.any(axis=1)).tolist()
-        return frozenset(rows if self._out_of_range == "review" else ()), counts
+        return set(np.flatnonzero(beyond.any(axis=1)).tolist()) if self._review else set(), counts
 
     def _infer(self, matrix: Matrix) -> list[Any]:
         """The model's output per row; where the model raises, halves find the row that causes it."""
@@ -159,8 +163,6 @@ class Model:
 
     def _measure(self, output: Any, outside: bool) -> Any:
         """A regressor's answer."""
-        if isinstance(output, ServiceError):
-            return output
         (value,) = output
         if not math.isfinite(value):
             return ServiceError("non_finite_output")
@@ -168,8 +170,6 @@ class Model:
 
     def _classify(self, probabilities: Any, outside: bool) -> Any:
         """A classifier's answer."""
-        if isinstance(probabilities, ServiceError):
-            return probabilities
         if not math.isfinite(sum(probabilities)):  # one NaN or infinity among them is enough
             return ServiceError("non_finite_output")
         score = max(probabilities)
@@ -184,12 +184,9 @@ class Model:
 
 def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
     """Whether an answer is the one of a golden line, each number within the line's tolerance."""
-    if "value" in line:
-        return abs(answer.value - line["value"]) <= line["tolerance"]  # type: ignore[no-any-return]
-    return all(
-        abs(answer.probabilities[key] - recorded) <= line["tolerance"]
-        for key, recorded in line["probabilities"].items()
-    )
+    recorded = line.get("probabilities") or {"value": line["value"]}
+    own = getattr(answer, "probabilities", None) or {"value": answer.value}
+    return all(abs(own[key] - number) <= line["tolerance"] for key, number in recorded.items())
 
 
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread

@@ -7,6 +7,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -26,9 +27,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 class Runtime(Protocol):
     """A loaded model. Pure: the same rows give the same answer, and no call disturbs another."""
 
-    dtype: (
-        Any  # of the rows it takes: float32 or float64, null being NaN; or object, values as they were sent
-    )
+    dtype: Any  # of the rows it takes: a float, null being NaN; or object, values as they were sent
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """Rows (n, features) in the contract's order -> (n, labels), in the labels' order, or (n, 1)."""
@@ -82,16 +81,12 @@ def _check_libraries(artifact: Artifact) -> None:
     for name in sorted({"numpy", "scikit-learn", "skops", *made_with}):
         if name not in made_with:
             raise _refusal(artifact, f"manifest.json does not say with which {name} it was made")
-        try:
+        needed, installed = made_with[name], "none"
+        with suppress(metadata.PackageNotFoundError):
             installed = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed = "none"
-        if installed != made_with[name]:
-            raise _refusal(
-                artifact,
-                f"was made with {name} {made_with[name]}, and {installed} is installed: "
-                f"add {name}=={made_with[name]} to requirements/runtime.in, run `make lock`, install again",
-            )
+        if installed != needed:
+            reason = f"was made with {name} {needed}, and {installed} is installed: add {name}=={needed} to"
+            raise _refusal(artifact, f"{reason} requirements/runtime.in, run `make lock`, install again")
 
 
 def _check_types(artifact: Artifact) -> None:
@@ -150,7 +145,7 @@ class OnnxRuntime:
         self._outputs, self._flat = [output.name], len(output.shape) == 1
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
-        """See `Runtime`."""
+        """Rows (n, features) -> (n, labels) or (n, 1)."""
         if self._columns is None:
             tensors = {self._inputs[0][0]: matrix}
         else:
@@ -197,7 +192,7 @@ class SkopsRuntime:
         warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
-        """See `Runtime`."""
+        """Rows (n, features) -> (n, labels) or (n, 1)."""
         rows: Any = matrix
         if self._kinds:
             # An estimator looks at the type of each column, and finds the same as in training.
@@ -258,7 +253,7 @@ class RulesRuntime:
         self._otherwise = self._spread(document["otherwise"])
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
-        """See `Runtime`."""
+        """Rows (n, features) -> (n, labels) or (n, 1)."""
         return [self._decide(row) for row in matrix.tolist()]
 
     def _decide(self, row: list[float]) -> list[float]:

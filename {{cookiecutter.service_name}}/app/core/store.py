@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,9 @@ from app.schemas.contract import contract_outputs, contract_sha256, served_contr
 VERSION_PATTERN = r"^v[0-9]{1,9}$"
 _EXACT = re.compile(r"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+_Document = TypeVar("_Document", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -130,10 +133,8 @@ STARTS: dict[str, bytes | tuple[bytes, ...]] = {
 }  # fmt: skip
 
 
-class Release(BaseModel):
+class Release(_Strict):
     """`release.json`: which version serves, and which one to go back to."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     serving: str = Field(pattern=VERSION_PATTERN)
     previous: str | None = Field(default=None, pattern=VERSION_PATTERN)
@@ -163,11 +164,7 @@ class Artifact:
 
 def read_release(root: Path) -> Release:
     """The release that `root` names; raises ArtifactError."""
-    path = root / RELEASE
-    try:
-        return Release.model_validate_json(_read(path))
-    except ValidationError as error:
-        raise ArtifactError(f"{path}: {_first(error)}") from None
+    return _parse(Release, root / RELEASE, _read(root / RELEASE))
 
 
 def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) -> Artifact:
@@ -184,8 +181,12 @@ def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) ->
         raise ArtifactError(f"{folder}: is a link that leads out of its place in {root}")
     content = _read(folder / MANIFEST)
     if trusted_keys:
-        _check_signature(folder, content, trusted_keys)
-    manifest = _parse(folder, content)
+        path = folder / SIGNATURE
+        if not path.exists():
+            raise ArtifactError(f"{path}: is missing, and APP_TRUSTED_KEYS asks for a signature")
+        if not verify(content, _read(path, size=MAX_SIGNATURE_BYTES), trusted_keys):
+            raise ArtifactError(f"{path}: does not sign this {MANIFEST} with a key in APP_TRUSTED_KEYS")
+    manifest = _parse(Manifest, folder / MANIFEST, content)
     if manifest.version != version:
         raise ArtifactError(f"{folder / MANIFEST}: is of version {manifest.version}")
     files = _verified_files(folder, manifest)
@@ -200,22 +201,7 @@ def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) ->
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the version in `folder`, not verified yet; raises ArtifactError."""
-    return _parse(folder, _read(folder / MANIFEST))
-
-
-def _parse(folder: Path, content: bytes) -> Manifest:
-    try:
-        return Manifest.model_validate_json(content)
-    except ValidationError as error:
-        raise ArtifactError(f"{folder / MANIFEST}: {_first(error)}") from None
-
-
-def _check_signature(folder: Path, manifest: bytes, trusted_keys: Sequence[str]) -> None:
-    path = folder / SIGNATURE
-    if not path.exists():
-        raise ArtifactError(f"{path}: is missing, and APP_TRUSTED_KEYS asks for a signature")
-    if not verify(manifest, _read(path, size=MAX_SIGNATURE_BYTES), trusted_keys):
-        raise ArtifactError(f"{path}: does not sign this {MANIFEST} with a key in APP_TRUSTED_KEYS")
+    return _parse(Manifest, folder / MANIFEST, _read(folder / MANIFEST))
 
 
 def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -264,7 +250,11 @@ def _read(path: Path, size: int = MAX_JSON_BYTES) -> bytes:
         raise ArtifactError(f"{path}: {error.strerror or 'cannot be read'}") from None
 
 
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+def _parse(kind: type[_Document], path: Path, content: bytes) -> _Document:
+    """The content of a JSON file; raises ArtifactError with the first thing that is wrong in it."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {where}{': ' if where else ''}{first['msg']}") from None

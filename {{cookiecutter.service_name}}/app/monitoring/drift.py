@@ -28,6 +28,8 @@ from app.schemas.contract import label_key
 
 MISSING, OTHER = "missing", "other"
 LEAST_ROWS, ROWS_A_BIN = 100, 20  # of training: with fewer, its own chance looks like drift
+# Rows are counted by bin more rarely: it costs as much for hundreds as for one, and drift takes its time.
+COUNT_SECONDS, COUNT_ROWS = 1.0, 512
 LINE_SECONDS = 60.0
 LINE_ROWS = 20  # the bins of a few rows would disclose a client's input
 
@@ -108,10 +110,8 @@ class Drift:
         features: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for (name, bin_), count in self._counts.items():
             features[name][bin_] = count
-        labels = dict(self._labels)
-        self._log.info(
-            "drift", model_version=self._version, rows=self._rows, features=features, predictions=labels
-        )
+        fields = {"rows": self._rows, "features": features, "predictions": dict(self._labels)}
+        self._log.info("drift", model_version=self._version, **fields)
         self._rows, self._since = 0, monotonic()
         self._counts.clear()
         self._labels.clear()
@@ -126,9 +126,9 @@ class Drift:
         steps = np.column_stack([len(rows) - missing, beyond, np.zeros_like(missing)])
         inside = steps[:, :-1] - steps[:, 1:]
         found, bins = np.nonzero(inside)
-        for at, bin_, count in zip(found.tolist(), bins.tolist(), inside[found, bins].tolist(), strict=True):
+        for at, bin_ in zip(found.tolist(), bins.tolist(), strict=True):
             index = self._numbers[at]
-            counts[self._names[index], self._bins[index][bin_]] = count
+            counts[self._names[index], self._bins[index][bin_]] = int(inside[at, bin_])
         for at in np.flatnonzero(missing).tolist():
             counts[self._names[self._numbers[at]], MISSING] = int(missing[at])
         for index, known in self._categories.items():
@@ -136,10 +136,6 @@ class Drift:
                 absent = value is None or value != value
                 counts[self._names[index], MISSING if absent else known.get(value, OTHER)] += count
         return counts
-
-
-# Rows are counted by bin more rarely: it costs as much for hundreds as for one, and drift takes its time.
-COUNT_SECONDS, COUNT_ROWS = 1.0, 512
 
 
 class Calls:
@@ -164,9 +160,8 @@ class Calls:
         try:
             self._drifts[version] = Drift(version, baseline, names, self._metrics, self._log)
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{version}/baseline.json: cannot be used ({type(error).__name__})"
-            ) from error
+            reason = f"cannot be used ({type(error).__name__})"
+            raise ArtifactError(f"{version}/baseline.json: {reason}") from error
 
     def batch(self, batch: Batch, waits: Sequence[float]) -> None:
         """One call of the model, and the seconds each request in it waited."""

@@ -25,10 +25,12 @@ from app.observability.logging import Logger
 from app.observability.metrics import Metrics
 from app.rollout.canary import JUDGE_SECONDS, Canary
 from app.rollout.fleet import Fleet, read_fallback, read_served
-from app.rollout.shadow import BUSY, Shadow
+from app.rollout.shadow import Shadow
 
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = 5.0  # the files of a version may arrive after the release that names it
+
+GC_ALLOCATIONS = 10_000  # between collections of young objects; a request leaves hardly any cycles
 
 Role = Literal["serving", "canary", "shadow"]
 
@@ -60,9 +62,6 @@ def _stamp(root: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_ino, found.st_size
-
-
-GC_ALLOCATIONS = 10_000  # between collections of young objects; a request leaves hardly any cycles
 
 
 class Models:
@@ -155,8 +154,7 @@ class Models:
 
     def write(self, everything: bool) -> None:
         """Write calls, the canary's requests and the queues' levels, with the recorder's flush."""
-        beside = self.canary is not None or self.shadow is not None
-        batches = self._calls.write(everything, beside)
+        batches = self._calls.write(everything, self.canary is not None or self.shadow is not None)
         if self.canary is not None:
             self.canary.write()
         if batches and self.shadow is not None and self.serving is not None:
@@ -256,12 +254,11 @@ class Models:
 
     def _start_shadow(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
         """Compare answers with those of `pipeline` from now on, or with none."""
-        admission = self.admission
         if self.shadow is not None:
             self.shadow.close()
         self.shadow, self._wanted["shadow"] = None, want
         if pipeline is not None:
-            self.shadow = Shadow(pipeline, lambda: admission.inside > BUSY * admission.limit, self._metrics)
+            self.shadow = Shadow(pipeline, self.admission, self._metrics)
         self._log.info("shadow", model_version=pipeline and pipeline.version)
 
     def _start_canary(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
@@ -283,7 +280,7 @@ class Models:
         if self.canary is not None:
             self.canary.write()
             self.canary.pipeline.batcher.retire()
-        self.canary = None
+            self.canary = None
 
     def _judge(self, canary: Canary) -> None:
         """Once a second; a canary that does worse stops here and, within a second, in the other workers."""

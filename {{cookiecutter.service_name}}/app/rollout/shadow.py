@@ -9,11 +9,11 @@ enough, it sees a sample.
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from app.core.batcher import Batch, Row
+from app.core.batcher import Admission, Batch, Row
 from app.core.pipeline import Pipeline
 from app.observability.metrics import AGREEMENTS, Metrics, observe_many
 
@@ -26,12 +26,14 @@ BUSY = 0.5  # of the places for requests are taken: from there on all rows are d
 class Shadow:
     """Compares the answers of `pipeline` with those that clients got, and counts."""
 
-    def __init__(self, pipeline: Pipeline, busy: Callable[[], bool], metrics: Metrics) -> None:
-        self.pipeline, self._busy, version = pipeline, busy, pipeline.version
+    def __init__(self, pipeline: Pipeline, admission: Admission, metrics: Metrics) -> None:
+        self.pipeline, self._admission, version = pipeline, admission, pipeline.version
         self._counts = {one: metrics.shadow_predictions.labels(version, one) for one in AGREEMENTS}
         self._duration = metrics.call_duration.labels(version)
-        self._score = metrics.shadow_score.labels(version)
-        self._value = metrics.shadow_value and metrics.shadow_value.labels(version)
+        spread, self._number = metrics.shadow_score, "score"
+        if metrics.shadow_value is not None:
+            spread, self._number = metrics.shadow_value, "value"
+        self._spread = spread.labels(version)
         self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # of values
         self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.costs.per_row, 1e-9))))
         self._queue: deque[tuple[Row, Any]] = deque()
@@ -40,9 +42,10 @@ class Shadow:
 
     def offer(self, batches: Sequence[Batch]) -> None:
         """Queue answered rows, as many as there is time for."""
-        pairs = [pair for one in batches for pair in zip(one.rows, one.answers, strict=False)]
-        pairs = [pair for pair in pairs if not isinstance(pair[1], Exception)]
-        places = 0 if self._busy() else QUEUE_ROWS - len(self._queue)
+        asked = [pair for one in batches for pair in zip(one.rows, one.answers, strict=False)]
+        pairs = [pair for pair in asked if not isinstance(pair[1], Exception)]
+        busy = self._admission.inside > BUSY * self._admission.limit
+        places = 0 if busy else QUEUE_ROWS - len(self._queue)
         self._queue.extend(pairs[:places])
         self._counts["dropped"].inc(len(pairs[places:]))
         if self._queue and self._working is None:
@@ -66,10 +69,8 @@ class Shadow:
                 )
                 found = Counter(map(self._compare, [given for _, given in pairs], batch.answers))
                 self._duration.observe(sum(batch.stages))
-                for spread, name in ((self._score, "score"), (self._value, "value")):
-                    if spread is not None:
-                        answers = [one for one in batch.answers if hasattr(one, name)]
-                        observe_many(spread, [(getattr(one, name), 1) for one in answers])
+                answers = [one for one in batch.answers if hasattr(one, self._number)]
+                observe_many(self._spread, [(getattr(one, self._number), 1) for one in answers])
             except Exception:  # an error of a shadow affects no client
                 found = Counter(error=len(pairs))
             for agreement, rows in found.items():
