@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -308,73 +309,175 @@ def test_a_model_of_another_shape_is_refused(root: Path) -> None:
         assert "v1/model.onnx: cannot be loaded" in refused(lambda: load(root))
 
 
-def weights_in(location: str, **more: int) -> onnx.TensorProto:
-    """Weights for `onnx_model` whose numbers lie in another file, or at an address in memory."""
-    tensor = onnx.TensorProto(name="weights", data_type=onnx.TensorProto.FLOAT, dims=[COLUMNS, WIDTH])
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": location, "offset": 0, "length": 4 * COLUMNS * WIDTH, **more}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+Move = Callable[[onnx.TensorProto], onnx.TensorProto]
 
 
-def with_weights(tensor: onnx.TensorProto, place: str) -> bytes:
-    """`onnx_model` with this tensor in place of its weights: one of the places where ONNX has tensors."""
+def outside(tensor: onnx.TensorProto, location: str, offset: int = 0) -> onnx.TensorProto:
+    """The tensor with its numbers in another file, or at an address in memory."""
+    moved = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    moved.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": offset, "length": len(tensor.raw_data)}.items():
+        moved.external_data.add(key=key, value=str(value))
+    return moved
+
+
+def with_weights(place: str, move: Move) -> bytes:
+    """`onnx_model` with its weights in one of the places where ONNX has tensors, moved by `move`."""
+    numbers, make = np.ones((COLUMNS, WIDTH), np.float32), onnx.numpy_helper.from_array
+    weights = make(numbers, "weights")
     model = onnx.load_from_string(onnx_model(COLUMNS, WIDTH))
-    graph, constant = model.graph, onnx.helper.make_node("Constant", [], ["weights"], value=tensor)
-    (multiply,) = graph.node
-    graph.ClearField("initializer")
+    graph, opset, (multiply,) = model.graph, model.opset_import, model.graph.node
+    attribute = onnx.AttributeProto
+    if place in READ:
+        graph.ClearField("initializer")
+    if place.startswith("sparse"):
+        values, indices = make(numbers.ravel(), "weights"), make(np.arange(numbers.size), "indices")
+        sparse = onnx.helper.make_sparse_tensor(values, indices, numbers.shape)
+        part = sparse.indices if place.endswith("indices") else sparse.values
+        part.CopyFrom(move(part))
+        if "initializer" in place:
+            graph.sparse_initializer.append(sparse)
+        elif "constant" in place:
+            graph.node.insert(0, onnx.helper.make_node("Constant", [], ["weights"], sparse_value=sparse))
+        else:
+            multiply.attribute.add(name="more", type=attribute.SPARSE_TENSORS).sparse_tensors.append(sparse)
+        return bytes(model.SerializeToString())
+    tensor = move(weights)
+    constant = onnx.helper.make_node("Constant", [], ["weights"], value=tensor)
     if place == "initializer":
         graph.initializer.append(tensor)
     elif place == "constant":
         graph.node.insert(0, constant)
     elif place == "branch":
-        kind = onnx.TensorProto.FLOAT
-        output = onnx.helper.make_tensor_value_info("y", kind, None)
+        output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
         branch = onnx.helper.make_graph([multiply], "branch", [], [output], [tensor])
-        graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
-        choice = onnx.helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
-        graph.node[0].CopyFrom(choice)
-    else:
-        function = onnx.helper.make_function(
-            "own", "Score", ["x0"], ["y"], [constant, multiply], model.opset_import
-        )
-        model.functions.append(function)
+        graph.initializer.append(make(np.array(True), "yes"))
+        multiply.CopyFrom(onnx.helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch))
+    elif place == "attribute":
+        multiply.attribute.add(name="more", type=attribute.TENSOR).t.CopyFrom(tensor)
+    elif place == "list":
+        multiply.attribute.add(name="more", type=attribute.TENSORS).tensors.append(tensor)
+    elif place == "graphs":
+        branch = onnx.helper.make_graph([], "branch", [], [], [tensor])
+        multiply.attribute.add(name="more", type=attribute.GRAPHS).graphs.append(branch)
+    elif place == "training":
+        training = model.training_info.add()
+        training.initialization.CopyFrom(onnx.helper.make_graph([], "first", [], [], [tensor]))
+        training.algorithm.CopyFrom(onnx.helper.make_graph([constant], "step", [], []))
+    else:  # a function; its node is the model's, unless none calls it
         model.opset_import.append(onnx.helper.make_opsetid("own", 1))
-        graph.node[0].CopyFrom(onnx.helper.make_node("Score", ["x0"], ["y"], domain="own"))
+        function = model.functions.add()
+        if "default" in place:
+            constant = onnx.helper.make_node("Constant", [], ["weights"])
+            constant.attribute.add(name="value", ref_attr_name="weights", type=attribute.TENSOR)
+        function.CopyFrom(
+            onnx.helper.make_function("own", "Score", ["x0"], ["y"], [constant, multiply], opset[:1])
+        )
+        if "default" in place:
+            ours = tensor if place == "default" else weights
+            function.attribute_proto.add(name="weights", type=attribute.TENSOR).t.CopyFrom(ours)
+        if place == "default of a list":
+            function.attribute_proto.add(name="more", type=attribute.TENSORS).tensors.append(tensor)
+        if place != "function that none calls":
+            multiply.CopyFrom(onnx.helper.make_node("Score", ["x0"], ["y"], domain="own"))
     return bytes(model.SerializeToString())
 
 
-PLACES = ("initializer", "constant", "branch", "function")
+# Where onnxruntime reads tensors; where it refuses any; and where it reads none.
+READ = ("initializer", "constant", "branch", "function", "default", "sparse initializer",
+        "sparse initializer's indices", "sparse constant", "sparse constant's indices")  # fmt: skip
+REFUSED = ("attribute", "list", "graphs", "sparse list", "sparse list's indices")
+IGNORED = ("training", "function that none calls", "default of a list")
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ["relative", "absolute", "parent", "link"])
-def test_data_outside_of_the_file_is_refused_wherever_it_is_referred_to(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, kind: str
-) -> None:
-    """A model is its own verified bytes: a tensor that lies in another file stops the load."""
-    inside = onnx.numpy_helper.from_array(np.ones((COLUMNS, WIDTH), np.float32), "weights")
-    put(root / "v1", MODEL, with_weights(inside, place))
-    load(root)
+@pytest.fixture
+def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Move]:
+    """Moves numbers into files, inside and outside of the working directory, that a path refers to."""
     folder = tmp_path / "working"
     folder.mkdir()
-    for path in (tmp_path / "w.bin", folder / "w.bin"):
-        np.ones((COLUMNS, WIDTH), np.float32).tofile(path)
     (folder / "link.bin").symlink_to(tmp_path / "w.bin")
     monkeypatch.chdir(folder)
     location = {"relative": "w.bin", "absolute": str(tmp_path / "w.bin"), "parent": "../w.bin",
-                "link": "link.bin"}[kind]  # fmt: skip
-    put(root / "v1", MODEL, with_weights(weights_in(location), place))
+                "link": "link.bin", "missing": "none.bin"}  # fmt: skip
+
+    def moved(kind: str, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        for path in (tmp_path / "w.bin", folder / "w.bin"):
+            path.write_bytes(tensor.raw_data)
+        return outside(tensor, location[kind])
+
+    return lambda kind: partial(moved, kind)
+
+
+def inside(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The tensor as it is."""
+    return tensor
+
+
+KINDS = pytest.mark.parametrize("kind", ["relative", "absolute", "parent", "link", "missing"])
+
+
+@pytest.mark.parametrize("place", READ)
+@KINDS
+def test_data_outside_of_the_file_is_refused_wherever_it_is_referred_to(
+    root: Path, move: Callable[[str], Move], place: str, kind: str
+) -> None:
+    """A model is its own verified bytes: a tensor that lies in another file stops the load."""
+    put(root / "v1", MODEL, with_weights(place, inside))
+    load(root)
+    put(root / "v1", MODEL, with_weights(place, move(kind)))
     assert refused(lambda: load(root)) == "v1/model.onnx: refers to data outside of the file"
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", REFUSED)
+@KINDS
+def test_tensors_that_no_operator_takes_are_refused(
+    root: Path, move: Callable[[str], Move], place: str, kind: str
+) -> None:
+    """Attributes that the operator does not have stop the load, and no operator has lists of tensors."""
+    for way in (inside, move(kind)):
+        put(root / "v1", MODEL, with_weights(place, way))
+        assert refused(lambda: load(root)).startswith("v1/model.onnx: ")
+
+
+@pytest.mark.parametrize("place", IGNORED)
+@KINDS
+def test_data_outside_of_the_file_that_is_referred_to_in_vain_is_not_read(
+    root: Path, move: Callable[[str], Move], place: str, kind: str
+) -> None:
+    """What onnxruntime leaves out of a model it does not look up: a missing file goes unnoticed as well."""
+    row = np.array([[*range(COLUMNS)]], np.float32)
+    for way in (inside, move(kind)):
+        put(root / "v1", MODEL, with_weights(place, way))
+        runtime = load_runtime(read_artifact(root, "v1"))
+        assert runtime.infer(row) == [[row.sum()] * WIDTH]
+
+
+@pytest.mark.parametrize("place", READ)
 def test_a_model_cannot_read_memory(root: Path, place: str) -> None:
     """Onnxruntime's own mark for an address in memory is refused in a file."""
-    numbers = np.ones((COLUMNS, WIDTH), np.float32)
-    tensor = weights_in("*/_ORT_MEM_ADDR_/*", offset=numbers.ctypes.data)
-    put(root / "v1", MODEL, with_weights(tensor, place))
+    kept = []
+
+    def move(tensor: onnx.TensorProto) -> onnx.TensorProto:
+        kept.append(np.frombuffer(tensor.raw_data, np.uint8))
+        return outside(tensor, "*/_ORT_MEM_ADDR_/*", kept[-1].ctypes.data)
+
+    put(root / "v1", MODEL, with_weights(place, move))
     assert "v1/model.onnx: " in refused(lambda: load(root))
+
+
+@pytest.mark.parametrize(
+    "tag", [b"\x3a", b"\xba\x00", b"\xba\x80\x80\x80\x10"], ids=["short", "long", "over"]
+)
+def test_no_spelling_of_a_field_hides_data_outside(
+    root: Path, move: Callable[[str], Move], tag: bytes
+) -> None:
+    """A field's number may be written in several ways, and one that is too long is cut off by parsers."""
+    model = onnx.load_from_string(with_weights("initializer", move("relative")))
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = bytes([len(graph) & 0x7F | 0x80, len(graph) >> 7])
+    put(root / "v1", MODEL, model.SerializeToString() + tag + size + graph)
+    assert refused(lambda: load(root)).startswith("v1/model.onnx: ")
 
 
 def rows_and_answers(columns: int = COLUMNS, labels: Any = LABELS) -> tuple[Any, Any]:
