@@ -359,8 +359,8 @@ def torch_module(folder: Path) -> None:
     torch.save(module.train(), folder / "model.pt")
 
 
-def torch_script(folder: Path) -> None:
-    """A regressor as TorchScript."""
+def torch_regressor(folder: Path) -> None:
+    """A regressor of one value."""
     import torch
 
     torch.manual_seed(0)
@@ -370,7 +370,7 @@ def torch_script(folder: Path) -> None:
     fit(module, rows, target, torch.nn.functional.mse_loss)
     save(folder, Valued(module), rows, diabetes.target, "progression", ".csv")
     (folder / "model.joblib").unlink()
-    torch.jit.save(torch.jit.script(module), folder / "model.pt")
+    torch.save(module, folder / "model.pt")
 
 
 def torch_program(folder: Path) -> None:
@@ -414,7 +414,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         onnx, bad,
     )
 }  # fmt: skip
-TORCH = {made.__name__: made for made in (torch_module, torch_script, torch_program, torch_bad)}
+TORCH = {made.__name__: made for made in (torch_module, torch_regressor, torch_program, torch_bad)}
 
 if __name__ == "__main__":
     for name in sys.argv[2:] or CASES:

@@ -38,7 +38,7 @@ PROVED = {
 }
 
 
-TORCH_KINDS = ["torch_module", "torch_script", "torch_program"]
+TORCH_KINDS = ["torch_module", "torch_regressor", "torch_program"]
 # One worker installs it.
 with_torch = pytest.mark.xdist_group("torch")
 
@@ -226,7 +226,7 @@ def test_imported_model_answers_as_the_original(project: Path, fitted: Path, kin
 def test_torch_module_answers_as_the_original(
     project: Path, torch: Path, torch_fitted: Path, kind: str
 ) -> None:
-    """What torch.save, torch.jit.save and torch.export.save write is imported, and served without torch."""
+    """What torch.save and torch.export.save write is imported, and served without torch."""
     case = torch_fitted / kind
     path = os.pathsep.join(map(str, (torch, case)))
     ended = bring_case(project, case, PYTHONPATH=path)

@@ -20,7 +20,7 @@ MODULES = {  # by command; some import training libraries, which takes seconds
     "train": "importing.train",
     **dict.fromkeys(OPERATIONS, "operations.commands"),
     **dict.fromkeys(RELEASE, "release.commands"),
-    "import-model": "importing.commands",
+    "import-model": "importing.importer",
 }
 
 

@@ -18,9 +18,9 @@ import pytest
 from app.schemas.contract import contract_inputs, contract_outputs
 from lifecycle.errors import LifecycleError
 from lifecycle.importing import assemble
-from lifecycle.importing.commands import parsed_bounds
 from lifecycle.importing.contract_writer import Feature, field_names, formatted, source
-from lifecycle.importing.journal import WORK, alone, apply, recover
+from lifecycle.importing.importer import parsed_bounds
+from lifecycle.importing.steps import WORK, alone, apply, recover
 from lifecycle.tables import SAMPLE_ROWS, Column, Table, profile, read_sample, sample
 from tests.service.where import ROOT
 

@@ -24,15 +24,22 @@ from app.core.pipeline import Pipeline
 from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
 from lifecycle.errors import LifecycleError
-from lifecycle.importing.documents import ANSWERS, SAMPLE, Assembly, Converted
-from lifecycle.importing.steps import step
-from lifecycle.importing.stub import VERSION as STUB
-from lifecycle.importing.stub import ignorant_stub
+from lifecycle.importing.steps import ANSWERS, SAMPLE, Assembly, Converted, step
 from lifecycle.operations.docs import documents, snapshot
-from lifecycle.package import baseline, golden_set, labels, pack, publish, start_release
+from lifecycle.package import (
+    TOLERANCE,
+    baseline,
+    canonical_json,
+    golden_set,
+    labels,
+    pack,
+    publish,
+    start_release,
+)
 from lifecycle.tables import instances, read_sample, read_table, truths
 
 GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
+STUB = "v0"
 SCORE = "The model's probability of the label; not calibrated beyond training."
 
 
@@ -99,6 +106,35 @@ def version_files(
     if assembly.new_contract:
         made[STUB] = ignorant_stub(assembly.name, rows, answers)
     return made
+
+
+def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Any) -> dict[str, bytes]:
+    """The files of v0 for a contract without rules: the same answer to every request.
+
+    It is the label that the model answered most often, or the mean of its values. `answers` is [rows,
+    labels], or [rows, 1] of a regressor. All answers of a classifier are for review.
+    """
+    if labels():
+        counts = np.bincount(answers.argmax(axis=1), minlength=len(labels()))
+        chosen = int(counts.argmax())
+        # Rounded up, so that it is more than what the others share.
+        score = min(1.0, math.ceil(100 * counts[chosen] / len(answers) + 1e-9) / 100)
+        tolerance = TOLERANCE
+        verdict: dict[str, Any] = {"label": labels()[chosen], "score": score}
+        row = [(1 - score) / (len(labels()) - 1)] * len(labels())
+        row[chosen] = score
+        outputs: dict[str, Any] = {
+            "score": "How sure the author of the rule is; not measured.",
+            "review_threshold": 1.0,
+        }
+    else:
+        value = float(answers.mean())
+        verdict, row = {"value": value}, [value]
+        tolerance = 1e-9 * max(1.0, abs(value))
+        outputs = {"value": "The model's mean answer to its training data, the same for every request."}
+    golden = golden_set(golden_rows, np.array([row] * len(golden_rows)), tolerance)
+    files = {"rules.json": canonical_json({"rules": [], "otherwise": verdict}), "golden.jsonl": golden}
+    return pack(version=STUB, name=name, runtime="rules", files=files, outputs=outputs, libraries={})
 
 
 def inputs() -> Mapping[str, dict[str, Any]]:

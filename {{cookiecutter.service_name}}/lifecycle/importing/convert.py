@@ -4,7 +4,12 @@ Conversion -> model -> ONNX, one form after the other, or skops -> the same answ
 -> model.onnx or model.skops, answers.npy (of the original), Converted: or a Refusal
 """
 
+import copy
+import io
+import json
+import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from app.core.runtimes import OnnxRuntime
+from app.core.runtimes import OnnxRuntime, SkopsRuntime, skops_types
 from app.core.store import Input
 from lifecycle.errors import LifecycleError
-from lifecycle.importing import libraries
-from lifecycle.importing.documents import ANSWERS, SAMPLE, Conversion, Converted
-from lifecycle.importing.libraries import skops
 from lifecycle.importing.original import (
+    BOOSTERS,
     OPSET,
     SCORE_TOLERANCE,
     Answers,
@@ -29,14 +32,22 @@ from lifecycle.importing.original import (
     Original,
     as_served,
     open_model,
+    open_onnx,
     original_answers,
     parts,
 )
-from lifecycle.importing.steps import Progress, step
+from lifecycle.importing.steps import ANSWERS, SAMPLE, Conversion, Converted, Progress, step
 from lifecycle.tables import read_sample
 
 ROWS_ALONE = 20  # asked one at a time, because an answer may not depend on the rows beside it
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
+# Types that estimators of these libraries are made of; anything else is for the person to trust.
+KNOWN = tuple(f"{name}." for name in ("sklearn", "numpy", "scipy", "pandas", *BOOSTERS))
+KNOWN_BUILTINS = {
+    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "set", "slice", "str",
+                                      "tuple", "type", "complex", "frozenset", "range", "bytearray")),
+    "collections.OrderedDict", "collections.defaultdict", "functools.partial",
+}  # fmt: skip
 
 
 def convert(folder: Path) -> None:
@@ -44,8 +55,12 @@ def convert(folder: Path) -> None:
     request = Conversion.read(folder)
     table = read_sample(folder / SAMPLE)
     inputs = {entry.name: entry for entry in request.inputs}
-    if open_file := libraries.opener(request.model.suffix):
-        original = open_file(request.model, inputs, request.unusable, table, request.target)
+    if request.model.suffix == ".onnx":
+        original = open_onnx(request.model, inputs, table, request.target)
+    elif request.model.suffix in (".pt", ".pth", ".pt2"):
+        from lifecycle.importing.torch import open_torch
+
+        original = open_torch(request.model, inputs, request.unusable, table, request.target)
     else:
         original = open_model(request.model, inputs, request.unusable)
     chosen = [inputs[name] for name in original.names]
@@ -65,8 +80,10 @@ def convert(folder: Path) -> None:
     elif original.forms:
         raise LifecycleError(f"the model cannot be served as ONNX: {'; '.join(tries)}")
     else:
-        content, types = skops.trusted(original.estimator, request, tries)
-        runtime = skops.runtime(content, types, chosen, original.labels)
+        content, types = trusted(original.estimator, request, tries)
+        import skops.io
+
+        runtime = SkopsRuntime(skops.io, content, types, chosen, original.labels)
         found = "scikit-learn itself", content, proof.gap(runtime)
         packages |= {"skops", "pandas"} if any(one.dtype != "float64" for one in chosen) else {"skops"}
     form, content, gap = found
@@ -140,7 +157,7 @@ def onnx_forms(original: Original, entries: Sequence[Input]) -> list[Form]:
     from skl2onnx.common import data_types as types
 
     classifier = original.task == "classification"
-    make = partial(to_onnx, libraries.convertible(original.estimator), classifier=classifier)
+    make = partial(to_onnx, convertible(original.estimator), classifier=classifier)
     tensors = {"float32": types.FloatTensorType, "float64": types.DoubleTensorType}
     exact = {"int64": types.Int64TensorType, "bool": types.BooleanTensorType}
     forms: list[Form] = []
@@ -166,6 +183,35 @@ def onnx_forms(original: Original, entries: Sequence[Input]) -> list[Form]:
     return forms
 
 
+def convertible(estimator: Any) -> Any:
+    """The estimator as skl2onnx can take it, with the converters that onnxmltools has for boosters."""
+    from skl2onnx import update_registered_converter as register
+    from skl2onnx.common import shape_calculator as shapes
+
+    scores = shapes.calculate_linear_classifier_output_shapes
+    values = shapes.calculate_linear_regressor_output_shapes
+    options = {"zipmap": [True, False, "columns"], "nocl": [True, False]}
+    if "lightgbm" in sys.modules:
+        import lightgbm
+        from onnxmltools.convert.lightgbm.operator_converters.LightGbm import convert_lightgbm as convert_lgbm
+
+        register(lightgbm.LGBMClassifier, "ImportedLgbmClassifier", scores, convert_lgbm, options=options)
+        register(
+            lightgbm.LGBMRegressor, "ImportedLgbmRegressor", values, convert_lgbm, options={"split": None}
+        )
+    if "xgboost" in sys.modules:
+        import xgboost
+        from onnxmltools.convert.xgboost.operator_converters.XGBoost import convert_xgboost
+
+        register(xgboost.XGBClassifier, "ImportedXgbClassifier", scores, convert_xgboost, options=options)
+        register(xgboost.XGBRegressor, "ImportedXgbRegressor", values, convert_xgboost)
+        estimator = copy.deepcopy(estimator)
+        for part in (estimator, *(one for _, one in getattr(estimator, "steps", ()))):
+            if hasattr(part, "get_booster"):  # the converter wants columns called f0, f1
+                part.get_booster().feature_names = part.get_booster().feature_types = None
+    return estimator
+
+
 def to_onnx(estimator: Any, declared: list[tuple[str, Any]], *, classifier: bool) -> bytes:
     """One ONNX form; the same model and form give the same bytes."""
     import skl2onnx
@@ -181,6 +227,60 @@ def to_onnx(estimator: Any, declared: list[tuple[str, Any]], *, classifier: bool
         )
     model.domain = ""
     return bytes(model.SerializeToString())
+
+
+def trusted(estimator: Any, request: Conversion, tries: Sequence[str]) -> tuple[bytes, list[str]]:
+    """The model as skops saves it and the types in it; raises LifecycleError unless all may be loaded."""
+    content = normalised(estimator)
+    types = sorted(skops_types(content))
+    strange = [one for one in types if not one.startswith(KNOWN) and one not in KNOWN_BUILTINS]
+    if request.runtime == "onnx":
+        trust = f" --trust {','.join(strange)}" if strange else ""
+        raise LifecycleError(
+            f"no ONNX form of this model answers as it does ({'; '.join(dict.fromkeys(tries))}). It can be "
+            f"served by scikit-learn itself, some hundred times slower: repeat with --runtime skops{trust}"
+        )
+    if untrusted := [one for one in strange if one not in request.trust and not request.trust_listed]:
+        raise LifecycleError(
+            f"skops: the model is made of types that are not trusted: {', '.join(untrusted)}. "
+            f"If you know them: --trust {','.join(untrusted)}"
+        )
+    return content, types
+
+
+def normalised(estimator: Any) -> bytes:
+    """The model as skops saves it, ids and names in order and without times: the same bytes every time."""
+    import skops.io
+
+    with zipfile.ZipFile(io.BytesIO(skops.io.dumps(estimator))) as archive:
+        schema = json.loads(archive.read("schema.json"))
+        files = {name: archive.read(name) for name in archive.namelist() if name != "schema.json"}
+    ids: dict[int, int] = {}
+    names: dict[str, str] = {}
+
+    def renumber(node: Any) -> None:
+        if isinstance(node, dict):
+            if "__id__" in node:
+                node["__id__"] = ids.setdefault(node["__id__"], len(ids))
+            if node.get("file") in files:
+                name = node["file"]
+                node["file"] = names.setdefault(name, f"{len(names)}{Path(name).suffix}")
+            for value in node.values():
+                renumber(value)
+        elif isinstance(node, list):
+            for value in node:
+                renumber(value)
+
+    renumber(schema)
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        ordered = {"schema.json": json.dumps(schema, sort_keys=False).encode()}
+        ordered |= {names[name]: files[name] for name in names}
+        for name, content in ordered.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content)
+    return target.getvalue()
 
 
 if __name__ == "__main__":

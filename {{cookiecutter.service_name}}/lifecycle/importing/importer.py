@@ -4,18 +4,24 @@
     model, sample -> ONNX or skops, the same answers as the original (convert.py, another process)
     columns -> app/schemas/predict.py                                (contract_writer.py)
     all of it -> artifacts/vN, v0, openapi.json, docs                (assemble.py, another process)
-    -> moved into the repository as a whole, or not at all           (journal.py)
+    -> moved into the repository as a whole, or not at all           (steps.py)
 
 Everything is written into `.import` first, beside the files that it replaces. Nothing here reads the clock or
 the machine: the same inputs give the same bytes.
 """
 
+import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import typer
 
 from app.core.errors import ArtifactError
 from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training, read_manifest, read_release
@@ -26,10 +32,20 @@ from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT, sha256
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source
-from lifecycle.importing.documents import SAMPLE, Assembly, Conversion, Converted, Runtime
-from lifecycle.importing.findings import point_out
-from lifecycle.importing.journal import WORK, alone, apply, recover, unstopped
-from lifecycle.importing.steps import Progress, say
+from lifecycle.importing.steps import (
+    SAMPLE,
+    WORK,
+    Assembly,
+    Conversion,
+    Converted,
+    Progress,
+    Runtime,
+    alone,
+    apply,
+    recover,
+    say,
+    unstopped,
+)
 from lifecycle.tables import Column, Table, profile, read_sample, sample
 
 ARTIFACTS, PREDICT = Path("artifacts"), Path("app/schemas/predict.py")
@@ -39,6 +55,14 @@ DOCUMENTS = (
 )  # fmt: skip
 HOLDOUT = "evaluation/holdout"
 REVIEW_THRESHOLD = 0.6
+MANY_ROWS = 20  # in fewer, all values of a column differ by chance
+LABEL_LIKE = re.compile(r"(?i)^(y|label|class|target|outcome|ground_?truth|prediction|y_.*)$")
+PERSONAL = re.compile(
+    r"(?i)(^|[^a-z])(e-?mail|(first|last|full|sur)_?name|name|phone|mobile|ssn|social_?security|passport|iban"
+    r"|birth(day|date)?|dob|street|address|postcode|zip|ip(_?address)?|nationality|religion|ethnicity|race"
+    r"|gender|sex)($|[^a-z])"
+)
+PERSONAL_TEXT = r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}|\+?[0-9][0-9 ()/-]{8,}[0-9]"
 MAX_CATEGORIES, ROWS_A_CATEGORY = 50, 2
 
 
@@ -61,19 +85,99 @@ class Request:
     holdout: Path | None = None  # rows that training never saw
 
 
-@dataclass(frozen=True)
-class Imported:
-    """The version that an import made, or found made already."""
+def import_model(
+    model: Annotated[
+        Path, typer.Option(help="A fitted estimator from joblib or pickle, a torch module, or an ONNX file.")
+    ],
+    data: Annotated[Path, typer.Option(help="Its training data: .csv, .parquet, .jsonl or .arrow.")],
+    target: Annotated[str, typer.Option(help="The column that the model predicts.")],
+    runtime: Annotated[
+        Runtime, typer.Option(help="`onnx`, or `skops`: scikit-learn itself, for what has no ONNX form.")
+    ] = "onnx",
+    trust: Annotated[
+        str, typer.Option(help="Types of your own that skops may load, by full name, with commas.")
+    ] = "",
+    trust_listed: Annotated[
+        bool, typer.Option("--trust-listed", help="Trust every type that the model is made of.")
+    ] = False,
+    bounds: Annotated[
+        list[str] | None,
+        typer.Option(help="Refuse values beyond these: --bounds 'age=0:120'. May be repeated."),
+    ] = None,
+    review_threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Below this score, `action` is `review` (0.6).")
+    ] = None,
+    feedback_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="A value so close to the truth counts as correct.")
+    ] = None,
+    holdout: Annotated[
+        Path | None,
+        typer.Option(help="Rows with their truth that training never saw, for `make evaluate`."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail if the repository differs.")
+    ] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Then serve exactly this version.")] = False,
+) -> None:
+    """Bring your own model: from MODEL, its training DATA and the TARGET column to a served version.
 
-    version: str
-    changes: list[str]  # files that were written or removed, or would be with `check`
-    new_contract: bool
+    The contract (names, types, missing values, categories, ranges) is inferred from all rows. The model is
+    converted to ONNX and has to give the answers of the original on the data. Then the next version folder
+    is written, with a golden set and a drift baseline, and the API description and documents follow.
+
+    If the inputs or labels are new, app/schemas/predict.py is rewritten, v0 becomes a stub, and the version
+    is released; otherwise `make promote` releases it. The same inputs give the same bytes, and any failure
+    leaves the repository as it was.
+    """
+    own = [name for name in trust.split(",") if name]
+    request = Request(
+        model, data, target, runtime, own, trust_listed, parsed_bounds(bounds or []), review_threshold,
+        feedback_tolerance, holdout,
+    )  # fmt: skip
+    try:
+        version, changes = run(request, check=check)
+    except KeyboardInterrupt:
+        typer.echo("import-model: stopped; nothing was changed", err=True)
+        raise typer.Exit(130) from None
+    if check and changes:
+        raise LifecycleError(f"differs from what these inputs make: {', '.join(changes)}")
+    for name in changes:
+        typer.echo(f"{name}: {'written' if (ROOT / name).exists() else 'removed'}")
+    if not changes:
+        typer.echo(f"{ARTIFACTS / version}: unchanged")
+    if serve:
+        serve_version(version)
 
 
-def import_model(request: Request, *, check: bool = False) -> Imported:
-    """Make the next version of a model; with `check` nothing is written. Progress goes to stderr.
+def serve_version(version: str) -> None:
+    """Become the server, with this very version."""
+    address = f"http://127.0.0.1:{os.environ.get('APP_PORT', 8000)}/docs"
+    typer.echo(f"serving {version}; docs: {address}   stop: Ctrl-C")
+    own = {"APP_MODEL_VERSION": version, "APP_LOG_FORMAT": os.environ.get("APP_LOG_FORMAT", "console")}
+    os.chdir(ROOT)
+    command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "app.main:create_app()"]
+    os.execve(sys.executable, command, {**os.environ, **own})  # noqa: S606  # no shell
 
-    Raises LifecycleError, one line for a person; then the repository is as it was.
+
+def parsed_bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
+    """`age=0:120` by name; either side may be left out."""
+    found = {}
+    for text in given:
+        name, _, limits = text.rpartition("=")
+        match = re.fullmatch(r"([^:]*):([^:]*)", limits)
+        try:
+            if not name or not match:
+                raise ValueError
+            found[name] = (float(match[1]) if match[1] else None, float(match[2]) if match[2] else None)
+        except ValueError:
+            raise LifecycleError(f"--bounds {text}: write name=least:greatest, like age=0:120") from None
+    return found
+
+
+def run(request: Request, *, check: bool) -> tuple[str, list[str]]:
+    """Make a model's next version: its name, and the files that were written or removed, or would be.
+
+    With `check` nothing is written. Raises LifecycleError; then the repository is as it was.
     """
     try:
         with alone(ROOT):
@@ -86,7 +190,7 @@ def import_model(request: Request, *, check: bool = False) -> Imported:
         raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
 
 
-def _import(request: Request, *, check: bool) -> Imported:
+def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
     for path in filter(None, (request.model, request.data, request.holdout)):
         if not path.is_file():
             raise LifecycleError(f"{path}: there is no such file")
@@ -114,7 +218,7 @@ def _import(request: Request, *, check: bool) -> Imported:
         if not check:
             announce(request, made, assembly, changes)
             apply(ROOT, work, changes)
-        return Imported(assembly.version, [path.as_posix() for path in changes], assembly.new_contract)
+        return assembly.version, [path.as_posix() for path in changes]
     finally:
         with unstopped():
             recover(ROOT)
@@ -335,3 +439,32 @@ def announce(request: Request, made: Converted, assembly: Assembly, changes: lis
         say(f"the image needs {', '.join(wanted)}: add them to requirements/runtime.in and run `make lock`")
     if assembly.rewritten and request.holdout is None:
         say("`make evaluate` needs rows that the model never saw: HOLDOUT=rows.csv, or later DATA=rows.csv")
+
+
+def point_out(table: Table, names: list[str], target: str, rows: Any) -> None:
+    """Say which columns look like a label, an id, or data about people; `rows` is the sample."""
+    unused = [name for name in table.columns if name not in (*names, target)]
+    if unused:
+        say(f"not used by the model: {', '.join(unused)}")
+    for name in names:
+        values = rows.column(name)
+        present = values.drop_null()
+        distinct = len(present) >= MANY_ROWS and pc.count_distinct(present).as_py() == len(present)
+        if LABEL_LIKE.match(name) or one_to_one(values, rows.column(target)):
+            say(f"look at {name!r}: it tells the target; will it be known when a prediction is wanted?")
+        if distinct and table.columns[name].dtype in ("string", "int64"):
+            say(f"look at {name!r}: every row has another value, like an id")
+        text = pa.types.is_string(values.type)
+        if PERSONAL.search(name) or (
+            text and pc.any(pc.match_substring_regex(present, PERSONAL_TEXT)).as_py()
+        ):
+            say(f"look at {name!r}: it may be about people; golden.jsonl and predict.py hold real rows")
+
+
+def one_to_one(values: Any, target: Any) -> bool:
+    """Whether each value goes with one value of the target and the other way round."""
+    if pa.types.is_floating(values.type) or pa.types.is_floating(target.type):
+        return bool(values.type == target.type and values.equals(target))
+    pairs = len(pa.table({"one": values, "other": target}).group_by(["one", "other"]).aggregate([]))
+    count = pc.count_distinct(values).as_py()
+    return bool(1 < count == pairs == pc.count_distinct(target).as_py())

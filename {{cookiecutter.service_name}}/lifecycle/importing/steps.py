@@ -1,22 +1,96 @@
-"""The import's steps that run in processes of their own, and the lines that all of them say on the way.
+"""How an import runs: its processes, the documents that they exchange, and the move into the repository.
 
-run("convert", folder) -> python -m lifecycle.importing.convert FOLDER -> step(function)
--> documents in FOLDER, of which a Refusal ends the import as a LifecycleError
+importer -> Conversion -> convert  -> Converted, answers.npy, model.*
+importer -> Assembly   -> assemble -> repository/
+either step -> refusal.txt, if it found a reason to stop
+.import/repository/ (made) -> .import/backup/ (the old files), journal.json -> moved, file by file
+a failure, Ctrl-C, or the next import after a kill -> recover() puts back what the journal names
 """
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from app.core.errors import ArtifactError
+from app.core.store import Input, Training
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT
-from lifecycle.importing.documents import Refusal
 
+ANSWERS, SAMPLE = "answers.npy", "sample.arrow"  # the original's answers to the rows of the sample
+WORK, JOURNAL, REFUSAL = ".import", "journal.json", "refusal.txt"
 SECONDS_A_LINE = 5
+Runtime = Literal["onnx", "skops"]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The document that another process has written."""
+        return cls.model_validate_json((folder / f"{cls.__name__.lower()}.json").read_bytes())
+
+    def write(self, folder: Path) -> None:
+        """Hand it to the next process."""
+        (folder / f"{type(self).__name__.lower()}.json").write_text(self.model_dump_json(), "utf-8")
+
+
+class Conversion(_Document):
+    """The model to open and convert, and the columns that it may take."""
+
+    model: Path
+    target: str
+    runtime: Runtime
+    trust: list[str]
+    trust_listed: bool
+    inputs: list[Input]
+    unusable: dict[str, str]  # by column: why no model can take it
+
+
+class Converted(_Document):
+    """The model that was opened, and how its converted form was proven."""
+
+    task: Literal["classification", "regression"]
+    labels: list[bool | int | str]
+    names: list[str]  # the model's columns, in order
+    described: str
+    runtime: Runtime
+    form: str
+    tolerance: float
+    gap: float  # the largest difference from the original's answers
+    trusted_types: list[str]
+    libraries: dict[str, str]
+
+    @property
+    def file(self) -> str:
+        """Name of the converted model."""
+        return f"model.{self.runtime}"
+
+
+class Assembly(_Document):
+    """The version to make of the converted model."""
+
+    version: str
+    name: str
+    target: str
+    new_contract: bool
+    rewritten: bool  # whether the import wrote the contract
+    training: Training
+    ranges: dict[str, tuple[float, float]]
+    review_threshold: float
+    feedback_tolerance: float
+    holdout: str | None  # path in the repository
+    words: dict[str, dict[str, Any]]  # by input, where an earlier making of the version said others
 
 
 def run(name: str, folder: Path, cwd: Path = ROOT) -> None:
@@ -38,20 +112,20 @@ def run(name: str, folder: Path, cwd: Path = ROOT) -> None:
     if status:
         how = f"signal {-status}" if status < 0 else f"status {status}"
         raise LifecycleError(f"the step `{name}` ended with {how}; nothing was changed")
-    if Refusal.path(folder).is_file():
-        raise LifecycleError(Refusal.read(folder).reason)
+    if (folder / REFUSAL).is_file():
+        raise LifecycleError((folder / REFUSAL).read_text("utf-8"))
 
 
 def step(function: Callable[[Path], None]) -> None:
-    """Call a step with its folder; its LifecycleError becomes a Refusal for the process that waits."""
+    """Call a step with its folder; its LifecycleError is kept for the process that waits."""
     sys.stdout = sys.stderr  # for anything that the model's own code prints
     folder = Path(sys.argv[1])
     try:
         function(folder)
     except (LifecycleError, ArtifactError) as error:
-        Refusal(reason=str(error)).write(folder)
+        (folder / REFUSAL).write_text(str(error), "utf-8")
     except MemoryError:
-        Refusal(reason="there is not enough memory for this model").write(folder)
+        (folder / REFUSAL).write_text("there is not enough memory for this model", "utf-8")
 
 
 def say(words: str) -> None:
@@ -70,3 +144,80 @@ class Progress:
         if time.monotonic() - self._last > SECONDS_A_LINE:
             self._last = time.monotonic()
             say(f"{self._work}: {rows:,} rows")
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Work while no other import does, else raise LifecycleError. The lock ends with its last process."""
+    with (root / "pyproject.toml").open("r+b") as file:
+        os.set_inheritable(file.fileno(), True)  # a step may still run after its parent was killed
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                file.seek(2**30)  # beyond its end: others may read it
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LifecycleError(
+                "another import is at work in this service; wait until it has ended"
+            ) from None
+        yield
+
+
+@contextmanager
+def unstopped() -> Iterator[list[int]]:
+    """Delay Ctrl-C to the end of the block; the list has an entry for each press."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def apply(root: Path, work: Path, changes: Sequence[Path]) -> None:
+    """Move changed files into the repository; on any failure the old files come back."""
+    made, backup = work / "repository", work / "backup"
+    for path in changes:  # the copies need space on the disk: make them first
+        (backup / path).parent.mkdir(parents=True, exist_ok=True)
+        if (root / path).is_file():
+            shutil.copyfile(root / path, backup / path)
+    journal = {path.as_posix(): (root / path).is_file() for path in changes}
+    (work / "journal.new").write_text(json.dumps(journal), "utf-8")
+    with unstopped() as pressed:
+        try:
+            (work / "journal.new").replace(work / JOURNAL)
+            for path in changes:
+                if pressed:
+                    raise KeyboardInterrupt
+                (root / path).parent.mkdir(exist_ok=True)
+                if (made / path).is_file():
+                    (made / path).replace(root / path)
+                else:
+                    (root / path).unlink()
+        except BaseException:
+            recover(root)
+            raise
+        (work / JOURNAL).unlink()
+
+
+def recover(root: Path) -> None:
+    """Undo the moves of an import that did not finish. Can be repeated, also after a partial undo."""
+    work = root / WORK
+    journal = work / JOURNAL
+    if journal.is_file():
+        for name, there in json.loads(journal.read_bytes()).items():
+            path, before = root / name, work / "backup" / name
+            if before.is_file():
+                before.replace(path)
+            elif not there:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    path.unlink()
+            with suppress(OSError):
+                path.parent.rmdir()  # if it is empty
+        journal.unlink()
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Train the model and package it. Yours to replace: the data, the estimator, the review threshold.
+"""Train the model and package it with its stub. Yours to replace: data, estimator, threshold, rules.
 
     load_iris -> split -> fit -> ONNX -> proof that ONNX answers as scikit-learn does -> artifacts/v1
 
@@ -25,12 +25,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from app.core.store import VERSION_PATTERN, Training
+from app.core.runtimes import RulesRuntime
+from app.core.store import VERSION_PATTERN, Input, Training
+from app.schemas.contract import contract_inputs
 from lifecycle import package
 from lifecycle.errors import LifecycleError
 from lifecycle.importing.convert import to_onnx
-from lifecycle.importing.stub import VERSION as STUB_VERSION
-from lifecycle.importing.stub import stub_files
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"
 SEED = 0
@@ -39,6 +39,24 @@ TARGET = "species"
 OUTPUTS = {
     "score": "The model's probability of the label; not calibrated beyond training.",
     # Below it: 6 of the 7 rows (in 150) that the model gets wrong, and 1 that it gets right.
+    "review_threshold": 0.6,
+}
+STUB = "v0"  # rules in place of a model: for teams that integrate before there is one, and for rollbacks
+# The first rule whose conditions all hold decides; the other labels share 1 - score equally.
+RULES: dict[str, Any] = {
+    "rules": [
+        {"when": {"petal_length": {"<": 2.5}}, "label": "setosa", "score": 0.95},
+        {
+            "when": {"petal_length": {"<": 4.8}, "petal_width": {"<": 1.7}},
+            "label": "versicolor",
+            "score": 0.9,
+        },
+        {"when": {"petal_length": {">=": 5.2}}, "label": "virginica", "score": 0.9},
+    ],
+    "otherwise": {"label": "virginica", "score": 0.55},
+}
+STUB_OUTPUTS = {
+    "score": "How sure the author of the rule is; not measured.",
     "review_threshold": 0.6,
 }
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "scikit-learn", "skl2onnx")
@@ -126,6 +144,29 @@ def model_files(version: str, data: Data) -> dict[str, bytes]:
     )
 
 
+def stub_files(golden_rows: package.Rows) -> dict[str, bytes]:
+    """The files of v0; its golden set is `golden_rows` and rows exactly on the bounds of the rules."""
+    rows = np.vstack([golden_rows, _on_the_bounds(golden_rows[0])])
+    runtime = RulesRuntime(RULES, [Input(**entry) for entry in contract_inputs()], package.labels())
+    answers = np.array(runtime.infer(rows.astype(np.float32)))
+    files = {
+        "rules.json": package.canonical_json(RULES),
+        "golden.jsonl": package.golden_set(rows.tolist(), answers),
+    }
+    return package.pack(version=STUB, runtime="rules", files=files, outputs=STUB_OUTPUTS, libraries={})
+
+
+def _on_the_bounds(row: NDArray[np.float64]) -> package.Rows:
+    """`row` with the bounds of each rule as its values: the rows on which < and <= differ."""
+    rows = []
+    for rule in RULES["rules"]:
+        values = {name: max(conditions.values()) for name, conditions in rule["when"].items()}
+        rows.append(
+            [values.get(name, old) for name, old in zip(package.feature_names(), row.tolist(), strict=True)]
+        )
+    return np.array(rows)
+
+
 def canonical_csv(rows: package.Rows, targets: NDArray[Any]) -> bytes:
     """The training rows as UTF-8 CSV with a header and LF: what `data_sha256` is the hash of."""
     text = io.StringIO()
@@ -146,12 +187,10 @@ def train(
     ] = False,
 ) -> None:
     """Train the model, prove that ONNX answers as scikit-learn does, write it and its stub v0."""
-    if not re.fullmatch(VERSION_PATTERN, version) or version == STUB_VERSION:
-        raise typer.BadParameter(
-            f"a version is v and a number, and not {STUB_VERSION}", param_hint="--version"
-        )
+    if not re.fullmatch(VERSION_PATTERN, version) or version == STUB:
+        raise typer.BadParameter(f"a version is v and a number, and not {STUB}", param_hint="--version")
     data = load()
-    made = {STUB_VERSION: stub_files(data.holdout), version: model_files(version, data)}
+    made = {STUB: stub_files(data.holdout), version: model_files(version, data)}
     changes = {name: package.differing(artifacts / name, files) for name, files in made.items()}
     changed = {name: ", ".join(names) for name, names in changes.items() if names}
     for name, files in changed.items():
@@ -168,5 +207,5 @@ def train(
         if names:
             package.publish(artifacts, name, made[name])
         typer.echo(f"{artifacts / name}: {'written' if names else 'unchanged'}")
-    if package.start_release(artifacts, serving=version, previous=STUB_VERSION):
+    if package.start_release(artifacts, serving=version, previous=STUB):
         typer.echo(f"{artifacts / 'release.json'}: {version} serves")

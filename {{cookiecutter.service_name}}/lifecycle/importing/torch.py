@@ -1,18 +1,17 @@
 """torch: a module as it was given, where torch is installed.
 
-    torch.save(module), torch.jit.save, torch.export.save -> asked with the data's rows
+    torch.save(module), torch.export.save -> asked with the data's rows
     what it says to all of them -> values, probabilities, or logits, which lack a softmax or sigmoid
-    -> ONNX by torch's own exporters, with what they lack at its end
+    -> ONNX by torch's own exporter, with what it lacks at its end
 
 The columns are those of the data beside the target, in their order; a missing value is NaN.
 """
 
 import importlib
-import io
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from lifecycle.importing.steps import say
 EXAMPLE_ROWS = 4  # one row would be taken for a constant
 SUM_TOLERANCE = 1e-4
 
-Kind = Literal["module", "TorchScript", "torch.export program"]
 Reading = Literal["value", "probabilities", "probability", "logits", "logit"]
 WORDS = {
     "probabilities": "probabilities",
@@ -37,10 +35,10 @@ WORDS = {
 }
 
 
-def open_file(
+def open_torch(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
 ) -> Original:
-    """The module in the file, of any of torch's three formats; raises LifecycleError."""
+    """The module in the file, of either of torch's formats; raises LifecycleError."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
@@ -48,12 +46,12 @@ def open_file(
             f"{path.name}: is for torch, which is not installed here: install torch and onnxscript into "
             ".venv, or export the module to ONNX where torch is and import that file"
         ) from None
-    logging.disable(logging.WARNING)  # its exporters tell of what they lack for other models
+    logging.disable(logging.WARNING)  # its exporter tells of what it lacks for other models
     text = {name: "holds text" for name, entry in inputs.items() if entry.dtype == "string"}
     for name, why in (unusable | text).items():
         raise LifecycleError(f"column {name!r} {why}, and a torch module is given every column, as a number")
     columns = list(inputs.values())
-    kind, saved, module = load(torch, path)
+    saved, module = load(torch, path)
     weights = {one.dtype for one in module.state_dict().values()}
     dtype = np.float64 if torch.float64 in weights and torch.float32 not in weights else np.float32
 
@@ -79,22 +77,23 @@ def open_file(
         "classification" if labels else "regression",
         labels,
         list(inputs),
-        type(module).__name__ if kind == "module" else kind,
+        type(module).__name__ if saved is module else "torch.export program",
         lambda part: finished(outputs(part), reading),
         {"torch"},
-        forms=[(name, partial(to_onnx, way, torch, saved, example, reading)) for name, way in WAYS[kind]],
+        forms=[("torch.onnx makes it", partial(to_onnx, torch, saved, example, reading))],
     )
 
 
-def load(torch: Any, path: Path) -> tuple[Kind, Any, Any]:
-    """The kind of the file, its content, and the callable of it; raises LifecycleError."""
+def load(torch: Any, path: Path) -> tuple[Any, Any]:
+    """The content of the file and the callable of it; raises LifecycleError."""
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if any(name.endswith("models/model.json") for name in names):
         program = unpickle(path, torch.export.load)
-        return "torch.export program", program, program.module()
+        return program, program.module()
     if any(name.endswith("/constants.pkl") for name in names):
-        script = unpickle(path, partial(torch.jit.load, map_location="cpu")).eval()
-        return "TorchScript", script, script
+        raise LifecycleError(
+            f"{path.name}: holds TorchScript; save the module itself with torch.save(module, ...)"
+        )
     module = unpickle(path, partial(torch.load, map_location="cpu", weights_only=False))
     if isinstance(module, dict):
         raise LifecycleError(
@@ -103,7 +102,7 @@ def load(torch: Any, path: Path) -> tuple[Kind, Any, Any]:
         )
     if not isinstance(module, torch.nn.Module):
         raise LifecycleError(f"{path.name}: holds a {type(module).__name__}, not a torch module")
-    return "module", module.eval(), module
+    return module.eval(), module
 
 
 def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
@@ -179,45 +178,16 @@ def tell(path: Path, reading: Reading, labels: list[Any], scores: Answers, truth
     )
 
 
-# --- ONNX ------------------------------------------------------------------------------------------------
-
-
-def exported(torch: Any, saved: Any, example: Any) -> Any:
-    """By torch.export, as torch recommends; needs onnxscript, and takes no TorchScript."""
-    program = torch.onnx.export(
-        saved, (example,), input_names=["features"], output_names=["answers"], opset_version=OPSET[""],
-        dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},), verbose=False,
-    )  # fmt: skip
-    return program.model_proto
-
-
-def traced(torch: Any, saved: Any, example: Any) -> Any:
-    """By the older exporter, which needs no other package; the proof on the data finds what it misses."""
-    import onnx
-
-    file = io.BytesIO()
-    torch.onnx.export(
-        saved, (example,), file, input_names=["features"], output_names=["answers"], opset_version=OPSET[""],
-        dynamo=False, dynamic_axes={"features": {0: "rows"}, "answers": {0: "rows"}},
-    )  # fmt: skip
-    return onnx.load_from_string(file.getvalue())
-
-
-Way = Callable[[Any, Any, Any], Any]
-WAYS: dict[Kind, list[tuple[str, Way]]] = {
-    "module": [("torch.onnx makes it", exported), ("torch.onnx makes it with dynamo=False", traced)],
-    "TorchScript": [("torch.onnx makes it with dynamo=False", traced)],
-    "torch.export program": [("torch.onnx makes it", exported)],
-}
-
-
-def to_onnx(way: Way, torch: Any, saved: Any, example: Any, reading: Reading) -> bytes:
+def to_onnx(torch: Any, saved: Any, example: Any, reading: Reading) -> bytes:
     """The module, with the softmax or sigmoid that it lacks; the same bytes each time, on any machine."""
     from onnx import TensorProto, helper
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = way(torch, saved, example)
+        model = torch.onnx.export(
+            saved, (example,), input_names=["features"], output_names=["answers"], opset_version=OPSET[""],
+            dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},), verbose=False,
+        ).model_proto  # fmt: skip
     forget(model)
     graph = model.graph
     if reading in ("value", "probabilities"):
@@ -242,7 +212,7 @@ def to_onnx(way: Way, torch: Any, saved: Any, example: Any, reading: Reading) ->
 
 
 def forget(part: Any) -> None:
-    """Remove notes of the exporters: lines of source code, with their paths."""
+    """Remove notes of the exporter: lines of source code, with their paths."""
     for name in ("metadata_props", "doc_string"):
         if name in part.DESCRIPTOR.fields_by_name:
             part.ClearField(name)
