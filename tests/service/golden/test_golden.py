@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from app.core.batcher import Silent
+from app.core.batcher import Observer
 from app.core.pipeline import Execution, Pipeline, Policy
 from app.core.store import read_artifact
 from app.schemas.predict import Features, Prediction
@@ -38,7 +38,7 @@ from tests.service.conftest import (
 def pipeline_of(version: str, execution: Execution = "inline") -> Pipeline:
     """The version as the service loads it."""
     artifact = read_artifact(ARTIFACTS, version)
-    return Pipeline.load(artifact, Silent(), Policy(execution=execution))
+    return Pipeline.load(artifact, Observer(), Policy(execution=execution))
 
 
 async def answers(pipeline: Pipeline, instances: list[Features]) -> list[Prediction]:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, create_model
 
-from app.core.batcher import Admission, Batch, Batcher, Row
+from app.core.batcher import Admission, Batch, Batcher, Observer, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Costs, Execution, Pipeline, Policy, choose_execution, rows_of_a_call
 from app.core.runtimes import Matrix, Runtime
@@ -63,7 +63,7 @@ async def outcomes(*work: Awaitable[Any]) -> list[Any]:
     return list(await asyncio.gather(*work, return_exceptions=True))
 
 
-class Seen:
+class Seen(Observer):
     """An observer that remembers."""
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ class Seen:
         self.reasons: list[str] = []
 
     def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """See `Observer`."""
+        """Keep the call."""
         self.batches.append(batch)
         self.waits += waits
 
     def shed(self, reason: str) -> None:
-        """See `Observer`."""
+        """Keep the reason."""
         self.reasons.append(reason)
 
 

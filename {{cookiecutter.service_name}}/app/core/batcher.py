@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from app.core.errors import ServiceError
 
 PACE_WEIGHT = 0.1  # of the latest call in the moving average
+
+Row = tuple[Any, ...]
 
 
 class Admission:
@@ -54,9 +56,6 @@ class Admission:
         self.inside -= 1
 
 
-Row = tuple[Any, ...]
-
-
 @dataclass(slots=True)
 class Batch:
     """The result of one call of the model."""
@@ -69,24 +68,14 @@ class Batch:
     rows: Sequence[Row] = ()  # as they were sent, for a shadow
 
 
-class Observer(Protocol):
-    """Is told of every call of the model; on the event loop only."""
+class Observer:
+    """Is told of every call of the model, on the event loop only; this one keeps nothing."""
 
     def batch(self, batch: Batch, waits: Sequence[float]) -> None:
         """One call of the model, and the seconds each request in it waited."""
 
     def shed(self, reason: str) -> None:
         """A request whose deadline passed before its answer."""
-
-
-class Silent:
-    """An observer that keeps nothing, for work without a server."""
-
-    def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """Nothing is counted."""
-
-    def shed(self, reason: str) -> None:
-        """No request is there to be given up."""
 
 
 @dataclass(slots=True, eq=False)

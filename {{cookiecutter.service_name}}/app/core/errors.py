@@ -31,11 +31,8 @@ class ServiceError(Exception):
 
     def __init__(self, code: str, detail: str = "", errors: list[dict[str, Any]] | None = None) -> None:
         super().__init__(code)
-        self.code, self.status, self.title = (
-            code,
-            _STATUS[code],
-            code.replace("_", " ").capitalize().replace("json", "JSON").replace("Uri", "URI"),
-        )
+        self.code, self.status = code, _STATUS[code]
+        self.title = code.replace("_", " ").capitalize().replace("json", "JSON").replace("Uri", "URI")
         self.detail, self.errors = detail or self.title, errors or []
         self.headers = {"retry-after": "1"} if self.status in (429, 503) else {}
 

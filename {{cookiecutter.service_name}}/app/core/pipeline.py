@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import BaseModel
 
-from app.core.batcher import Batch, Batcher, Observer, Row, Silent
+from app.core.batcher import Batch, Batcher, Observer, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact
@@ -31,6 +31,9 @@ Execution = Literal["inline", "batch", "thread"]
 ROUNDING = 1e-4  # a sum of float32 may leave the range 0 to 1 by this much
 GOLDEN = "golden.jsonl"
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
+MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
+MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
+MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +192,6 @@ def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
     return all(abs(own[key] - number) <= line["tolerance"] for key, number in recorded.items())
 
 
-MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
-MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
-MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
 OFFLINE = Policy(batch_max_rows=256)
 
 
@@ -241,9 +241,7 @@ class Pipeline:
     ) -> Self:
         """Load a verified version, warm it up and replay its golden set; raises ArtifactError.
 
-        `observer` is told of every call of the model and `on_call` of every call in the thread, both on the
-        event loop. `runtime` is loaded from the artifact unless given. Takes up to a second of the thread
-        that it is called in.
+        `on_call` is told of every call in the model's thread. Takes up to a second of the calling thread.
         """
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         costs = model.warm_up(policy.batch_max_rows)
@@ -254,15 +252,11 @@ class Pipeline:
     def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:
         """The same answers without a server; raises ArtifactError if the model fails on its own example.
 
-        No batching, no thread, no metrics, no measuring. Ask it with `answers`; `model.replay()` compares
-        with the golden set. `policy` says what is reviewed, `runtime` is loaded unless given:
-
-            pipeline = Pipeline.offline(read_artifact(root, "v1"))
-            for answer in pipeline.answers(instances): ...
+        No batching, no thread, no metrics, no measuring. Ask it with `answers`.
         """
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         model.try_example()
-        return cls(model, replace(policy, execution="inline"), Costs(), Silent())
+        return cls(model, replace(policy, execution="inline"), Costs(), Observer())
 
     def answers(self, instances: Sequence[BaseModel]) -> list[Prediction | ServiceError]:
         """Per instance its prediction, without an id, or the error that is its own; needs no event loop.

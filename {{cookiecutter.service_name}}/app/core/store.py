@@ -21,11 +21,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.core.errors import ArtifactError
 from app.schemas.contract import contract_outputs, contract_sha256, served_contract_sha256
 
+RELEASE, MANIFEST = "release.json", "manifest.json"
+MAX_JSON_BYTES = 2**24  # of release.json and of a manifest, the two files whose size nothing states
+# How a file starts, by its name. No pickle, of whatever protocol or compression, starts like any of these.
+STARTS: dict[str, bytes | tuple[bytes, ...]] = {
+    ".onnx": b"\x08", ".skops": b"PK\x03\x04", ".json": (b"{", b"["), ".jsonl": b"{",
+}  # fmt: skip
+SIGNATURE, MAX_SIGNATURE_BYTES = "manifest.sig", 256  # base64 of 64 bytes, and a line end
 VERSION_PATTERN = r"^v[0-9]{1,9}$"
 _EXACT = re.compile(r"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 _Document = TypeVar("_Document", bound=BaseModel)
 
 
@@ -105,10 +110,6 @@ class Manifest(_Strict):
         return "" if exact else "`libraries`, each of one exact version"
 
 
-SIGNATURE = "manifest.sig"
-MAX_SIGNATURE_BYTES = 256  # base64 of 64 bytes, and a line end
-
-
 def verify(manifest: bytes, signature: bytes, trusted: Sequence[str]) -> bool:
     """Whether `signature`, the content of manifest.sig, was made of these very bytes by a trusted key."""
     from cryptography.exceptions import InvalidSignature
@@ -123,14 +124,6 @@ def verify(manifest: bytes, signature: bytes, trusted: Sequence[str]) -> bool:
             Ed25519PublicKey.from_public_bytes(b64decode(key)).verify(raw, manifest)
             return True
     return False
-
-
-RELEASE, MANIFEST = "release.json", "manifest.json"
-MAX_JSON_BYTES = 2**24  # of release.json and of a manifest, the two files whose size nothing states
-# How a file starts, by its name. No pickle, of whatever protocol or compression, starts like any of these.
-STARTS: dict[str, bytes | tuple[bytes, ...]] = {
-    ".onnx": b"\x08", ".skops": b"PK\x03\x04", ".json": (b"{", b"["), ".jsonl": b"{",
-}  # fmt: skip
 
 
 class Release(_Strict):
@@ -192,9 +185,8 @@ def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) ->
     files = _verified_files(folder, manifest)
     artifact = Artifact(manifest, files)
     if artifact.model_file not in files:
-        raise ArtifactError(
-            f"{folder / MANIFEST}: lists no {artifact.model_file}, which runtime {manifest.runtime} needs"
-        )
+        reason = f"lists no {artifact.model_file}, which runtime {manifest.runtime} needs"
+        raise ArtifactError(f"{folder / MANIFEST}: {reason}")
     _check_contract(folder, manifest)
     return artifact
 
@@ -234,9 +226,8 @@ def _check_contract(folder: Path, manifest: Manifest) -> None:
     if own != served_contract_sha256():
         served = contract_outputs()["labels"]
         what = "labels differ" if served != manifest.outputs.labels else "inputs differ"
-        raise ArtifactError(
-            f"{folder / MANIFEST}: made for another contract than app/schemas/predict.py ({what})"
-        )
+        reason = f"made for another contract than app/schemas/predict.py ({what})"
+        raise ArtifactError(f"{folder / MANIFEST}: {reason}")
 
 
 def _read(path: Path, size: int = MAX_JSON_BYTES) -> bytes:

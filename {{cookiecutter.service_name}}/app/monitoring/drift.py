@@ -1,5 +1,6 @@
-"""How inputs and predictions are spread, beside how they were in training.
+"""Calls of the models, counted; and how inputs and predictions are spread, beside how they were in training.
 
+Batcher -> batch, shed (a list append) -> write, with the recorder's flush -> Prometheus children, rows held
 baseline.json -> bins, and the share of training in each -> feature_baseline_ratio
 rows of a second -> rows in each bin -> feature_observations_total, and a `drift` line a minute
 
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.batcher import Batch
+from app.core.batcher import Batch, Observer
 from app.core.errors import ArtifactError
 from app.core.store import Artifact
 from app.observability.logging import Logger
@@ -138,7 +139,7 @@ class Drift:
         return counts
 
 
-class Calls:
+class Calls(Observer):
     """The observer of every pipeline of this process."""
 
     def __init__(self, metrics: Metrics, log: Logger) -> None:

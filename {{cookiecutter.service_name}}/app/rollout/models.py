@@ -232,13 +232,8 @@ class Models:
         self._expect_feedback(pipeline)
         self.serving, self._wanted["serving"] = pipeline, want
         self.write(everything=False)  # the levels, before the first request
-        self._log.info(
-            "ready",
-            model_version=pipeline.version,
-            replaces=old and old.version,
-            execution=pipeline.execution,
-            seconds=seconds,
-        )
+        fields = {"replaces": old and old.version, "execution": pipeline.execution, "seconds": seconds}
+        self._log.info("ready", model_version=pipeline.version, **fields)
 
     def _show(self, pipeline: Pipeline, value: int) -> None:
         """Set the metrics that name the serving version."""
