@@ -15,10 +15,13 @@ from lifecycle.errors import LifecycleError
 RELEASE = (
     "evaluate", "promote", "rollback", "release-check", "new-key", "sign", "shadow", "canary", "compare",
 )  # fmt: skip
-OPERATIONS = ("size", "sbom", "runbooks", "drift", "quality", "gameday", "docs")
 MODULES = {  # by command; some import training libraries, which takes seconds
     "train": "importing.train",
-    **dict.fromkeys(OPERATIONS, "operations.commands"),
+    "size": "operations.size",
+    "sbom": "operations.sbom",
+    **dict.fromkeys(("runbooks", "docs"), "operations.documents"),
+    **dict.fromkeys(("drift", "quality"), "operations.monitor"),
+    "gameday": "operations.gameday",
     **dict.fromkeys(RELEASE, "release.commands"),
     "import-model": "importing.importer",
 }

@@ -13,8 +13,8 @@ import httpx2
 from typer.testing import CliRunner
 
 from lifecycle.__main__ import commands
-from lifecycle.operations.drift import DRIFTED, STABLE
-from lifecycle.operations.traffic import usual
+from lifecycle.operations.monitor import DRIFTED, STABLE
+from lifecycle.operations.trial import usual
 from lifecycle.operations.watching import Watch
 from tests.service.conftest import (
     ANSWER,

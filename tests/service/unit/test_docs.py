@@ -25,8 +25,7 @@ from app.core.store import read_artifact
 from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import Settings, load_settings, redacted
-from lifecycle.operations.docs import _api
-from lifecycle.operations.runbooks import anchor, broken, headings, prose
+from lifecycle.operations.documents import anchor, api, broken, headings, prose
 from lifecycle.operations.watching import alertmanager_flags, running
 from tests.service.conftest import (
     EXAMPLE,
@@ -542,7 +541,7 @@ def test_documents_say_what_the_contract_says(tmp_path: Path) -> None:
 def test_the_command_for_feedback_survives_any_label(label: Any) -> None:
     """Whatever a label is made of, the command in `docs/contract.md` sends it as it is."""
     manifest = read_artifact(ROOT / "artifacts", SERVED).manifest
-    section = _api(manifest, EXAMPLE, {"prediction_id": "", "label": label})["Say what was right"]
+    section = api(manifest, EXAMPLE, {"prediction_id": "", "label": label})["Say what was right"]
     (command,) = blocks_in(section)
     script = command.partition(" | ")[2].partition(" | curl")[0]
     given = '{"prediction_id":"' + "0" * 32 + '","label":"x"}'

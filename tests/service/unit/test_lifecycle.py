@@ -8,8 +8,7 @@ import pytest
 from app.rollout.fleet import Machine, machine
 from lifecycle.operations.size import MIB, Cost, advise, carried, size_table
 from lifecycle.package import differing, publish
-from load.profile import STAGES, Step, bottleneck, draw, report
-from load.profile import Machine as Place
+from load.run import STAGES, Step, bottleneck, draw, report
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -96,14 +95,14 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
 )
 def test_the_first_bottleneck_is_decided_by_figures(found: Step, workers: int, said: str) -> None:
     """The profile names what was used up first: workers, machine, load generator, admission, or nothing."""
-    what, _ = bottleneck(found, Place(workers, max(workers, 2), "model v1"))
+    what, _ = bottleneck(found, workers, max(workers, 2))
     assert said in what
 
 
 def test_the_profile_survives_a_service_that_answers_nothing(tmp_path: Path) -> None:
     """Where no request was answered with 200, the profile says what came instead."""
     nothing = replace(STEP, rate=0, p50=float("nan"), p95=float("nan"), p99=float("nan"), refused={401: 7})
-    text = report([nothing], Place(2, 2, "model v1"), "profile.svg", "2026-01-01")
+    text = report([nothing], 2, 2, "model v1", "profile.svg")
     assert "| 7 of 401 |" in text
     assert "does not hold" in text
     draw([nothing], tmp_path / "profile.svg")

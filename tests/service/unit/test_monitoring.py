@@ -41,8 +41,8 @@ from app.monitoring.feedback import STEM_DIGITS, Feedback, Given
 from app.observability.metrics import Metrics
 from app.schemas.service import Feedback as Truth
 from lifecycle.__main__ import commands
-from lifecycle.operations import drift as monitor
-from lifecycle.operations.sources import MINIMUM
+from lifecycle.operations import monitor
+from lifecycle.operations.monitor import MINIMUM
 from lifecycle.package import MAX_BINS
 from tests.service.conftest import ANSWER, ARTIFACTS, SERVED, prediction
 from tests.service.conftest import LABELS as OWN_LABELS
@@ -211,7 +211,7 @@ def false_alarms(then: Any, now: Any) -> float:
 def test_chance_alone_raises_no_alarm_at_the_minimum_sample() -> None:
     """Of 20,000 samples of minimum size from training itself, fewer than 1 % cross 0.2: for every feature."""
     random, document = np.random.default_rng(0), SERVED_BASELINE
-    spreads = [[*monitor._baseline_counts(feature).values()] for feature in document["features"].values()]
+    spreads = [[*monitor.baseline_counts(feature).values()] for feature in document["features"].values()]
     answers = document["values"]["counts"] if "values" in document else [*document["labels"].values()]
     for counts in [*spreads, answers]:
         then = np.array(counts) / document["rows"]
@@ -445,7 +445,7 @@ def drift_line(rows: dict[str, dict[str, int]]) -> str:
 
 
 AS_TRAINED = {
-    name: {bin_: 5 * count for bin_, count in monitor._baseline_counts(feature).items()}
+    name: {bin_: 5 * count for bin_, count in monitor.baseline_counts(feature).items()}
     for name, feature in SERVED_BASELINE["features"].items()
 }
 # The last feature, and all rows in the bin that training had least of.

@@ -25,7 +25,7 @@ from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
 from lifecycle.errors import LifecycleError
 from lifecycle.importing.steps import ANSWERS, SAMPLE, Assembly, Converted, step
-from lifecycle.operations.docs import documents, snapshot
+from lifecycle.operations.documents import documents, snapshot
 from lifecycle.package import (
     TOLERANCE,
     baseline,

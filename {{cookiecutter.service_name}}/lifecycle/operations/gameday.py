@@ -21,17 +21,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import httpx2
 import numpy as np
+import typer
 
 from app.core.runtimes import load_runtime
 from app.core.store import read_artifact, read_release
 from lifecycle.files import ROOT
-from lifecycle.operations.drift import PREDICTION, trained_features
-from lifecycle.operations.traffic import usual
-from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of
+from lifecycle.operations.monitor import PREDICTION, trained_features
+from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of, usual
 from lifecycle.operations.watching import Watch, program, queries, watching
 from lifecycle.package import write_release
 from lifecycle.printing import table
@@ -98,26 +98,16 @@ class Day:
                 say(f"  {one['status']}: {alert.name} ({alert.severity})")
             self.events.append(Event(time.monotonic(), self.fault, self.began, alert, one))
 
-    def of(self, alert: Alert) -> list[Event]:
-        """What arrived about one alert, in order."""
-        return [event for event in self.events if event.alert == alert]
-
     def status(self, alert: Alert) -> str:
         """`firing`, `resolved`, or nothing if it never arrived."""
-        own = self.of(alert)
+        own = [event for event in self.events if event.alert == alert]
         return str(own[-1].message["status"]) if own else ""
 
 
 class Traffic:
     """Clients that ask without end, in a `with` block, and pause a moment after each answer."""
 
-    def __init__(
-        self,
-        address: str,
-        payloads: list[dict[str, Any]],
-        clients: int = CLIENTS,
-        pause: float = PAUSE_SECONDS,
-    ) -> None:
+    def __init__(self, address: str, payloads: list[dict[str, Any]], clients: int, pause: float) -> None:
         # A connection a request, so that both workers get their share.
         self._http = httpx2.Client(
             base_url=address, timeout=60, limits=httpx2.Limits(max_keepalive_connections=0)
@@ -179,16 +169,6 @@ def release(root: Path, **changes: Any) -> None:
     write_release(root, read_release(root).model_copy(update=changes))
 
 
-def release_bad(root: Path) -> str:
-    """Release a version whose model was changed; returns the version that served before."""
-    served = read_release(root).serving
-    add_trial(root, served, BAD, SOUND)
-    with (root / BAD / "model.onnx").open("ab") as file:
-        file.write(b"changed")
-    release(root, serving=BAD)
-    return served
-
-
 def until(condition: Callable[[], object], what: str, seconds: float = ALERT_SECONDS) -> None:
     """Wait for `condition`; if it does not hold in time, the day goes on and the table shows the gap."""
     if not wait_for(condition, seconds):
@@ -213,7 +193,7 @@ class GameDay:
     def __init__(self, day: Day, watch: Watch, own: Running, artifacts: Path, served: str) -> None:
         self._day, self._watch, self._own, self._artifacts, self._served = day, watch, own, artifacts, served
         self.usual = usual(artifacts, served)
-        self._traffic = Traffic(own.address, self.usual)
+        self._traffic = Traffic(own.address, self.usual, CLIENTS, PAUSE_SECONDS)
         self._outputs = read_artifact(artifacts, served).manifest.outputs
         inputs = read_artifact(artifacts, served).manifest.inputs
         number = number_of(inputs)
@@ -251,9 +231,10 @@ class GameDay:
 
     def lacks(self, query: str) -> bool:
         """Whether training was too small for what is asked."""
-        drifting = {"feature:psi": "FeatureDrift", "prediction:psi": "PredictionShift"}
         names = {one.name for one in self.shipped}
-        return any(series in query and alert not in names for series, alert in drifting.items())
+        return ("feature:psi" in query and "FeatureDrift" not in names) or (
+            "prediction:psi" in query and "PredictionShift" not in names
+        )
 
     def faults(self) -> list[Fault]:
         """All faults, in the order in which they disturb each other least."""
@@ -261,36 +242,22 @@ class GameDay:
         one_in_three = [*self.usual[:2], self._strange]
         beside = {"shadow": RULES, "canary": RULES, "canary_percent": 50}
         canary = {"canary": FAILING, "canary_percent": 50}
+        failing = ("NonFiniteOutput", "AvailabilityBudgetBurn")
+        slow, drifted = {"serving": SLOW}, ("FeatureDrift", "PredictionShift")
         return [
             Fault("a start with a version whose model was changed", ("ServingFallback",)),
             Fault("none, for a minute of usual traffic", seconds=60),
             # Early: its ticket compares slow requests with all requests of the day so far.
-            Fault(
-                "a model that is too slow", ("LatencyBudgetBurn",), {"serving": SLOW}, seconds=TICKET_SECONDS
-            ),
+            Fault("a model that is too slow", ("LatencyBudgetBurn",), slow, seconds=TICKET_SECONDS),
             Fault("none: the rules beside the model, as its shadow and as a canary", (), beside, seconds=20),
             Fault("labels that contradict the predictions", ("AccuracyDrop",), during=self._feedback),
-            Fault("a client that breaks the contract", ("HighInvalidInputRate",), payloads=invalid),
+            Fault("a client that breaks the contract", ("HighInvalidInputRate",), {}, invalid),
             Fault("a worker is killed", ("WorkerRestarts",), during=self._kill),
             Fault("a released version whose model was changed", ("ModelReloadFailed",), {"serving": BAD}),
-            Fault(
-                "inputs beyond those of training",
-                ("FeatureDrift", "PredictionShift", "LowConfidence"),
-                payloads=[self._strange],
-            ),
-            Fault(
-                "a model that answers NaN to one in three",
-                ("NonFiniteOutput", "AvailabilityBudgetBurn"),
-                {"serving": FAILING},
-                one_in_three,
-            ),
+            Fault("inputs beyond those of training", (*drifted, "LowConfidence"), {}, [self._strange]),
+            Fault("a model that answers NaN to one in three", failing, {"serving": FAILING}, one_in_three),
             Fault("a canary that answers NaN to one in three", ("CanaryStopped",), canary, one_in_three),
-            Fault(
-                "more requests than a slow model can do",
-                ("Saturation",),
-                {"serving": SLOW},
-                during=self._flood,
-            ),
+            Fault("more requests than a slow model can do", ("Saturation",), slow, during=self._flood),
             Fault("no client any more", ("NoTraffic",), payloads=[]),
             Fault("all workers frozen", ("ServiceNotReady",), during=self._freeze),
         ]
@@ -388,14 +355,15 @@ def alert_table(day: Day, shipped: dict[Alert, dict[str, str]]) -> tuple[str, bo
     rows, good = [], True
     for alert, expected in sorted(shipped.items()):
         name = f"{alert.name} ({', '.join(filter(None, alert[1:]))})"
-        firing = [event for event in day.of(alert) if event.message["status"] == "firing"]
+        own = [event for event in day.events if event.alert == alert]
+        firing = [event for event in own if event.message["status"] == "firing"]
         if not firing:
             good = False
             rows.append((name, "", "never", "", "", ""))
             continue
         # An earlier fault may have raised it too.
         first = next((event for event in firing if alert.name in event.fault.alerts), firing[0])
-        last = day.of(alert)[-1]
+        last = own[-1]
         page = first.message["annotations"].get("runbook_url", "").rpartition("/")[2]
         found = bool(page) and (ROOT / "docs" / "runbooks" / page).is_file()
         right = any(expected.items() <= event.message["labels"].items() for event in firing)
@@ -415,11 +383,10 @@ def alert_table(day: Day, shipped: dict[Alert, dict[str, str]]) -> tuple[str, bo
     return table(("alert", "fault", "fired after", "labels", "runbook", "resolved after"), rows), good
 
 
-def hold_gameday(keep: Path | None = None) -> bool:
-    """Inject every fault and print a table of alerts; whether each fired, has its runbook, and resolved.
-
-    Logs and configurations stay in the folder `keep`, if it is given.
-    """
+def gameday(
+    keep: Annotated[Path | None, typer.Option(help="Keep logs and configurations in this folder.")] = None,
+) -> None:
+    """Inject every fault; show that each alert fires, has its runbook, and resolves. Ten minutes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that all programs are stopped
     program("prometheus"), program("alertmanager")  # a missing one is better known before the slow work
     day, began = Day(Fault("none")), time.monotonic()
@@ -427,7 +394,11 @@ def hold_gameday(keep: Path | None = None) -> bool:
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         artifacts = Path(shutil.copytree(ROOT / "artifacts", folder / "artifacts"))
-        served = release_bad(artifacts)
+        served = read_release(artifacts).serving
+        add_trial(artifacts, served, BAD, SOUND)
+        with (artifacts / BAD / "model.onnx").open("ab") as file:
+            file.write(b"changed")
+        release(artifacts, serving=BAD)
         settings = {
             "APP_ENV": "local",
             "APP_ARTIFACTS_DIR": str(artifacts),
@@ -452,4 +423,4 @@ def hold_gameday(keep: Path | None = None) -> bool:
         say(f"a panel shows nothing: {query}")
     good = good and not empty
     say(f"{'passed' if good else 'FAILED'} in {time.monotonic() - began:.0f} s")
-    return good
+    raise typer.Exit(not good)

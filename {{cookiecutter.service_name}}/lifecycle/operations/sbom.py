@@ -11,8 +11,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -23,18 +24,23 @@ from lifecycle.files import ROOT, sha256
 SERVICE = "root-component"  # the service itself, as cyclonedx-py calls it
 
 
+def sbom(
+    output: Annotated[Path, typer.Option(help="Where it is written.")] = ROOT / "build" / "sbom.json",
+) -> None:
+    """Write down what the image is made of, as a CycloneDX bill of materials."""
+    bill = bill_of_materials()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(bill, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    models = sum(one["type"] == "machine-learning-model" for one in bill["components"])
+    typer.echo(f"{output}: {len(bill['components']) - models} packages, {models} models")
+
+
 def requirements(file: Path) -> list[Requirement]:
     """The lines of a requirements file that hold here, `.in` or locked `.txt`."""
     lines = file.read_text("utf-8").replace("\\\n", " ").splitlines()
     bare = [line.partition(" #")[0].partition(" --hash")[0].strip() for line in lines]
     wanted = [Requirement(line) for line in bare if line and line[0] not in "#-"]
     return [one for one in wanted if one.marker is None or one.marker.evaluate()]
-
-
-def image_locks(root: Path) -> list[Path]:
-    """What the image installs: runtime.txt, and the lock of each capability."""
-    elsewhere = {"dev.txt", "train.txt"}
-    return sorted(path for path in (root / "requirements").glob("*.txt") if path.name not in elsewhere)
 
 
 def installed() -> dict[str, Any]:
@@ -50,7 +56,7 @@ def installed() -> dict[str, Any]:
     return bill
 
 
-def model(folder: Path) -> dict[str, Any]:
+def _model(folder: Path) -> dict[str, Any]:
     """A version in artifacts/, with the sha256 of its model file as it stands there."""
     manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     return {
@@ -67,21 +73,20 @@ def bill_of_materials(root: Path = ROOT) -> dict[str, Any]:
     """The locked packages that hold here, and the models, as CycloneDX; LifecycleError if one is missing."""
     bill = installed()
     present = {component["purl"]: component for component in bill["components"]}
+    # The image installs runtime.txt and the lock of each capability.
+    files = sorted((root / "requirements").glob("*.txt"))
+    locks = [file for file in files if file.name not in ("dev.txt", "train.txt")]
     locked = {
         f"pkg:pypi/{canonicalize_name(one.name)}@{str(one.specifier).removeprefix('==')}"
-        for lock in image_locks(root)
+        for lock in locks
         for one in requirements(lock)
     }
     if absent := sorted(locked - present.keys()):
         raise LifecycleError(f"{absent[0]} is locked but not installed here: run `make setup`")
-    models = [model(file.parent) for file in sorted((root / "artifacts").glob(f"*/{MANIFEST}"))]
+    models = [_model(file.parent) for file in sorted((root / "artifacts").glob(f"*/{MANIFEST}"))]
     packages = [present[purl] for purl in sorted(locked)]
-    asked_for = {
-        canonicalize_name(one.name)
-        for lock in image_locks(root)
-        for one in requirements(lock.with_suffix(".in"))
-    }
-    direct = [one["bom-ref"] for one in packages if canonicalize_name(one["name"]) in asked_for]
+    own = {canonicalize_name(one.name) for lock in locks for one in requirements(lock.with_suffix(".in"))}
+    direct = [one["bom-ref"] for one in packages if canonicalize_name(one["name"]) in own]
     kept = {one["bom-ref"] for one in packages}
     edges = {edge["ref"]: edge.get("dependsOn", []) for edge in bill["dependencies"]}
     bill["components"] = packages + models

@@ -4,21 +4,43 @@ the service with 1 and with 2 workers, under load -> memory of each, processor t
 -> a table of workers, the number to set, and what limits it
 """
 
-import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import psutil
+import typer
 
-from app.rollout.fleet import Machine, default_workers
+from app.rollout.fleet import Machine, default_workers, machine
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT
 from lifecycle.printing import table
-from load.profile import step
+from load.run import step
 from load.service import Running, service
 
 MEMORY_SHARE = 0.8  # the rest is for buffers of the system and for unusually large requests
 CONNECTIONS = 64
 MIB = 2**20
+
+
+def size(
+    seconds: Annotated[float, typer.Option(help="How long each of the four steps takes.")] = 2.0,
+) -> None:
+    """Say how many workers this model and this machine carry, from a measurement."""
+    cost, there = measure(seconds), machine()
+    workers, reason = advise(cost, there)
+    picked = default_workers(ROOT / "artifacts")
+    each = "not available on this system" if cost.worker is None else f"{cost.worker / MIB:.0f} MiB each"
+    typer.echo(
+        f"machine    {there.cpus} processors, {there.memory / MIB:,.0f} MiB\n"
+        f"worker     {each}\n"
+        f"model      {cost.model_seconds * 1e6:.0f} µs a row alone, run as `{cost.execution}`\n"
+        f"request    {cost.request_seconds * 1e6:.0f} µs of processor time, with {CONNECTIONS} at once\n\n"
+        f"{size_table(cost, there)}\n\n"
+        f"{reason}\n"
+        f"without APP_WORKERS the service starts {picked}, "
+        f"{'the same' if picked == workers else 'from the size of the model file: set it'}\n"
+        f"APP_WORKERS={workers}"
+    )
 
 
 @dataclass(frozen=True)
@@ -32,29 +54,30 @@ class Cost:
     execution: str
 
 
-def measure(seconds: float = 2.0) -> Cost:
+def measure(seconds: float) -> Cost:
     """Start the service with two workers and then with one, load each for `seconds` a step, weigh it."""
-    weights: list[int | None] = []
+    weights: list[int] = []
     for workers in (2, 1):  # the last steps are those with one worker
-        print(f"size: measuring with {workers} workers ...", file=sys.stderr)
+        typer.echo(f"size: measuring with {workers} workers ...", err=True)
         with service(APP_WORKERS=str(workers), APP_METRICS_ENABLED="true") as running:
             busy = step(running, CONNECTIONS, seconds)
-            weights.append(_pss(running))
+            weights += _pss(running)
             alone = step(running, 1, seconds)
             execution = running.model()["execution"]
     if not (alone.rate and busy.rate):
         raise LifecycleError(f"the service answered nothing with 200; statuses: {busy.refused}")
-    two, one = weights
-    worker = None if two is None or one is None else max(two - one, 1)
-    shared = None if worker is None or one is None else max(one - worker, 0)
+    worker = shared = None
+    if weights:
+        two, one = weights
+        worker = max(two - one, 1)
+        shared = max(one - worker, 0)
     return Cost(shared, worker, alone.stages["inference"] / 1000, busy.server / busy.rate, execution)
 
 
-def _pss(running: Running) -> int | None:
-    """Bytes of the service's processes together; None where the system has no PSS (not Linux)."""
-    if not psutil.LINUX:
-        return None
-    return sum(int(one.memory_full_info().pss) for one in (running.process, *running.workers()))
+def _pss(running: Running) -> list[int]:
+    """Bytes of the service's processes together; nothing where the system has no PSS (not Linux)."""
+    processes = (running.process, *running.workers())
+    return [sum(one.memory_full_info().pss for one in processes)] if psutil.LINUX else []
 
 
 def carried(cost: Cost, there: Machine) -> int | None:
@@ -84,21 +107,3 @@ def size_table(cost: Cost, there: Machine) -> str:
         rate = f"{min(workers, there.cpus) / cost.request_seconds:,.0f}"
         rows.append((workers, memory, share, rate, "<-" if workers == chosen else ""))
     return table(("workers", "memory", "of the limit", "about predictions/s", ""), rows)
-
-
-def report(cost: Cost, there: Machine) -> str:
-    """The measurement, the table, and the advice as the last line."""
-    workers, reason = advise(cost, there)
-    picked = default_workers(ROOT / "artifacts")
-    each = "not available on this system" if cost.worker is None else f"{cost.worker / MIB:.0f} MiB each"
-    return (
-        f"machine    {there.cpus} processors, {there.memory / MIB:,.0f} MiB\n"
-        f"worker     {each}\n"
-        f"model      {cost.model_seconds * 1e6:.0f} µs a row alone, run as `{cost.execution}`\n"
-        f"request    {cost.request_seconds * 1e6:.0f} µs of processor time, with {CONNECTIONS} at once\n\n"
-        f"{size_table(cost, there)}\n\n"
-        f"{reason}\n"
-        f"without APP_WORKERS the service starts {picked}, "
-        f"{'the same' if picked == workers else 'from the size of the model file: set it'}\n"
-        f"APP_WORKERS={workers}"
-    )

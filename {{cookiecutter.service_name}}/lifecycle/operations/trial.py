@@ -1,14 +1,20 @@
-"""Models that misbehave on purpose, for any contract: for the game day and for tests.
+"""Models that misbehave on purpose, and instances such as training had them: for the game day and for tests.
 
     manifest -> an ONNX graph that answers by one feature -> slow, failing or hanging -> a version folder
+    baseline.json -> values of each feature by its bins -> what the model answers to them
+    -> weights by which every feature, the answers and the scores have the shares of training -> instances
 
-They are not copies of the served model, which may be of a kind that cannot be taken apart. Their golden set
-has the rows of the served version with their own answers, so they can be released like any other version.
+The models are not copies of the served one, which may be of a kind that cannot be taken apart. Their golden
+set has the rows of the served version with their own answers, so they can be released like any other version.
+The instances stand for training's own rows, which are not at hand. Features are drawn one by one, so what
+they had to do with each other is lost but for what the weights keep.
 """
 
 import json
 import math
+import random
 import shutil
+from bisect import bisect_left
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -17,12 +23,17 @@ from typing import Any
 
 import numpy as np
 import onnx.parser
+from numpy.typing import NDArray
 
+from app.core.pipeline import Pipeline
 from app.core.runtimes import load_runtime
 from app.core.store import MANIFEST, Input, Manifest, read_artifact
+from app.schemas.contract import label_key
+from app.schemas.predict import Features
 from lifecycle.package import canonical_json
 
 MODEL, GOLDEN, BASELINE = "model.onnx", "golden.jsonl", "baseline.json"
+DRAWN, ROUNDS, SEED = 3000, 50, 0
 SURE, SPREAD = 0.9, 0.05  # the first label's probability at the feature's minimum, and how much it grows
 
 
@@ -66,7 +77,7 @@ def trial_model(manifest: Manifest, trouble: Trouble) -> bytes:
     width = max(len(manifest.outputs.labels), 1)
     nodes = [f"low = {_constant('float[1]', low)}", *given, *_loop(trouble)]
     nodes += _answer(high - low, width) if manifest.outputs.labels else ["right = Identity (looped)"]
-    nodes += [*_work(trouble, width), *_failure(trouble), "answer = Identity (failed)"]
+    nodes += [*_work(trouble, width), *_failure(trouble)]
     graph = f"trial ({taken}) => (float[N,{width}] answer) {{ {' '.join(nodes)} }}"
     model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
     return bytes(model.SerializeToString())
@@ -122,10 +133,10 @@ def _work(trouble: Trouble, width: int) -> list[str]:
 def _failure(trouble: Trouble) -> list[str]:
     """NaN where the feature is beyond the limit."""
     if trouble.fails_above == math.inf:
-        return ["failed = Identity (late)"]
+        return ["answer = Identity (late)"]
     return [
         f"limit = {_constant('float[1]', trouble.fails_above)} negative = {_constant('float[1]', -1.0)}",
-        "nan = Log (negative) beyond = Greater (x, limit) failed = Where (beyond, nan, late)",
+        "nan = Log (negative) beyond = Greater (x, limit) answer = Where (beyond, nan, late)",
     ]
 
 
@@ -170,3 +181,67 @@ def _write(folder: Path, manifest: dict[str, Any], name: str, content: bytes) ->
     (folder / name).write_bytes(content)
     manifest["files"][name] = {"sha256": sha256(content).hexdigest(), "size": len(content)}
     (folder / MANIFEST).write_bytes(canonical_json(manifest))
+
+
+def usual(artifacts: Path, version: str, count: int = 1000) -> list[dict[str, Any]]:
+    """So many instances with the shares of the baseline of `version`; the same each time."""
+    artifact, chance = read_artifact(artifacts, version), random.Random(SEED)  # noqa: S311  # no secret
+    baseline = json.loads(artifact.files["baseline.json"])
+    inputs = artifact.manifest.inputs
+    known = [json.loads(line)["features"] for line in artifact.files["golden.jsonl"].splitlines()]
+    spreads = {one.name: baseline["features"][one.name] for one in inputs}
+    drawn = known + [
+        {one.name: _drawn(spreads[one.name], one, chance) for one in inputs} for _ in range(DRAWN)
+    ]
+    answers: list[Any] = Pipeline.offline(artifact).answers([Features.model_validate(row) for row in drawn])
+    dimensions = [(spread, [row[name] for row in drawn]) for name, spread in spreads.items()]
+    if "values" in baseline:
+        dimensions.append((baseline["values"], [one.value for one in answers]))
+    else:
+        labels = {"categories": [*baseline["labels"]], "counts": [*baseline["labels"].values()]}
+        dimensions.append((labels, [label_key(one.label) for one in answers]))
+        dimensions.append((baseline["scores"], [one.score for one in answers]))
+    # Raking: weights by which the shares of every dimension's bins are those of its counts.
+    weights = np.full(len(drawn), 1 / len(drawn))
+    binned = [(_counts(spread), [_bin(spread, value) for value in values]) for spread, values in dimensions]
+    for _ in range(ROUNDS):
+        for counts, bins in binned:
+            there = np.bincount(bins, weights, len(counts))
+            factors = np.divide(counts / counts.sum(), there, out=np.ones(len(counts)), where=there > 0)
+            weights = weights * factors[bins]
+    return chance.choices(drawn, weights.tolist(), k=count)
+
+
+def _counts(feature: dict[str, Any]) -> NDArray[np.float64]:
+    """Training's rows by bin; after the bins come those that are in none, and those that are missing."""
+    return np.array([*feature["counts"], feature.get("other", 0), feature.get("missing", 0)], float)
+
+
+def _drawn(feature: dict[str, Any], one: Input, chance: random.Random) -> Any:
+    """A value of a feature, each bin as often as in training."""
+    counts = _counts(feature).tolist()
+    (at,) = chance.choices(range(len(counts)), counts)
+    if at == len(counts) - 1:
+        return None
+    if "categories" in feature:
+        strangers = [name for name in one.categories or () if name not in feature["categories"]]
+        return [*feature["categories"], chance.choice(strangers or ["something else"])][at]
+    least, most = one.training_range or (0.0, 1.0)
+    edges = [least, *feature["edges"], most]
+    low, high = max(edges[at], least), min(edges[at + 1], most)
+    if one.dtype == "bool":
+        return high > 0
+    if one.dtype == "int64":
+        return chance.randint(min(math.floor(low) + (at > 0), math.floor(high)), math.floor(high))
+    return high - chance.random() * (high - low) if at else low + chance.random() * (high - low)
+
+
+def _bin(feature: dict[str, Any], value: Any) -> int:
+    """The bin of a value, as an index into `_counts`."""
+    bins = len(feature["counts"])
+    if value is None:
+        return bins + 1
+    if "categories" in feature:
+        known = feature["categories"]
+        return known.index(value) if value in known else bins
+    return bisect_left(feature["edges"], value)

@@ -7,7 +7,7 @@ import typer
 
 from lifecycle import release
 from lifecycle.files import ROOT
-from lifecycle.operations.sources import Prometheus, Scrape, Window
+from lifecycle.operations.monitor import Prometheus, Scrape, Window
 from lifecycle.printing import table
 from lifecycle.release.checklist import folder_of
 from lifecycle.release.promotion import Switched

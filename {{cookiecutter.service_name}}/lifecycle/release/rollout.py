@@ -17,7 +17,7 @@ from app.core.store import Release, read_artifact, read_release
 from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT
-from lifecycle.operations.sources import MINIMUM, ask, scraped
+from lifecycle.operations.monitor import MINIMUM, ask, scraped
 from lifecycle.package import write_release
 from lifecycle.printing import table
 

@@ -1,0 +1,338 @@
+"""Documents that follow from the contract and the served version, and the runbooks in one file for a wiki.
+
+    app/schemas/predict.py, artifacts/<served>/ -> docs/example.json, sections of docs/contract.md,
+    of docs/model_card.md and of README.md; openapi.json only on request
+    docs/runbooks/*.md -> broken links, a line each, and exit 1; or build/runbooks.md with a table of contents
+
+Sections are found by their headings; the rest of these files belongs to people. If the model card is about
+another contract, its sentences about the model are removed, because they describe another model.
+
+Links between runbooks are absolute, because a wiki keeps nothing else through a paste. Those below an address
+of this project (`[project.urls]` of pyproject.toml) are looked up in its files; others are only listed.
+"""
+
+import json
+import re
+import shlex
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.core.store import MANIFEST, RELEASE, Input, Manifest
+from app.schemas.contract import contract_outputs
+from app.schemas.predict import Features
+from lifecycle.files import ROOT
+
+SERVICE = "http://127.0.0.1:8000"
+POST = f"curl -s {SERVICE}/v1/predict -H 'content-type: application/json' -d "
+PREDICTION_ID = "3aad39cc0382cba9767711fcf2ff892a"
+LISTED = 20  # categories and labels that a table names
+TYPES = {"float64": "number", "int64": "whole number", "bool": "`true` or `false`", "string": "text"}
+BY_PEOPLE = {  # sections of the model card that only people can write
+    "What it is for": "who decides what by its answers, and what it must not be used for",
+    "Known limits": "where it is wrong or unsure, and what it was never trained on",
+    "Quality": "how often it is right on rows it never saw, and how that was measured",
+    "Data about people": "whose data it was trained on, on what ground, and how no group is served worse",
+}
+FOLDER = ROOT / "docs" / "runbooks"
+INDEX = FOLDER / "README.md"
+_LINK = re.compile(r"\]\(([^)]*)\)|(?<!\]\()(https?://[^\s)>]+[\w/])")
+
+
+def docs(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if something differs.")] = False,
+    openapi: Annotated[
+        bool, typer.Option("--openapi", help="Write openapi.json too, whatever clients that breaks.")
+    ] = False,
+) -> None:
+    """Write what the documents say of the contract and of the served version."""
+    texts = documents() | ({"openapi.json": snapshot()} if openapi else {})
+    there = {name: (ROOT / name).read_text("utf-8") for name in texts if (ROOT / name).exists()}
+    differing = [name for name, text in texts.items() if there.get(name) != text]
+    for name in differing:
+        if not check:
+            (ROOT / name).write_text(texts[name], "utf-8", newline="\n")
+        typer.echo(
+            f"{name}: {'differs; python -m lifecycle docs writes it' if check else 'written'}", err=check
+        )
+    if check and differing:
+        raise typer.Exit(1)
+
+
+def runbooks(
+    output: Annotated[Path, typer.Option(help="Where to write it.")] = ROOT / "build" / "runbooks.md",
+) -> None:
+    """Write all runbooks into one file for a wiki; fails, a line each, where a link leads nowhere."""
+    pages = [INDEX, *sorted(set(FOLDER.glob("*.md")) - {INDEX})]
+    title, _, rest = INDEX.read_text("utf-8").partition("\n")
+    body = "\n\n".join([rest.strip(), *(_deeper(page.read_text("utf-8")) for page in pages[1:])])
+    contents = [f"- [{heading}](#{anchor(heading)})" for heading in headings(body, level=2)]
+    document = "\n".join([title, "", *contents, "", body, ""])
+    # Wikis number headings that share an anchor differently.
+    anchors = Counter(map(anchor, headings(document)))
+    twice = [one for one in headings(document, level=2) if anchors[anchor(one)] > 1]
+    if problems := broken(pages) + [f"{name}: the heading comes twice" for name in twice]:
+        typer.echo("\n".join(problems), err=True)
+        raise typer.Exit(1)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(document, "utf-8", newline="\n")
+    for link in sorted({link for page in pages for _, link in links(page) if target(page, link) is None}):
+        typer.echo(f"not checked, because it leads elsewhere: {link}")
+    typer.echo(f"{output}: every link to a page of this project leads somewhere")
+
+
+def documents(root: Path = ROOT) -> dict[str, str]:
+    """Path below `root` and the text that it should have."""
+    serving = root / "artifacts" / json.loads((root / "artifacts" / RELEASE).read_bytes())["serving"]
+    manifest = Manifest.model_validate_json((serving / MANIFEST).read_bytes())
+    golden = [json.loads(line) for line in (serving / "golden.jsonl").read_bytes().splitlines()]
+    example, *_ = _examples(manifest)
+    answer = _answer(manifest, next((row for row in golden if row["features"] == example), golden[0]))
+    names = ("README.md", "docs/contract.md", "docs/model_card.md")
+    readme, contract, card = ((root / name).read_text("utf-8") for name in names)
+    block = f"```json\n{_json(answer)}\n```\n"
+    readme = re.sub(r"```json\n.*?\n```\n", lambda _: block, readme, count=1, flags=re.DOTALL)
+    for heading, text in api(manifest, example, answer).items():
+        contract = replaced(contract, heading, text)
+    old = re.search(r"^\| contract \| `(\w+)` \|$", card, re.MULTILINE)
+    if old and old[1] != manifest.contract_sha256[:12]:
+        for heading, what in BY_PEOPLE.items():
+            words = f"Nobody has said so far: {what}. Whoever answers for the model writes it here."
+            card = replaced(card, heading, words)
+    card = replaced(card, "Facts", _facts(manifest))
+    texts = (readme, contract, card, _json(example) + "\n")
+    return dict(zip((*names, "docs/example.json"), texts, strict=True))
+
+
+def replaced(text: str, heading: str, words: str) -> str:
+    """The document with other words under one heading, down to the next heading of any level."""
+    pattern = rf"(^## {re.escape(heading)}\n).*?(?=^## |\Z)"
+    new, found = re.subn(
+        pattern, lambda match: f"{match[1]}{words.strip()}\n\n", text, flags=re.MULTILINE | re.DOTALL
+    )
+    if found != 1:
+        raise ValueError(f"there must be one heading: ## {heading}")
+    return new.rstrip("\n") + "\n"
+
+
+def snapshot() -> str:
+    """The text of openapi.json."""
+    from app.main import create_app
+    from app.settings import Settings
+
+    app = create_app(Settings(_env_file=None, env="local", api_keys=(), docs_enabled=True))
+    return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _examples(manifest: Manifest) -> list[dict[str, Any]]:
+    """The contract's examples, their features in order."""
+    examples = Features.model_json_schema()["examples"]
+    return [{one.name: example[one.name] for one in manifest.inputs} for example in examples]
+
+
+def _answer(manifest: Manifest, row: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a golden row, so that every machine writes the same digits."""
+    said = {"prediction_id": PREDICTION_ID, "model_version": manifest.version}
+    if "value" in row:
+        return said | {"value": float(f"{row['value']:.6g}"), "action": "accept"}
+    rounded = {label: round(one, 3) for label, one in row["probabilities"].items()}
+    score = max(rounded.values())
+    action = "accept" if score >= manifest.outputs.review_threshold else "review"
+    return said | {"label": row["label"], "score": score, "probabilities": rounded, "action": action}
+
+
+def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
+    """The sections of docs/contract.md that depend on the contract, by heading."""
+    others = _examples(manifest)[1:2] or [example]
+    true = _json(answer.get("label", answer.get("value")))
+    told = f'{{"prediction_id": "\\1", "label": {true}}}'
+    told = re.sub(r"[/&]|\\(?!1)", lambda found: "\\" + found[0], told)  # as sed wants it
+    script = shlex.quote(rf's/.*"prediction_id":"\([0-9a-f]*\)".*/{told}/')
+    batch = _quoted({"instances": [example, *others]})
+    lines = ",\n".join(f"  {_json(key)}: {_json(value)}" for key, value in answer.items())
+    feedback = (
+        "Sent again, the same label changes nothing. The first label counts: another one for the same "
+        "prediction is refused with 409. An id that no version here can have given out is 404."
+    )
+    if contract_outputs()["task"] == "regression":
+        feedback = "`label` is the true value. " + feedback
+    return {
+        "Predict": f"```sh\n{POST}{_quoted(example)}\n```\n```json\n{{\n{lines}\n}}\n```",
+        "Features": _table(
+            ("input", "type", "unit", "allowed", "seen in training"), map(_row, manifest.inputs)
+        )
+        + "\n\nEvery one is required and has its own JSON type (a number is no string and no "
+        "boolean); `null` is taken only where the table says so, and nothing else may stand beside them.",
+        "Answer": _outputs(manifest),
+        "Predict several": (
+            "Answers come in the order of the instances. The batch is validated as a whole: one invalid "
+            "instance fails it, and the error names its index.\n"
+            f"```sh\n{POST.replace('/predict', '/predict/batch')}{batch}\n```"
+        ),
+        "Say what was right": (
+            "When the truth is known, seconds or months later, send it with the id of the prediction; the "
+            f"answer is 202.\n```sh\n{POST}@docs/example.json | sed {script} | "
+            f"curl -s {SERVICE}/v1/feedback -H 'content-type: application/json' -d @-\n```\n{feedback}"
+        ),
+    }
+
+
+def _outputs(manifest: Manifest) -> str:
+    labels, answers, review = _listed(manifest.outputs.labels), {}, "a value"
+    if contract_outputs()["task"] == "regression":
+        answers["value"] = manifest.outputs.value or "what the model predicts"
+    else:
+        answers = {
+            "label": f"one of {labels}: the most probable one",
+            "score": "the model's probability of `label`, from 0 to 1",
+            "probabilities": "every label with its probability; they sum to 1",
+        }
+        review = "the score is below the review threshold, or a value"
+    rows = {
+        "prediction_id": "32 characters that name this prediction; keep it for questions and for feedback, "
+        "and read nothing from it",
+        "model_version": "the version that answered",
+        **answers,
+        "action": f"`accept`; or `review`, when a person should look: {review} lies outside the range seen "
+        "in training",
+    }
+    return _table(("output", "meaning"), ((f"`{key}`", words) for key, words in rows.items()))
+
+
+def _row(one: Input) -> tuple[str, ...]:
+    """A feature's line in the table."""
+    least, most = one.minimum, one.maximum
+    if least is None:
+        allowed = "any" if most is None else f"up to {most:g}"
+    else:
+        allowed = f"from {least:g}" if most is None else f"{least:g} to {most:g}"
+    if one.categories:
+        allowed = _listed(one.categories)
+    seen = "{:g} to {:g}".format(*one.training_range) if one.training_range else ""
+    null = ", or `null`" if one.nullable else ""
+    return f"`{one.name}`", TYPES[one.dtype], one.unit or "", allowed + null, seen
+
+
+def _facts(manifest: Manifest) -> str:
+    """What the manifest says, for people."""
+    training, outputs = manifest.training, manifest.outputs
+    rows = {
+        "version": f"`{manifest.version}`, served as {manifest.runtime}",
+        "contract": f"`{manifest.contract_sha256[:12]}`",
+        "task": manifest.task,
+        "answers": _listed(outputs.labels) if outputs.labels else outputs.value or "a number",
+        "features": f"{len(manifest.inputs)}: {_listed([one.name for one in manifest.inputs])}",
+    }
+    if training:
+        dates = f", {' to '.join(training.date_range)}" if training.date_range else ""
+        rows |= {
+            "trained on": f"{training.rows:,} rows{dates}; sha256 `{training.data_sha256[:12]}`",
+            "target": f"`{training.target}`",
+            "source": training.query or "",
+        }
+    if outputs.labels:
+        rows |= {"score": outputs.score, "review": f"a score below {outputs.review_threshold:g}"}
+    rows |= {"libraries": ", ".join(f"{name} {one}" for name, one in sorted(manifest.libraries.items()))}
+    return _table(("", ""), ((key, value) for key, value in rows.items() if value))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table without padding, so that a change of one row is a change of one line."""
+    cells = ([" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows)
+    top = "|" + "|".join(f" {name} " if name else " " for name in head) + "|"
+    return "\n".join([top, "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Values as code, the first of them where there are many."""
+    named = [f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in values[:LISTED]]
+    return ", ".join(named) + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _quoted(value: Any) -> str:
+    """JSON as an argument in a shell, always in quotes."""
+    return "'" + _json(value).replace("'", "'\"'\"'") + "'"
+
+
+def prose(text: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a document outside its code blocks."""
+    inside = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        elif not inside:
+            yield number, line
+
+
+def anchor(heading: str) -> str:
+    """The fragment that a link to `heading` needs, as GitHub and most wikis make it."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def headings(text: str, level: int | None = None) -> list[str]:
+    """The headings of a document, of one level or of all."""
+    hashes = "#{1,6}" if level is None else "#" * level
+    return [match[1] for _, line in prose(text) if (match := re.fullmatch(f"{hashes} (.+)", line))]
+
+
+def links(page: Path) -> Iterator[tuple[int, str]]:
+    """Line number and target of every link outside code."""
+    for number, line in prose(page.read_text("utf-8")):
+        text = re.sub(r"`[^`]*`", "", line)
+        yield from ((number, found[1] or found[2] or "") for found in _LINK.finditer(text))
+
+
+def target(page: Path, link: str) -> tuple[Path, str] | None:
+    """The file here that a link in `page` means, and the heading in it; None for links out of the project."""
+    path, _, fragment = link.partition("#")
+    for address, folder in _own_addresses().items():
+        if link.startswith(address):
+            return folder / path.removeprefix(address), fragment
+    return None if "://" in link else (page.parent / path if path else page, fragment)
+
+
+def _own_addresses() -> dict[str, Path]:
+    """Addresses of this project on the web, and their folders here."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+    return {f"{urls['Runbooks']}/": FOLDER, f"{urls['Repository']}/blob/main/": ROOT}
+
+
+def broken(pages: list[Path]) -> list[str]:
+    """One line for every link that leads nowhere in this project."""
+    return [
+        f"{page.relative_to(ROOT).as_posix()}:{number}: {link}: {what}"
+        for page in pages
+        for number, link in links(page)
+        if (what := _fault(page, link))
+    ]
+
+
+def _fault(page: Path, link: str) -> str | None:
+    found = target(page, link)
+    if found is None:
+        return None
+    if page.parent == FOLDER and not link.startswith(tuple(_own_addresses())):
+        return "is relative, so a paste into a wiki breaks it"
+    file, heading = found
+    if not file.exists():
+        return "there is no such file"
+    if heading and heading not in map(anchor, headings(file.read_text("utf-8"))):
+        return "there is no such heading"
+    return None
+
+
+def _deeper(text: str) -> str:
+    """A document with each heading one level lower."""
+    lines = text.strip().splitlines()
+    for number, line in prose(text.strip()):
+        if line.startswith("#"):
+            lines[number - 1] = f"#{line}"
+    return "\n".join(lines)

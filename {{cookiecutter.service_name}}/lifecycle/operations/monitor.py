@@ -1,0 +1,351 @@
+"""How far a running service has moved from training, and how often its model is right.
+
+Prometheus, a scrape of /metrics, or the log -> rows by bin -> PSI against baseline.json -> table, pictures
+predictions in the log + true labels by prediction_id -> by version, of labels accuracy, calibration and
+confusion, of values errors -> tables, pictures
+"""
+
+import csv
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2
+import numpy as np
+import pandas as pd
+import typer
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.core.store import read_artifact
+from app.monitoring.drift import settled
+from lifecycle.errors import LifecycleError
+from lifecycle.figures import BINS, calibration_error, plot_reliability, reliability
+from lifecycle.files import ROOT
+from lifecycle.printing import save_picture, table
+
+# As in ops/prometheus/drift_rules.yml; MINIMUM is the rows below which no verdict is given.
+MINIMUM, FLOOR, STABLE, DRIFTED = 300, 0.001, 0.1, 0.2
+PREDICTION = "(prediction)"
+SERIES = {
+    "feature_observations_total": "model_version,feature,bin",
+    "predictions_total": "model_version,label",
+}
+MOST_DOTS = 5000  # in a picture
+
+Counts = defaultdict[tuple[str, str], Counter[str]]  # rows by bin, of (version, feature or PREDICTION)
+Prometheus = Annotated[str, typer.Option(envvar="PROMETHEUS", help="Ask this Prometheus.")]
+Scrape = Annotated[Path | None, typer.Option(envvar="METRICS", help="Or read a saved answer of /metrics.")]
+Window = Annotated[str, typer.Option(envvar="WINDOW", help="How far to look back in Prometheus.")]
+Pictures = Annotated[Path, typer.Option(help="Where pictures go.")]
+
+
+def drift(
+    prometheus: Prometheus = "http://127.0.0.1:9090",
+    metrics: Scrape = None,
+    logs: Annotated[
+        Path | None, typer.Option(envvar="LOGS", help="Or read the `drift` lines of a log.")
+    ] = None,
+    window: Window = "1h",
+    artifacts: Annotated[Path, typer.Option(help="Folder of the versions.")] = ROOT / "artifacts",
+    pictures: Pictures = ROOT / "build",
+) -> None:
+    """Say how far inputs and predictions have moved from training (PSI), and draw what drifted."""
+    if metrics and logs:
+        raise LifecycleError("give METRICS or LOGS, not both")
+    counts = logged(logs) if logs else observed(prometheus, window, metrics)
+    found: list[Moved] = []
+    for version in sorted({version for version, _ in counts}):
+        # A version that consists of rules has no baseline.
+        if baseline := read_artifact(artifacts, version).files.get("baseline.json"):
+            found += compare(version, json.loads(baseline), counts)
+    if not found:
+        source = metrics or logs or prometheus
+        raise LifecycleError(f"{source}: nothing was observed of a version that has a baseline")
+    typer.echo(drift_table(found))
+    for one in found:
+        if one.verdict == "drifted":
+            typer.echo(f"picture: {draw_drift(one, pictures)}")
+
+
+def quality(
+    logs: Annotated[Path | None, typer.Option(envvar="LOGS", help="The service's log.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LABELS", help="CSV or JSON lines: prediction_id, label; else feedback in the log."
+        ),
+    ] = None,
+    pictures: Pictures = ROOT / "build",
+) -> None:
+    """Say how often each version was right, and whether its scores mean what they say."""
+    if logs is None:
+        raise LifecycleError("say which log: LOGS=service.log")
+    for version, known in judged(logs, labels).items():
+        lines = _classified(version, known) if "label" in known else _measured(version, known)
+        typer.echo(f"{lines}\n\npicture: {draw_quality(version, known, pictures)}\n")
+
+
+def ask(address: str, query: str) -> list[tuple[dict[str, str], float]]:
+    """The answer of Prometheus to an instant query: labels and value of each series."""
+    try:
+        answer = httpx2.get(f"{address.rstrip('/')}/api/v1/query", params={"query": query}, timeout=10)
+        series = answer.raise_for_status().json()["data"]["result"]
+        return [(one["metric"], float(one["value"][1])) for one in series]
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, KeyError) as error:
+        raise LifecycleError(f"{address}: no answer from Prometheus ({_words(error)})") from None
+
+
+def scraped(path: Path) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each sample in a saved answer of /metrics."""
+    try:
+        for family in text_string_to_metric_families(_read(path)):
+            for sample in family.samples:
+                yield sample.name, sample.labels, sample.value
+    except ValueError as error:
+        raise LifecycleError(f"{path}: not a scrape of /metrics ({_words(error)})") from None
+
+
+def log_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a log, also where a log collector put something in front of them."""
+    for line in _read(path).splitlines():
+        try:
+            document = json.loads(line[line.find("{") :])
+        except ValueError:
+            continue
+        if isinstance(document, dict):
+            yield document
+
+
+def _read(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace")
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def logged(path: Path) -> Counts:
+    """Rows by bin in the `drift` lines of a log."""
+    counts: Counts = defaultdict(Counter)
+    for line in log_lines(path):
+        if line.get("event") == "drift":
+            for name, bins in (line["features"] | {PREDICTION: line["predictions"]}).items():
+                counts[line["model_version"], name].update(bins)
+    return counts
+
+
+def observed(prometheus: str, window: str, metrics: Path | None) -> Counts:
+    """Rows by bin in a scrape, so since the service started, or in the last `window` of Prometheus."""
+    counts: Counts = defaultdict(Counter)
+    if metrics:
+        samples = [(labels, value) for name, labels, value in scraped(metrics) if name in SERIES]
+    else:
+        queries = (f"sum by ({by}) (increase({name}[{window}]))" for name, by in SERIES.items())
+        samples = [sample for query in queries for sample in ask(prometheus, query)]
+    for labels, value in samples:
+        feature, bin_ = labels.get("feature", PREDICTION), labels.get("bin") or labels["label"]
+        counts[labels["model_version"], feature][bin_] += value  # type: ignore[assignment]  # increase() is a float
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """One feature of one version beside its baseline; `bins` and the shares have an entry a bin.
+
+    `trained` says whether training had enough rows for the index to mean something.
+    """
+
+    version: str
+    feature: str
+    rows: float
+    bins: list[str]
+    then: NDArray[np.float64]
+    now: NDArray[np.float64]
+    trained: bool
+
+    @property
+    def terms(self) -> NDArray[np.float64]:
+        """What each bin adds to the index."""
+        then, now = np.maximum(self.then, FLOOR), np.maximum(self.now, FLOOR)
+        return np.asarray((now - then) * np.log(now / then))
+
+    @property
+    def psi(self) -> float:
+        """The population stability index."""
+        return float(self.terms.sum())
+
+    @property
+    def verdict(self) -> str:
+        """`too few rows`, `stable`, `moving` or `drifted`."""
+        if not self.trained or self.rows < MINIMUM:
+            return "too few rows"
+        return "stable" if self.psi < STABLE else "moving" if self.psi <= DRIFTED else "drifted"
+
+
+def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Moved]:
+    """Every feature of `version`, and its predictions, beside the baseline."""
+    expected = {name: baseline_counts(feature) for name, feature in baseline["features"].items()}
+    values = baseline.get("values")  # a regressor's
+    expected[PREDICTION] = baseline_counts(values) if values else Counter(baseline["labels"])
+    found = []
+    for name, then in expected.items():
+        now = np.array([counts[version, name][bin_] for bin_ in then], float)
+        rows = float(counts[version, name].total())
+        trained = settled(then.values(), baseline["rows"])
+        before = np.array([*then.values()]) / baseline["rows"]
+        found.append(Moved(version, name, rows, [*then], before, now / max(rows, 1e-9), trained))
+    return found
+
+
+def trained_features(root: Path, version: str) -> set[str]:
+    """Features of `version`, and PREDICTION, for which training had enough rows for the index."""
+    content = read_artifact(root, version).files.get("baseline.json", b"")
+    moved = compare(version, json.loads(content), defaultdict(Counter)) if content else []
+    return {one.feature for one in moved if one.trained}
+
+
+def baseline_counts(feature: dict[str, Any]) -> Counter[str]:
+    """Training's rows by bin, `missing` and `other` included."""
+    counts = Counter(dict(zip(feature["bins"], feature["counts"], strict=True)))
+    counts.update({key: feature[key] for key in ("missing", "other") if key in feature})
+    return counts
+
+
+def drift_table(found: Sequence[Moved]) -> str:
+    """A line a feature."""
+    rows = []
+    for one in found:
+        most = int(one.terms.argmax())
+        moved = f"{one.bins[most]}: {one.then[most]:.0%} in training, {one.now[most]:.0%} now"
+        psi = "-" if one.verdict == "too few rows" else f"{one.psi:.3f}"
+        rows.append(
+            (one.version, one.feature, psi, one.verdict, f"{one.rows:,.0f}", moved if one.rows else "-")
+        )
+    return table(("version", "feature", "PSI", "verdict", "rows", "moved most"), rows)
+
+
+def draw_drift(moved: Moved, folder: Path) -> Path:
+    """Write a picture of the shares of each bin, in training and now; its path."""
+    figure = _figure(max(5, len(moved.bins)))
+    axes = figure.subplots()
+    shares = pd.DataFrame({"training": moved.then, "now": moved.now}, moved.bins)
+    shares.plot.bar(ax=axes, rot=0, ylabel="share of rows")
+    for bars in axes.containers:
+        axes.bar_label(bars, fmt="{:.0%}")
+    axes.set_title(f"{moved.feature}, {moved.version}: PSI {moved.psi:.3f}")
+    return save_picture(figure, folder, f"drift-{moved.version}-{moved.feature}")
+
+
+def _figure(width: float) -> Any:
+    from matplotlib.figure import Figure  # here, because it takes a second
+
+    return Figure(figsize=(width, 4.5), layout="constrained")
+
+
+def judged(logs: Path, labels: Path | None) -> dict[Any, pd.DataFrame]:
+    """By version, the predictions in the log whose truth is known; without `labels`, the truth is feedback.
+
+    A classifier's frame has the columns label, truth (as text) and score, a regressor's value and truth.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    truths: dict[str, str] = {}
+    for line in log_lines(logs):
+        for one in line.get("predictions", []) if isinstance(line.get("thresholds"), dict) else []:
+            made[one["prediction_id"]] = {"version": line["model_version"], **one}
+        if line.get("news"):
+            truths[line["prediction_id"]] = _label(line["feedback"])
+    if not made:
+        raise LifecycleError(f"{logs}: no predictions in this log; they are logged at APP_LOG_LEVEL=INFO")
+    if labels is not None:
+        truths = dict(_labels(labels))
+    known = pd.DataFrame([one | {"truth": truths[id_]} for id_, one in made.items() if id_ in truths])
+    if known.empty:
+        source = labels or "feedback"
+        raise LifecycleError(f"none of the {len(made)} predictions in {logs} has a label from {source}")
+    if "label" in known:
+        known["label"] = known.label.map(_label)
+    else:
+        known["truth"] = pd.to_numeric(known.truth, errors="coerce")
+        for wrong in known.prediction_id[known.truth.isna()]:
+            raise LifecycleError(f"{wrong} has a truth that is no number")
+    return dict([*known.groupby("version")])
+
+
+def _labels(path: Path) -> Iterator[tuple[str, str]]:
+    """prediction_id and label, from JSON lines or from CSV with these columns; the last of an id counts."""
+    content = _read(path)
+    lines, in_json = content.splitlines(), content.lstrip().startswith("{")
+    for number, row in enumerate(lines, 1) if in_json else enumerate(csv.DictReader(lines), 2):
+        if isinstance(row, str) and not row.strip():
+            continue
+        try:
+            found = json.loads(row) if isinstance(row, str) else row
+            prediction_id, label = found["prediction_id"].strip(), found["label"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            label = None
+        if label in (None, ""):
+            raise LifecycleError(f"{path}:{number}: needs prediction_id and label, as CSV or JSON lines")
+        yield prediction_id, _label(label)
+
+
+def _label(label: Any) -> str:
+    """A label as text, the same from CSV and from JSON: 1 is 1 and true is true."""
+    return label.strip() if isinstance(label, str) else json.dumps(label)
+
+
+def _classified(version: str, known: pd.DataFrame) -> str:
+    """Accuracy, calibration and confusion."""
+    bins = reliability(known.score, known.label == known.truth)
+    scores = [
+        (f"{tenth / BINS:.1f} to {(tenth + 1) / BINS:.1f}", f"{count:,}", f"{score:.3f}", f"{right:.3f}")
+        for tenth, count, score, right in bins.itertuples(name=None)
+    ]
+    labels, accuracy = sorted({*known.truth, *known.label}), (known.label == known.truth).mean()
+    cells = pd.crosstab(known.truth, known.label).reindex(index=labels, columns=labels, fill_value=0)
+    return (
+        f"{version}: {len(known):,} predictions with a label, "
+        f"accuracy {accuracy:.3f}, calibration error {calibration_error(bins):.3f}\n\n"
+        f"{table(('score', 'predictions', 'mean score', 'right'), scores)}\n\n"
+        f"{table(('true, predicted', *labels), cells.itertuples(name=None))}"
+    )
+
+
+def _measured(version: str, known: pd.DataFrame) -> str:
+    """RMSE, MAE and bias, in all and by tenths of the predictions in ascending order."""
+    ordered = known.sort_values("value")
+    rows = []
+    for tenth in np.array_split(np.arange(len(ordered)), min(BINS, len(ordered))):
+        own = ordered.iloc[tenth]
+        low, high = own.value.iloc[0], own.value.iloc[-1]
+        rows.append((f"{low:.4g} to {high:.4g}", f"{len(own):,}", *_errors(own)))
+    rmse, mae, bias = _errors(known)
+    return (
+        f"{version}: {len(known):,} predictions with a true value, RMSE {rmse}, MAE {mae}, bias {bias}\n\n"
+        + table(("predicted", "predictions", "RMSE", "MAE", "bias"), rows)
+    )
+
+
+def _errors(known: pd.DataFrame) -> tuple[str, str, str]:
+    """Root of the mean square, mean of the absolute, and mean of the errors; too large is positive."""
+    errors = known.value - known.truth
+    return f"{(errors**2).mean() ** 0.5:.4g}", f"{errors.abs().mean():.4g}", f"{errors.mean():+.4g}"
+
+
+def draw_quality(version: str, known: pd.DataFrame, folder: Path) -> Path:
+    """Write a picture of calibration and confusion, or of a regressor's errors; its path."""
+    from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay  # here: it takes a second
+
+    figure, truth = _figure(10), known.truth
+    if "label" in known:
+        left, right = figure.subplots(1, 2)
+        plot_reliability(left, reliability(known.score, known.label == truth))
+        ConfusionMatrixDisplay.from_predictions(truth, known.label, ax=right, cmap="Blues", colorbar=False)
+    else:
+        dots = {"subsample": min(MOST_DOTS, len(known)), "random_state": 0}
+        PredictionErrorDisplay.from_predictions(truth, known.value, ax=figure.subplots(), **dots)
+    figure.suptitle(f"{version}, {len(known):,} predictions")
+    return save_picture(figure, folder, f"quality-{version}")
