@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         log=log,
         request_line=request_line,
         metrics=metrics,
-        recorder=Recorder([models]),
+        recorder=Recorder(models.write),
         guard=Guard(settings, log, metrics.fallbacks.inc),
         feedback=feedback,
         models=models,

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from gunicorn.errors import HaltServer
-from prometheus_client import values
+from prometheus_client import multiprocess, values
 
 from app import capabilities
 from app.core.errors import ArtifactError
 from app.core.store import Artifact
-from app.observability.metrics import forget_worker
+from app.observability.metrics import METRICS_FOLDER
 from app.rollout.fleet import FLEET, Fleet, default_workers, read_usable
 from app.settings import Settings, SettingsError, load_settings
 
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 MAX_STACK_BYTES = 16_384
 
 
@@ -172,7 +171,8 @@ def child_exit(server: Any, worker: Any) -> None:
     if stacks := worker.stacks.read(MAX_STACK_BYTES).decode(errors="replace"):
         server.log.error("worker died", extra={"fields": {"pid": worker.pid, "stacks": stacks}})
     worker.stacks.close()
-    forget_worker(worker.pid)
+    if METRICS_FOLDER in os.environ:
+        multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
 def on_exit(_server: Any) -> None:

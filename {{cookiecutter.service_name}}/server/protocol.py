@@ -9,7 +9,6 @@ and everything kept of a request has a bound, for a few comparisons a request an
 
 from collections import deque
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -26,17 +25,9 @@ _CLOSE = (b"connection", b"close")  # among the headers of every answer while th
 _TRAILERS: Any = deque(maxlen=0)  # takes the fields after a body and keeps none: they are no headers
 
 
-class Phase(Enum):
-    """What is read from the connection."""
-
-    WAITING = 1  # nothing: a request was read, the next has not begun
-    HEAD = 2  # a request line and headers
-    BODY = 3
-    REFUSING = 4  # nothing any more: the last answer is under way
-    CLOSING = 5  # only the client's end of the connection
-
-
-WAITING, HEAD, BODY, REFUSING, CLOSING = Phase  # quicker to look up
+# What is read from a connection: nothing, because the next request has not begun; a request line and headers;
+# a body; nothing any more, because the last answer is under way; only the client's end.
+WAITING, HEAD, BODY, REFUSING, CLOSING = range(5)
 
 
 def whole_request(receive: Any) -> bytes | None:
@@ -106,7 +97,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse a packet; it may hold a part of a request, or several."""
-        if self._phase is REFUSING or self._phase is CLOSING:
+        if self._phase == REFUSING or self._phase == CLOSING:
             return
         self._size += len(data)
         try:
@@ -137,7 +128,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body is complete."""
-        if self._phase is not BODY:  # another protocol was offered: the request is still to come
+        if self._phase != BODY:  # another protocol was offered: the request is still to come
             return
         self._phase, self._size, cycle = WAITING, 0, self.cycle
         if not cycle.response_complete:
@@ -152,9 +143,9 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        if self._phase is WAITING:
+        if self._phase == WAITING:
             self._since = self.loop.time()
-        elif self._phase is BODY and self.cycle.response_complete:
+        elif self._phase == BODY and self.cycle.response_complete:
             self._hurry(BODY)
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
@@ -208,11 +199,11 @@ class Protocol(HttpToolsProtocol):
 
     def _check_part(self) -> None:
         """The packet ended within a request: check what is there of it; raises ServiceError."""
-        if self._phase is BODY:
+        if self._phase == BODY:
             if self._size > self._max_wire:
                 raise ServiceError("body_too_large")
             return
-        if self._phase is WAITING:
+        if self._phase == WAITING:
             self._hurry(HEAD)
         self._check_head()
         if self._size > MAX_HEAD_BYTES:
@@ -237,7 +228,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, error: ServiceError) -> None:
         """Read no more; answer, unless the client could take the answer for that to another request."""
-        in_body, cycle, self._phase = self._phase is BODY, self.cycle, REFUSING
+        in_body, cycle, self._phase = self._phase == BODY, self.cycle, REFUSING
         if cycle is None or cycle.response_complete:
             if in_body:
                 self.transport.close()
@@ -268,14 +259,14 @@ class Protocol(HttpToolsProtocol):
         """
         if self._socket.is_closing():
             return
-        if self._phase is BODY or self._phase is REFUSING:
+        if self._phase == BODY or self._phase == REFUSING:
             self.flow.resume_reading()
             self._socket.write_eof()
         else:
             self._socket.close()  # once the client has taken the rest of the answer
         self._hurry(CLOSING)
 
-    def _hurry(self, phase: Phase) -> None:
+    def _hurry(self, phase: int) -> None:
         """From now on the client has `_seconds` to complete this phase."""
         self._phase, self._since = phase, self.loop.time()
         self._timer.cancel()
@@ -290,16 +281,16 @@ class Protocol(HttpToolsProtocol):
         now, answered = self.loop.time(), self.cycle is None or self.cycle.response_complete
         if not answered and self._phase in (WAITING, BODY, REFUSING):
             self._since = now  # we wait for the application, whose routes have a deadline of their own
-        seconds = self.timeout_keep_alive if self._phase is WAITING else self._seconds
+        seconds = self.timeout_keep_alive if self._phase == WAITING else self._seconds
         left = self._since + seconds - now
         if left > 0:
             self._timer = self.loop.call_later(left, self._on_timer)
         elif not last_call:
             # Bytes that arrived while the loop was busy have arrived in time: let them be read first.
             self._timer = self.loop.call_later(0.01, self._on_timer, True)
-        elif self._phase is CLOSING:
+        elif self._phase == CLOSING:
             self._socket.abort()
-        elif self._phase is HEAD and self._size:
+        elif self._phase == HEAD and self._size:
             self._refuse(ServiceError("request_timeout", "the headers did not arrive in time"))
         else:
             self.transport.close()

@@ -79,7 +79,7 @@ def test_the_counts_are_what_happened(requests: list[tuple[str, str, int, float,
     """After a scrape's wait every request, batch, stage and prediction has been counted once."""
     metrics = Metrics()
     calls = Calls(metrics, CapturingLogger())
-    recorder = Recorder([calls])
+    recorder = Recorder(calls.write)
     service: Any = SimpleNamespace(recorder=recorder, metrics=metrics)
     expected: Tally[tuple[str, ...]] = Tally()
 
@@ -124,7 +124,7 @@ def test_levels_are_read_when_metrics_are_written() -> None:
     with ExitStack() as inside:
         for _ in range(5):
             inside.enter_context(models.admission)
-        Recorder([models]).flush()
+        Recorder(models.write).flush()
     gauges = ("inference_in_flight", "inference_queue_depth", "inference_admission_limit")
     assert [samples(metrics.registry)[name,] for name in gauges] == [5, 3, 320]
 

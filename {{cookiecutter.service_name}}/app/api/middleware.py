@@ -115,7 +115,10 @@ class ServiceMiddleware:
                 (b"content-length", b"%d" % len(body)),
                 (b"x-request-id", call.request_id.encode()),
             ]
-            if not begun and not _send_whole(scope, send, call.status, headers, body):
+            # In one piece, where the server offers that.
+            whole = scope.get("extensions", {}).get("http.response.whole")
+            in_one = whole is not None and scope["method"] != "HEAD"
+            if not begun and not (in_one and whole(send, call.status, headers, body)):
                 await send({"type": "http.response.start", "status": call.status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
         scope["route_path"] = getattr(route or scope.get("route"), "path", None)
@@ -168,14 +171,6 @@ class ServiceMiddleware:
         headers: dict[str, Any] = {"content-type": MEDIA_TYPE, **failure.headers}
         encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
         return failure.status, encoded, problem(failure, call.request_id)
-
-
-def _send_whole(
-    scope: Scope, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes
-) -> bool:
-    """Answer in one piece, where the server offers that; whether it did."""
-    whole = scope.get("extensions", {}).get("http.response.whole")
-    return whole is not None and scope["method"] != "HEAD" and whole(send, status, headers, body)
 
 
 def _session(scope: Scope, header: str | None) -> str:

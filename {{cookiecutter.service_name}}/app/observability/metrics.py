@@ -11,9 +11,9 @@ import os
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -36,6 +36,7 @@ STAGE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCORE = tuple(step / 10 for step in range(1, 11))
 FLUSH_SECONDS = 0.02
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set where there are several workers
 
 
 class Metrics:
@@ -57,9 +58,7 @@ class Metrics:
         route = ("method", "handler")
         self.requests = counter("http_requests_total", "Requests answered.", *route, "status")
         self.duration = histogram("http_request_duration_seconds", "From door to answer.", LATENCY, *route)
-        self.stage = histogram(
-            "inference_stage_duration_seconds", "A request's time by stage.", STAGE, "stage"
-        )
+        self.stage = histogram("inference_stage_duration_seconds", "Time by stage.", STAGE, "stage")
         self.batch_rows = histogram("inference_batch_rows", "Rows in one call of the model.", ROWS)
         self.in_flight = gauge("inference_in_flight", "Requests inside: read, queued or running.")
         self.queue_depth = gauge("inference_queue_depth", "Requests waiting for the model.")
@@ -74,16 +73,13 @@ class Metrics:
         binned = ("model_version", "feature", "bin")
         self.observations = counter("feature_observations_total", "Values by bin of the baseline.", *binned)
         self.missing = counter("feature_missing_total", "Values that were null.", "feature")
-        self.feature_baseline = gauge(
-            "feature_baseline_ratio", "Share of training in a bin.", *binned, mode="livemax"
-        )
-        text, labels = "Share of training predicted so.", ("model_version", "label")
-        self.prediction_baseline = gauge("prediction_baseline_ratio", text, *labels, mode="livemax")
+        share = "Share of the training data."
+        self.feature_baseline = gauge("feature_baseline_ratio", share, *binned, mode="livemax")
+        labels = ("model_version", "label")
+        self.prediction_baseline = gauge("prediction_baseline_ratio", share, *labels, mode="livemax")
         self.feedback = counter("feedback_total", "Labels that came back.", "model_version", "outcome")
         self.out_of_range = counter("feature_out_of_range_total", "Values not seen in training.", "feature")
-        self.violations = counter(
-            "schema_violations_total", "Broken rules of the contract.", "field", "reason"
-        )
+        self.violations = counter("schema_violations_total", "Rules broken.", "field", "reason")
         info = ("version", "sha256", "runtime")
         self.model_info = gauge("model_info", "The served model, always 1.", *info, mode="livemax")
         self.model_load = gauge("model_load_seconds", "Verify, load and warm up.", mode="livemax")
@@ -112,10 +108,9 @@ class Metrics:
     def expect_values(self, edges: Sequence[float]) -> None:
         """A regressor's values lie about these; the first baseline that says so decides on the buckets."""
         if self.value is None:
-            text, labels = "Value predicted.", ("model_version",)
-            self.value = Histogram("prediction_value", text, labels, buckets=edges, registry=self.registry)
-            text, labels = "Value of a shadow.", ("shadow_version",)
-            self.shadow_value = Histogram("shadow_value", text, labels, buckets=edges, registry=self.registry)
+            options: dict[str, Any] = {"buckets": edges, "registry": self.registry}
+            self.value = Histogram("prediction_value", "Value predicted.", ["model_version"], **options)
+            self.shadow_value = Histogram("shadow_value", "Of a shadow.", ["shadow_version"], **options)
 
 
 def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> None:
@@ -134,18 +129,14 @@ def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> N
             histogram._buckets[bucket].inc(times)
 
 
-class Source(Protocol):
-    """Collects on its own and writes with the recorder's flush: calls of the models, levels of queues."""
-
-    def write(self, everything: bool) -> object:
-        """Write to Prometheus; `everything` includes values that may otherwise wait longer than a flush."""
-
-
 class Recorder:
-    """Counters and histograms of one event loop, written a few milliseconds later."""
+    """Counters and histograms of one event loop, written a few milliseconds later.
 
-    def __init__(self, sources: Sequence[Source] = ()) -> None:
-        self._sources = sources
+    `write` is called with every flush; its argument is True where no value may wait for a later one.
+    """
+
+    def __init__(self, write: Callable[[bool], object]) -> None:
+        self._write = write
         self._counts: defaultdict[tuple[Counter, tuple[str, ...]], float] = defaultdict(int)
         self._values: defaultdict[tuple[Histogram, tuple[str, ...]], list[tuple[float, int]]]
         self._values = defaultdict(list)
@@ -177,8 +168,7 @@ class Recorder:
         for (histogram, labels), values in self._values.items():
             observe_many(histogram.labels(*labels) if labels else histogram, values)
         self._values.clear()
-        for source in self._sources:
-            source.write(everything)
+        self._write(everything)
 
     def _schedule(self) -> None:
         self._scheduled = True
@@ -190,7 +180,7 @@ class _Workers(multiprocess.MultiProcessCollector):
 
     def collect(self) -> Iterable[Metric]:
         sound, broken = [], 0
-        for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db"):
+        for path in Path(os.environ[METRICS_FOLDER]).glob("*.db"):
             try:
                 self.merge([path])  # type: ignore[no-untyped-call]
                 sound.append(path)
@@ -205,11 +195,5 @@ class _Workers(multiprocess.MultiProcessCollector):
 
 def scrape(own: CollectorRegistry) -> bytes:
     """Prometheus text: of all workers, or of this process where it is the only one."""
-    several = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+    several = METRICS_FOLDER in os.environ
     return generate_latest(_Workers(None) if several else own)  # type: ignore[no-untyped-call]
-
-
-def forget_worker(pid: int) -> None:
-    """Drop the live gauges of a worker that has ended (gunicorn's `child_exit`)."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
