@@ -10,6 +10,7 @@ import ipaddress
 import random
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,7 +43,10 @@ def refuse_other_machines(environment: Environment, **_: object) -> None:
     options = environment.parsed_options
     assert options is not None  # set by locust's main  # noqa: S101
     host = urlsplit(environment.host or "").hostname or ""
-    if not (is_loopback(host) or options.allow_remote):
+    own = host == "localhost"
+    with suppress(ValueError):  # a name; DNS is not asked
+        own = ipaddress.ip_address(host).is_loopback
+    if not (own or options.allow_remote):
         raise SystemExit(f"load: {host or 'no host'} is not this machine; add --allow-remote if you mean it")
 
 
@@ -71,14 +75,6 @@ def judge(environment: Environment, **_: object) -> None:
 
     # When locust has printed its own table, so that the verdict is the last line.
     environment.events.quit.add_listener(show)  # type: ignore[no-untyped-call]  # locust leaves it untyped
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine, without asking DNS."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Client(FastHttpUser):

@@ -43,10 +43,10 @@ def compressed(text: str, speed: float) -> str:
     )
 
 
-def queries(board: str = "*") -> set[str]:
-    """What a dashboard, or all of them, asks Prometheus, releases and alerts included."""
+def queries() -> set[str]:
+    """What the dashboards ask Prometheus, releases and alerts included."""
     asked = set()
-    for path in (OPS / "grafana" / "dashboards").glob(f"{board}.json"):
+    for path in (OPS / "grafana" / "dashboards").glob("*.json"):
         content = json.loads(path.read_text("utf-8"))
         asked |= {target["expr"] for panel in content["panels"] for target in panel["targets"]}
         asked |= {one["expr"] for one in content["annotations"]["list"]}
@@ -113,10 +113,9 @@ def watching(
         path.write_text(re.sub(r"(scrape_interval|evaluation_interval): .*", every, text), "utf-8")
 
     def replace(written: str, address: str) -> None:
+        address = address.removeprefix("http://")
         for path in files:
-            path.write_text(
-                path.read_text("utf-8").replace(written, address.removeprefix("http://")), "utf-8"
-            )
+            path.write_text(path.read_text("utf-8").replace(written, address), "utf-8")
 
     with ExitStack() as stack:
         receiver = stack.enter_context(Receiver(("127.0.0.1", 0), tell))
