@@ -1,6 +1,7 @@
 """`python -m lifecycle COMMAND`: the module of a command is imported when the command is called.
 
 COMMAND -> its module -> function with Typer's annotations -> LifecycleError -> one line, exit 1
+                                                           -> a result with lines in `failed` -> exit 1
 """
 
 from importlib import import_module
@@ -22,7 +23,7 @@ MODULES = {  # by command; some import training libraries, which takes seconds
     **dict.fromkeys(("runbooks", "docs"), "operations.documents"),
     **dict.fromkeys(("drift", "quality"), "operations.monitor"),
     "gameday": "operations.gameday",
-    **dict.fromkeys(RELEASE, "release.commands"),
+    **dict.fromkeys(RELEASE, "release"),
     "import-model": "importing.importer",
 }
 
@@ -41,7 +42,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         # Typer itself ends with 130 on Ctrl-C.
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
         except (LifecycleError, ArtifactError) as error:
             reason = str(error)
         except BrokenPipeError:  # the reader of the output went away; Typer ends quietly
@@ -49,6 +50,10 @@ class _Commands(TyperGroup):
         except OSError as error:
             words = error.strerror or type(error).__name__
             reason = f"{error.filename}: {words}" if error.filename else words
+        else:
+            if getattr(found, "failed", None):
+                raise typer.Exit(1)
+            return found
         typer.echo(f"{ctx.invoked_subcommand}: {reason}", err=True)
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.core.store import read_artifact
-from lifecycle.release.documents import read_thresholds
+from lifecycle.release.evaluation import read_thresholds
 from tests.conftest import ARTIFACTS, ROOT, SERVED, VERSIONS, read, run
 
 THRESHOLDS = ROOT / "evaluation" / "thresholds.toml"

@@ -26,9 +26,8 @@ from lifecycle.__main__ import MODULES, commands
 from lifecycle.errors import LifecycleError
 from lifecycle.files import sha256
 from lifecycle.release import evaluate, promote, rollback
-from lifecycle.release.checklist import CHECKLIST, parse
-from lifecycle.release.documents import Thresholds
-from lifecycle.release.evaluation import Answers, Data, ask, judge, measure, parts, slices
+from lifecycle.release.evaluation import Answers, Data, Thresholds, ask, judge, measure, parts, slices
+from lifecycle.release.promotion import CHECKLIST, parse
 from lifecycle.tables import instances, read_table, spelling, truths, typed
 from tests.service.conftest import ARTIFACTS, SERVED, golden_set
 from tests.service.integration.test_artifacts import edit, flip, rewrite
@@ -354,7 +353,7 @@ def test_an_evaluation_leaves_a_verdict_and_a_report_with_pictures(place: Path) 
     shown = [line[2:].partition("]")[0] for line in report.splitlines() if line.startswith("![")]
     assert report.startswith("# Evaluation of v2: passed")
     assert {path.name for path in folder.glob("*.png")} == set(shown)
-    assert len(shown) == 3
+    assert len(shown) == 2
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in shown)
     evaluate("v2", root=place)
     assert (place / "evaluation" / "v2.json").read_bytes() == first

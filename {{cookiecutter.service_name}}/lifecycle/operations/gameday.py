@@ -29,12 +29,12 @@ import typer
 
 from app.core.runtimes import load_runtime
 from app.core.store import read_artifact, read_release
+from lifecycle.console import table
 from lifecycle.files import ROOT
 from lifecycle.operations.monitor import PREDICTION, trained_features
 from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of, usual
 from lifecycle.operations.watching import Watch, program, queries, watching
 from lifecycle.package import write_release
-from lifecycle.printing import table
 from load.service import Running, service, wait_for
 
 SPEED = 120  # an hour of the rules passes in 30 s

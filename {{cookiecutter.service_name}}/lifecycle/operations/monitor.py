@@ -22,10 +22,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.store import read_artifact
 from app.monitoring.drift import settled
+from lifecycle.console import (
+    BINS,
+    calibration_error,
+    plot_reliability,
+    reliability,
+    save_picture,
+    table,
+)
 from lifecycle.errors import LifecycleError
-from lifecycle.figures import BINS, calibration_error, plot_reliability, reliability
 from lifecycle.files import ROOT
-from lifecycle.printing import save_picture, table
 
 # As in ops/prometheus/drift_rules.yml; MINIMUM is the rows below which no verdict is given.
 MINIMUM, FLOOR, STABLE, DRIFTED = 300, 0.001, 0.1, 0.2

@@ -3,39 +3,106 @@
 labelled rows -> answers of the version and of the served one -> metrics, also of slices -> gates
 -> report and pictures in build/, verdict in evaluation/<version>.json, which a promotion needs
 
-Imports pyarrow, pandas and scikit-learn, which takes seconds: import it where it is needed.
+pyarrow, pandas, scikit-learn and matplotlib take seconds to import, for which a rollback must not wait.
 """
 
 import itertools
 import math
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
+import typer
 from numpy.typing import NDArray
-from sklearn import metrics
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline
 from app.core.store import MANIFEST, read_artifact, read_release
+from lifecycle.console import calibration_error, plot_reliability, reliability, table
 from lifecycle.errors import LifecycleError
-from lifecycle.figures import calibration_error, reliability
 from lifecycle.files import ROOT, sha256, write_file
 from lifecycle.package import canonical_json
-from lifecycle.release.documents import THRESHOLDS, Rows, Slice, Thresholds, Verdict, read_thresholds
-from lifecycle.tables import instances, is_missing, read_table, spelling, truths
 
+THRESHOLDS = "thresholds.toml"
+
+OfLabels = Literal["accuracy", "auc", "calibration"]
+OfValues = Literal["r2", "rmse", "mae"]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[float, Field(ge=0)]
+Rounded = Annotated[float, AfterValidator(lambda value: round(value, 6))]
+Count = Annotated[int, Field(ge=1)]
 MAX_VALUES = 20  # a numeric column with more different values is cut into bins
+MAX_POINTS = 5000  # in a picture
 LOWER_IS_BETTER = {"calibration", "rmse", "mae"}
 LOSS_IS_A_SHARE = {"rmse", "mae"}  # of the served version's figure; of other metrics it is a difference
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Metrics = dict[str, float]
+Version = Annotated[str, typer.Argument(help="The version, like v2.")]
+Root = Annotated[Path, typer.Option(help="The service's folder.", hidden=True)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Source(_Strict):
+    """The labelled rows: a file in evaluation/ and its target column, by default the manifest's."""
+
+    file: str = "holdout.csv"
+    target: str | None = None
+    minimum_rows: Count = 1
+    training_rows: Literal["refuse", "accept"] = "refuse"
+
+
+class Slice(_Strict):
+    """Parts of the rows by one column, and what all parts must reach, or each part by its name."""
+
+    column: str
+    edges: list[float] | None = None
+    minimum_rows: Count = 1
+    accuracy: Unit | dict[str, Unit] | None = None
+    rmse: Size | dict[str, Size] | None = None
+    mae: Size | dict[str, Size] | None = None
+
+
+class Thresholds(_Strict):
+    """The conditions of a release, by metric; `against_served` is the loss that is allowed."""
+
+    data: Source = Source()
+    classification: dict[OfLabels, Unit] = {}
+    regression: dict[OfValues, float] = {}
+    against_served: dict[OfLabels | OfValues, Size] = {}
+    slices: list[Slice] = []
+
+
+class Rows(_Strict):
+    """The rows of an evaluation; `file` is relative to the service's folder, or only a name."""
+
+    file: str
+    sha256: str
+    rows: int
+    target: str
+
+
+class Verdict(_Strict):
+    """`evaluation/<version>.json`: the result, and the bytes for which it is valid; no time, no machine."""
+
+    version: str
+    passed: bool
+    failed: list[str]
+    manifest_sha256: str
+    thresholds_sha256: str
+    data: Rows
+    metrics: dict[str, Rounded]
+    served: str | None
+    served_metrics: dict[str, Rounded]
 
 
 @dataclass(frozen=True)
@@ -70,7 +137,6 @@ class Part:
 
     name: str
     rows: int
-    judged: bool
     metrics: Metrics
     served: Metrics
 
@@ -103,16 +169,20 @@ class Evaluation:
 
 
 def evaluate(
-    version: str, *, data: Path | None = None, target: str | None = None, root: Path = ROOT
+    version: Version,
+    *,
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="DATA", help="Rows whose truth is known: .csv, .parquet, .jsonl or .arrow."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(envvar="TARGET", help="The column with the truth.")] = None,
+    root: Root = ROOT,
 ) -> Evaluation:
-    """Judge `version` by `root`/evaluation/thresholds.toml; writes its verdict, and a report with pictures.
+    """Hold a version to evaluation/thresholds.toml: golden set, quality, slices, and the served version.
 
-    `data` are labelled rows (.csv, .parquet, .jsonl, .arrow) with the truth in column `target`; by default
-    those that the thresholds name. The version passed if nothing is in `failed` of the result. Raises
-    ArtifactError or LifecycleError if it cannot be evaluated; then nothing is written.
+    Writes its verdict, and a report with pictures; nothing, if it cannot be evaluated. It passed if nothing
+    is in `failed` of the result.
     """
-    from lifecycle.release.report import write_report
-
     artifacts, thresholds = root / "artifacts", read_thresholds(root / "evaluation" / THRESHOLDS)
     artifact = read_artifact(artifacts, version)
     manifest, training = artifact.manifest, artifact.manifest.training
@@ -126,8 +196,13 @@ def evaluate(
             f"such rows as evaluation/{thresholds.data.file}"
         )
     rows = read_data(path, column, manifest.outputs.labels, root)
-    pipeline = Pipeline.offline(artifact)
-    gates = [golden_gate(pipeline)]
+    pipeline, replayed = Pipeline.offline(artifact), "the recorded answers"
+    try:
+        pipeline.model.replay()
+    except ArtifactError as error:
+        replayed = str(error)
+    same_answers = replayed == "the recorded answers"
+    gates = [Gate("golden set", replayed, "the recorded answers", same_answers)]
     if training and thresholds.data.training_rows == "refuse":
         same = training.data_sha256 == rows.sha256
         gates.append(
@@ -157,13 +232,33 @@ def evaluate(
         served_metrics=others,
     )
     found = Evaluation(verdict, note, rows, answers, cut, gates)
-    write_report(found, root / "build" / f"evaluation-{version}")
+    report = write_report(found, root / "build" / f"evaluation-{version}")
     write_file(root / "evaluation" / f"{version}.json", canonical_json(verdict.model_dump()))
+    typer.echo(f"{gate_table(gates)}\nreport: {report}")
+    for line in failed:
+        typer.echo(f"evaluate: {version}: {line}", err=True)
+    if not failed:
+        typer.echo(f"{version} passed: make promote VERSION={version}")
     return found
+
+
+def read_thresholds(path: Path) -> Thresholds:
+    """The thresholds in a file; raises LifecycleError."""
+    try:
+        return Thresholds.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        reason = f"{where}: {first['msg']}"
+    except ValueError as error:  # no TOML, or not UTF-8
+        reason = " ".join(str(error).split())[:160]
+    raise LifecycleError(f"{path}: {reason}")
 
 
 def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Data:
     """The rows of `path` with the truth in column `target`; raises LifecycleError for the first bad row."""
+    from lifecycle.tables import instances, read_table, spelling, truths
+
     table = read_table(path)
     # The place in the repository, or the file's name alone: a verdict must show no path of a machine.
     name = path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name
@@ -177,6 +272,8 @@ def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Dat
 
 def ask(pipeline: Pipeline, data: Data) -> Answers:
     """The answers of a version to every row."""
+    from lifecycle.tables import instances
+
     answers: list[Any] = [
         answer for rows in instances(data.table, data.name) for answer in pipeline.answers(rows)
     ]
@@ -203,6 +300,8 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> Metr
     `truths` and `values` as in Data and Answers, without rows that have no answer. `calibration` is the
     expected calibration error, `auc` the mean over labels of each against the rest.
     """
+    from sklearn import metrics
+
     if not len(truths):
         return {}
     if not labels:
@@ -246,14 +345,17 @@ def slices(
         cut = []
         for part, mask in parts(data.table.column(name).to_pylist(), one.edges).items():
             rows = int(mask.sum())
-            both = measured(data, answers, mask), measured(data, served, mask)
-            cut.append(Part(part, rows, rows >= one.minimum_rows, *both))
+            cut.append(Part(part, rows, measured(data, answers, mask), measured(data, served, mask)))
         found.append((one, cut))
     return found
 
 
 def parts(column: Sequence[Any], edges: list[float] | None) -> dict[str, Mask]:
     """The rows of each part of a column, by its name: by value, or of numbers by `edges` or quartiles."""
+    import pandas as pd
+
+    from lifecycle.tables import is_missing, spelling
+
     texts = pd.Series([None if is_missing(one, text=True) else spelling(one) for one in column], dtype=object)
     numbers = pd.to_numeric(texts, errors="coerce")
     names = sorted(texts.dropna().unique())
@@ -267,35 +369,12 @@ def parts(column: Sequence[Any], edges: list[float] | None) -> dict[str, Mask]:
     return found | ({"missing": np.asarray(texts.isna())} if texts.isna().any() else {})
 
 
-def gate(metric: str, found: float | None, threshold: float, where: str = "") -> Gate:
+def gate(metric: str, found: float | None, threshold: float, where: str = "", note: str = "") -> Gate:
     """The condition that a metric reaches its threshold; a metric that cannot be measured does not."""
     lower = metric in LOWER_IS_BETTER
     passed = found is not None and (found <= threshold if lower else found >= threshold)
     said = "not measurable on these rows" if found is None else f"{found:.4g}"
-    return Gate(metric + where, said, f"{'at most' if lower else 'at least'} {threshold:g}", passed)
-
-
-def against(metric: str, found: float | None, served: float, worse: float, version: str) -> Gate:
-    """The condition that a metric is at most `worse` than the served version's."""
-    loss = served * worse if metric in LOSS_IS_A_SHARE else worse
-    # Rounded, so that the last bits of a computation decide nothing.
-    allowed = round(served + loss if metric in LOWER_IS_BETTER else served - loss, 9)
-    one = gate(metric, found, allowed, f" against {version}")
-    needed = f"{one.needed.rpartition(' ')[0]} {allowed:.4g} ({version} has {served:.4g})"
-    return Gate(one.name, one.found, needed, one.passed)
-
-
-def slice_gates(one: Slice, parts: list[Part], metric: str) -> Iterator[Gate]:
-    """The conditions on a metric in the parts of a column."""
-    by_name = {part.name: part for part in parts}
-    threshold = getattr(one, metric)
-    wanted = threshold if isinstance(threshold, dict) else dict.fromkeys(by_name, threshold)
-    for name, needed in wanted.items():
-        where = f" where {one.column} is {name}"
-        if name not in by_name:
-            yield Gate(metric + where, "no such rows", f"{needed:g}", passed=False)
-        elif by_name[name].judged:
-            yield gate(metric, by_name[name].metrics.get(metric), needed, where)
+    return Gate(metric + where, said, f"{'at most' if lower else 'at least'} {threshold:g}{note}", passed)
 
 
 def judge(
@@ -315,22 +394,117 @@ def judge(
     wanted: dict[Any, float] = thresholds.classification if data.labels else thresholds.regression
     for metric, threshold in wanted.items():
         yield gate(metric, own.get(metric), threshold)
-    if served:
-        version, theirs = served
-        for metric, worse in thresholds.against_served.items():
-            if metric in theirs:
-                yield against(metric, own.get(metric), theirs[metric], worse, version)
+    version, theirs = served or ("", {})
+    for metric, worse in thresholds.against_served.items():
+        if metric in theirs:
+            was = theirs[metric]
+            loss = was * worse if metric in LOSS_IS_A_SHARE else worse
+            # Rounded, so that the last bits of a computation decide nothing.
+            allowed = round(was + loss if metric in LOWER_IS_BETTER else was - loss, 9)
+            note = f" ({version} has {was:.4g})"
+            yield gate(metric, own.get(metric), allowed, f" against {version}", note)
     for one, parts in sliced:
+        found = {part.name: part for part in parts}
         for metric in ("accuracy",) if data.labels else ("rmse", "mae"):
-            if getattr(one, metric) is not None:
-                yield from slice_gates(one, parts, metric)
+            needed = getattr(one, metric)
+            if needed is None:
+                continue
+            for name, threshold in (
+                needed if isinstance(needed, dict) else dict.fromkeys(found, needed)
+            ).items():
+                where = f" where {one.column} is {name}"
+                if name not in found:
+                    yield Gate(metric + where, "no such rows", f"{threshold:g}", passed=False)
+                elif found[name].rows >= one.minimum_rows:
+                    yield gate(metric, found[name].metrics.get(metric), threshold, where)
 
 
-def golden_gate(pipeline: Pipeline) -> Gate:
-    """The condition that every golden row gets the recorded answer."""
-    found = needed = "the recorded answers"
-    try:
-        pipeline.model.replay()
-    except ArtifactError as error:
-        found = str(error)
-    return Gate("golden set", found, needed, found == needed)
+def write_report(found: Evaluation, folder: Path) -> Path:
+    """Write report.md and its pictures (PNG) into `folder`; returns the path of report.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [*sections(found)]
+    for name, figure in pictures(found):
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        lines.append(f"![{name}.png]({name}.png)")
+    path = folder / "report.md"
+    write_file(path, ("\n\n".join(lines) + "\n").encode())
+    return path
+
+
+def gate_table(gates: Sequence[Gate]) -> str:
+    """The gates as Markdown."""
+    cells = [("ok" if one.passed else "**FAILED**", one.name, one.found, one.needed) for one in gates]
+    return table(("", "gate", "found", "needed"), cells)
+
+
+def sections(found: Evaluation) -> Iterator[str]:
+    """Headings, paragraphs and tables, in order."""
+    data, version, served = found.data, found.verdict.version, found.verdict.served
+    both, main, own = (
+        [version, *([served] if served else [])],
+        "accuracy" if found.data.labels else "rmse",
+        found.verdict.metrics,
+    )
+
+    def cells(name: str, *metrics: Metrics) -> list[str]:
+        return [f"{one[name]:.4g}" if name in one else "-" for one in metrics[: len(both)]]
+
+    yield f"# Evaluation of {version}: {'failed' if found.failed else 'passed'}"
+    beside = f"beside {served}, which serves" if served else f"no comparison: {found.note}"
+    yield (
+        f"{data.table.num_rows:,} rows of `{data.name}` (sha256 `{data.sha256[:12]}`), truth in "
+        f"`{data.target}`; {beside}.\n"
+        f"To review: {found.answers.reviewed:.1%} of them."
+    )
+    yield f"## Gates\n{gate_table(found.gates)}"
+    metrics = [(name, *cells(name, own, found.verdict.served_metrics)) for name in own]
+    yield f"## Metrics\n{table(('metric', *both), metrics)}"
+    for one, parts in found.slices:
+        head = (one.column, "rows", *(f"{main} of {name}" for name in both), "")
+        rows = [
+            (
+                part.name,
+                f"{part.rows:,}",
+                *cells(main, part.metrics, part.served),
+                "" if part.rows >= one.minimum_rows else "too few to judge",
+            )
+            for part in parts
+        ]
+        yield f"## By {one.column}\n{table(head, rows)}"
+
+
+def pictures(found: Evaluation) -> Iterator[tuple[str, Any]]:
+    """Name and figure: calibration, and the errors of labels or values."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay
+
+    def figure(title: str) -> tuple[Figure, Any]:
+        one = Figure(figsize=(6, 4.5), layout="constrained")
+        return one, one.add_subplot(title=f"{found.verdict.version}: {title}")
+
+    known, labels = found.answers.known, found.data.labels
+    truths, values = found.data.truths[known], found.answers.values[known]
+    if not len(truths):
+        return
+    if labels:
+        picture, axes = figure("score and share of right answers")
+        plot_reliability(axes, reliability(values.max(axis=1), values.argmax(axis=1) == truths))
+        yield "calibration", picture
+        picture, axes = figure("rows by truth and answer")
+        ConfusionMatrixDisplay.from_predictions(
+            truths,
+            values.argmax(axis=1),
+            labels=range(len(labels)),
+            display_labels=labels,
+            include_values=len(labels) <= MAX_VALUES,
+            xticks_rotation="horizontal" if len(labels) < 5 else "vertical",
+            ax=axes,
+        )
+        yield "confusion", picture
+        return
+    for name, kind in (("calibration", "actual_vs_predicted"), ("residuals", "residual_vs_predicted")):
+        picture, axes = figure(kind.replace("_", " "))
+        PredictionErrorDisplay.from_predictions(
+            truths, values, kind=kind, ax=axes, subsample=min(MAX_POINTS, len(truths)), random_state=0
+        )
+        yield name, picture

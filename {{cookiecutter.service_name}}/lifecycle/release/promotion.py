@@ -1,86 +1,110 @@
-"""Which version serves: release one that was evaluated, or go back to the one before.
+"""Which version serves: release one that was evaluated, or go back to the one before; sign it; its checklist.
 
 promote: verdict, files, golden set -> CHANGELOG.md, release.json -> one commit
 rollback: files -> CHANGELOG.md, release.json -> one commit
+release_check: docs/release_checklist.md -> each command is run, the other lines are for a person
+new_key, sign: a private key -> artifacts/v2/manifest.sig, for services that run with APP_TRUSTED_KEYS
 
-The running service follows release.json. Neither needs a network, and nothing is pushed. Without git the
-files are written all the same.
+The running service follows release.json. No promotion and no rollback needs a network, and nothing is
+pushed. Without git the files are written all the same.
 """
 
+import os
+import re
+import shlex
 import subprocess
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import typer
 from pydantic import ValidationError
 
 from app.core.pipeline import Pipeline
-from app.core.store import MANIFEST, RELEASE, Manifest, Release, read_artifact, read_release
+from app.core.store import (
+    MANIFEST,
+    RELEASE,
+    SIGNATURE,
+    VERSION_PATTERN,
+    Manifest,
+    Release,
+    read_artifact,
+    read_release,
+)  # fmt: skip
+from lifecycle.console import table
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT, sha256, write_file
 from lifecycle.package import write_release
-from lifecycle.release.documents import THRESHOLDS, Verdict
+from lifecycle.release.evaluation import THRESHOLDS, Root, Verdict, Version
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 CHANGELOG = "CHANGELOG.md"
 CARD = "docs/model_card.md"
 LIMITS = "## Known limits"
+CHECKLIST = "docs/release_checklist.md"
+LINE = re.compile(r"- \[ \] (?:Run `([^`]+)`|Sign): (.+)")
+COMMITTED = "committed, not pushed"
+WITHOUT_GIT = "no git here: the files are written, nothing is committed"
+LAST_LINES = 15  # of the output of a failed command
 
 
-@dataclass(frozen=True)
-class Switched:
-    """A release that was written; `committed` is False without git, or if the commit failed."""
+def promote(
+    version: Version,
+    *,
+    limits: Annotated[
+        str | None, typer.Option(envvar="LIMITS", help="Its known limits; else those of the model card.")
+    ] = None,
+    root: Root = ROOT,
+) -> None:
+    """Let an evaluated version serve: release.json, a changelog entry, and a commit of them.
 
-    release: Release
-    committed: bool
-    failure: str = ""  # of the commit
-
-
-def promote(version: str, *, limits: str | None = None, root: Path = ROOT) -> Switched:
-    """Let `version` serve in `root`: writes release.json and a changelog entry, and commits them.
-
-    `limits` are its known limits, by default those in the model card. Raises ArtifactError or LifecycleError
-    unless the version passed an evaluation of these very files, thresholds and rows against what serves now;
+    Refused unless it passed an evaluation of these very files, thresholds and rows against what serves now;
     then, and if the commit fails, nothing is changed.
     """
-    release, repository = read_release(root / "artifacts"), Repository(root)
+    release = read_release(root / "artifacts")
     manifest, verdict = check(root, version, release)
-    in_git = repository.found
+    in_git = has_git(root)
     if in_git:
-        repository.demand_clean(f"artifacts/{RELEASE}", CHANGELOG, f"evaluation/{THRESHOLDS}")
+        paths = [f"artifacts/{RELEASE}", CHANGELOG, f"evaluation/{THRESHOLDS}"]
+        if changed := git(root, "status", "--porcelain", "--", *paths).split():
+            raise LifecycleError(f"{changed[1]} has changes that are not committed: commit them first")
     text = entry(manifest, verdict, release.serving, limits or known_limits(root))
-    after = Release(serving=version, previous=release.serving)
     with undone_on_failure(root / CHANGELOG, root / "artifacts" / RELEASE):
-        switch(root, after, text)
+        switch(root, Release(serving=version, previous=release.serving), text)
         if in_git:
-            paths = [f"artifacts/{RELEASE}", CHANGELOG, f"artifacts/{version}", f"evaluation/{version}.json"]
-            repository.commit(f"Release model {version} in place of {release.serving}", paths)
-    return Switched(after, in_git)
+            message = f"Release model {version} in place of {release.serving}"
+            commit(root, message, f"artifacts/{version}", f"evaluation/{version}.json")
+    typer.echo(f"{version} serves in place of {release.serving} (make rollback goes back)")
+    typer.echo(COMMITTED if in_git else WITHOUT_GIT)
 
 
-def rollback(*, root: Path = ROOT) -> Switched:
-    """Let the previous version serve again, once its files are verified; nothing else is asked of it.
+def rollback(*, root: Root = ROOT) -> None:
+    """Let the previous version serve again, at once: verified, but asked for nothing else.
 
-    A commit that fails takes nothing back: what serves matters more than its record. Raises ArtifactError or
-    LifecycleError if there is no previous version, or not a whole one.
+    A commit that fails takes nothing back: what serves matters more than its record.
     """
-    release, repository = read_release(root / "artifacts"), Repository(root)
-    if release.previous is None:
+    release = read_release(root / "artifacts")
+    now, before = release.previous, release.serving
+    if now is None:
         raise LifecycleError(f"artifacts/{RELEASE} names no previous version")
-    read_artifact(root / "artifacts", release.previous)
-    after = Release(serving=release.previous, previous=release.serving)
-    switch(
-        root, after, f"## Model {after.serving} again, {today()}\n- Rolled back from `{after.previous}`.\n"
-    )
-    if not repository.found:
-        return Switched(after, committed=False)
+    read_artifact(root / "artifacts", now)
+    text = f"## Model {now} again, {today()}\n- Rolled back from `{before}`.\n"
+    switch(root, Release(serving=now, previous=before), text)
+    typer.echo(f"{now} serves in place of {before} (make rollback again undoes this)")
+    if not has_git(root):
+        typer.echo(WITHOUT_GIT)
+        return
     try:
-        message = f"Roll back to model {after.serving} from {after.previous}"
-        repository.commit(message, [f"artifacts/{RELEASE}", CHANGELOG])
+        commit(root, f"Roll back to model {now} from {before}")
+        typer.echo(COMMITTED)
     except (LifecycleError, OSError) as error:
-        return Switched(after, committed=False, failure=str(error))
-    return Switched(after, committed=True)
+        typer.echo(f"rollback: done, but not committed: {error}", err=True)
 
 
 def check(root: Path, version: str, release: Release) -> tuple[Manifest, Verdict]:
@@ -182,52 +206,148 @@ def undone_on_failure(*paths: Path) -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True)
-class Repository:
-    """The git work tree that holds the service's folder."""
+def git(root: Path, *arguments: str) -> str:
+    """The output of git in the service's folder; raises LifecycleError with its complaint."""
+    done = subprocess.run(  # noqa: S603  # only arguments from this module
+        ["git", "--no-optional-locks", *arguments],  # noqa: S607  # wherever it is installed
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise LifecycleError(f"git {arguments[0]}: {said[:200]}")
+    return done.stdout.strip()
 
-    root: Path
 
-    def git(self, *arguments: str) -> str:
-        """The output of git; raises LifecycleError with its complaint."""
-        done = subprocess.run(  # noqa: S603  # only arguments from this module
-            ["git", "--no-optional-locks", *arguments],  # noqa: S607  # wherever it is installed
-            cwd=self.root, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = " ".join((done.stderr or done.stdout).split())
-            raise LifecycleError(f"git {arguments[0]}: {said[:200]}")
-        return done.stdout.strip()
-
-    @property
-    def found(self) -> bool:
-        """Whether there is git, and a work tree that does not ignore this folder."""
-        try:
-            inside = self.git("rev-parse", "--is-inside-work-tree") == "true"
-        except (LifecycleError, OSError):
-            return False
-        try:
-            self.git("check-ignore", "--quiet", f"artifacts/{RELEASE}")
-        except LifecycleError:  # it is not ignored
-            return inside
+def has_git(root: Path) -> bool:
+    """Whether there is git, and a work tree that does not ignore this folder."""
+    try:
+        inside = git(root, "rev-parse", "--is-inside-work-tree") == "true"
+    except (LifecycleError, OSError):
         return False
+    try:
+        git(root, "check-ignore", "--quiet", f"artifacts/{RELEASE}")
+    except LifecycleError:  # it is not ignored
+        return inside
+    return False
 
-    def demand_clean(self, *paths: str) -> None:
-        """Raise LifecycleError if one of these files has changes that are not committed."""
-        changed = self.git("status", "--porcelain", "--", *paths).splitlines()
-        if changed:
-            raise LifecycleError(
-                f"{changed[0].split()[-1]} has changes that are not committed: commit them first"
-            )
 
-    def commit(self, message: str, paths: list[str]) -> None:
-        """Commit these paths, and nothing else that is staged; on failure the index is as before."""
-        index = self.root / self.git("rev-parse", "--git-path", "index")
-        before = index.read_bytes() if index.exists() else None
+def commit(root: Path, message: str, *more: str) -> None:
+    """Commit release.json, the changelog and `more`, nothing else; on failure the index is as before."""
+    paths = [f"artifacts/{RELEASE}", CHANGELOG, *more]
+    with undone_on_failure(root / git(root, "rev-parse", "--git-path", "index")):
+        git(root, "add", "--", *paths)
+        git(root, "commit", "--quiet", "--only", "--message", message, "--", *paths)
+
+
+class Line(NamedTuple):
+    """One line of the checklist; without a command it is for a person."""
+
+    number: int  # in the file
+    command: str | None
+    text: str
+
+
+def parse(document: str) -> list[Line]:
+    """The lines to tick, in order; raises LifecycleError for one that says neither Run nor Sign."""
+    lines = []
+    for number, text in enumerate(document.splitlines(), 1):
+        if found := LINE.fullmatch(text):
+            lines.append(Line(number, found[1], found[2]))
+        elif text.lstrip().startswith("- ["):
+            needed = "neither `- [ ] Run `command`: ...` nor `- [ ] Sign: ...`"
+            raise LifecycleError(f"{CHECKLIST}: line {number} is {needed}")
+    return lines
+
+
+def release_check(version: Version, *, root: Root = ROOT) -> None:
+    """Run every line of the release checklist that can be run, and list the lines that people must sign.
+
+    A ticked copy goes to build/, to be kept with the release, beside the output of each command.
+    """
+    if not re.fullmatch(VERSION_PATTERN, version):
+        raise LifecycleError(f"{version!r} is not a version name like v2")
+    document = (root / CHECKLIST).read_text("utf-8").replace("$VERSION", version)
+    folder, copy, rows = root / "build" / f"release-check-{version}", document.splitlines(), []
+    for number, command, text in parse(document):
+        box, item = copy[number - 1][:5], copy[number - 1][6:]
+        if command is None:
+            rows.append(("SIGN", "", text))
+            copy[number - 1] = f"{box} {item} Name: ____ Date: ____"
+            continue
+        began, log = perf_counter(), folder / f"{number}.log"
+        passed = _run(command, root, log)
+        outcome = "PASS" if passed else "FAIL"
+        rows.append((outcome, f"{perf_counter() - began:.0f} s", f"{command}: {text}"))
+        copy[number - 1] = f"- [x] {item}" if passed else f"{box} **FAILED** {item}"
+        typer.echo(f"release-check: {outcome} {command}", err=True)
+        if not passed:
+            last = log.read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:]
+            typer.echo("\n".join(last), err=True)
+    ticked = folder / Path(CHECKLIST).name
+    write_file(ticked, ("\n".join(copy) + "\n").encode())
+    typer.echo(table(("", "took", "line"), rows))
+    passes, failures, to_sign = ([row[0] for row in rows].count(one) for one in ("PASS", "FAIL", "SIGN"))
+    typer.echo(f"{passes} passed, {failures} failed, {to_sign} to be signed in {ticked}")
+    if failures:
+        raise LifecycleError(f"{version} is not ready")
+
+
+def _run(command: str, root: Path, log: Path) -> bool:
+    """Run a command of the checklist without a shell, its output into a file."""
+    # A make around this one would hand its flags down.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
         try:
-            self.git("add", "--", *paths)
-            self.git("commit", "--quiet", "--only", "--message", message, "--", *paths)
-        except LifecycleError:
-            if before is not None:
-                index.write_bytes(before)
-            raise
+            done = subprocess.run(  # noqa: S603  # a command in the repository's own document
+                shlex.split(command), cwd=root, env=own, stdout=output, stderr=subprocess.STDOUT, check=False
+            )
+        except OSError as error:
+            output.write(f"{command}: {error.strerror}\n".encode())
+            return False
+    return not done.returncode
+
+
+def new_key(path: Annotated[Path, typer.Argument(help="Where to write the private key, in PEM.")]) -> str:
+    """Make a key pair: a private key to sign versions with, and its public key for APP_TRUSTED_KEYS."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = Ed25519PrivateKey.generate()
+    content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+    typer.echo(f"{path}: private key without a password; keep it secret, and out of git")
+    typer.echo(f"APP_TRUSTED_KEYS={public_key(key)}")
+    return public_key(key)
+
+
+def sign(
+    version: Version,
+    key: Annotated[Path, typer.Option(help="The private key, as `new-key` writes it.")],
+    root: Root = ROOT,
+) -> str:
+    """Sign a version with a private key, for services that run with APP_TRUSTED_KEYS.
+
+    Its files are verified before; an older signature is replaced.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    folder = root / "artifacts" / version
+    read_artifact(root / "artifacts", version)
+    try:
+        private = load_pem_private_key(key.read_bytes(), password=None)
+    except (ValueError, TypeError):  # no PEM, or one with a password
+        private = None
+    if not isinstance(private, Ed25519PrivateKey):
+        raise LifecycleError(f"{key}: holds no Ed25519 private key in PEM without a password")
+    signature = private.sign((folder / MANIFEST).read_bytes())
+    write_file(folder / SIGNATURE, b64encode(signature) + b"\n")
+    typer.echo(f"artifacts/{version}/{SIGNATURE}: signed by {public_key(private)}")
+    return public_key(private)
+
+
+def public_key(private: "Ed25519PrivateKey") -> str:
+    """The public key as APP_TRUSTED_KEYS takes it: the base64 of its 32 bytes."""
+    return b64encode(private.public_key().public_bytes_raw()).decode()

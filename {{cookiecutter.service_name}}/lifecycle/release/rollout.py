@@ -11,15 +11,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from app.core.store import Release, read_artifact, read_release
 from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
+from lifecycle.console import table
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT
-from lifecycle.operations.monitor import MINIMUM, ask, scraped
+from lifecycle.operations.monitor import MINIMUM, Prometheus, Scrape, Window, ask, scraped
 from lifecycle.package import write_release
-from lifecycle.printing import table
 
 COUNTERS = (
     "predictions_total", "shadow_predictions_total", "canary_requests_total", "canary_failures_total",
@@ -27,34 +29,37 @@ COUNTERS = (
 CALLS, REQUESTS = "model_call_duration_seconds", "canary_duration_seconds"
 HISTOGRAMS = ("prediction_score", "prediction_value", "shadow_score", "shadow_value", CALLS, REQUESTS)
 AGREEMENTS = {"agree": "#4878a8", "disagree": "#d08030", "error": "#b03030", "dropped": "#dddddd"}
+Beside = Annotated[str | None, typer.Option(envvar="VERSION", help="The version, like v2; empty ends it.")]
+Artifacts = Annotated[Path, typer.Option(help="Folder of the versions and of release.json.")]
 Sample = tuple[str, dict[str, str], float]
 
 
-def shadow(version: str | None, *, artifacts: Path = ROOT / "artifacts") -> Release:
-    """Ask `version` every question after the client got its answer; clients never see it. None ends it.
-
-    Raises ArtifactError for a version that serves already or is not whole.
-    """
-    return _beside(artifacts, version, shadow=version)
+def shadow(version: Beside = None, *, artifacts: Artifacts = ROOT / "artifacts") -> None:
+    """Ask VERSION what clients ask, after they got their answer; clients never see its answers."""
+    _beside(artifacts, version, shadow=version or None)
+    typer.echo(f"shadow: {version or 'none'}; a running service follows within seconds")
 
 
-def canary(version: str | None, percent: int = 10, *, artifacts: Path = ROOT / "artifacts") -> Release:
-    """Let `version` answer `percent` of the clients, until it does worse than the served one. None ends it.
+def canary(
+    version: Beside = None,
+    percent: Annotated[int, typer.Option(envvar="PERCENT", min=0, max=100, help="Of the clients.")] = 10,
+    *,
+    artifacts: Artifacts = ROOT / "artifacts",
+) -> None:
+    """Let VERSION answer PERCENT of the clients, until it does worse than the served version."""
+    share = percent if version else 0
+    _beside(artifacts, version, canary=version or None, canary_percent=share)
+    typer.echo(f"canary: {version or 'none'}, {share}% of clients; a running service follows within seconds")
 
-    Raises ArtifactError or LifecycleError for a version that serves already or is not whole.
-    """
-    return _beside(artifacts, version, canary=version, canary_percent=percent if version else 0)
 
-
-def _beside(root: Path, version: str | None, **change: Any) -> Release:
+def _beside(root: Path, version: str | None, **change: Any) -> None:
+    """Change release.json; raises ArtifactError or LifecycleError for a version that cannot be beside."""
     release = read_release(root)
-    if version is not None:
+    if version:
         if version == release.serving:
             raise LifecycleError(f"{version} serves already")
         read_artifact(root, version)
-    after = Release(**release.model_dump() | change)
-    write_release(root, after)
-    return after
+    write_release(root, Release(**release.model_dump() | change))
 
 
 @dataclass
@@ -121,15 +126,18 @@ class Side:
 
 
 def compare(
-    prometheus: str = "http://127.0.0.1:9090", window: str = "1h", scrape: Path | None = None
+    prometheus: Prometheus = "http://127.0.0.1:9090",
+    metrics: Scrape = None,
+    window: Window = "1h",
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = ROOT / "build" / "compare.svg",
 ) -> list[Side]:
-    """The served version, then canary and shadow: over `window`, or since the start from a saved `scrape`.
-
-    Raises LifecycleError if there is nothing to compare.
-    """
-    found = sides(scraped(scrape) if scrape else from_prometheus(prometheus, window))
+    """Put served version, canary and shadow side by side: traffic, agreement, failures, latency, scores."""
+    found = sides(scraped(metrics) if metrics else from_prometheus(prometheus, window))
     if [side.role for side in found[:2]] not in (["serving", "canary"], ["serving", "shadow"]):
-        raise LifecycleError(f"{scrape or prometheus}: there is no shadow and no canary to compare")
+        raise LifecycleError(f"{metrics or prometheus}: there is no shadow and no canary to compare")
+    typer.echo(comparison(found))
+    draw(found, picture)
+    typer.echo(f"picture: {picture}")
     return found
 
 

@@ -1,0 +1,62 @@
+"""How commands show what they found: Markdown tables, and pictures of the calibration of scores.
+
+pandas takes a second to import, so the functions that need it import it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+BINS = 10  # of the score
+_NUMBER = re.compile(r"[-+]?\.?\d.*|-|n/a|")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table with padded columns, without a final newline.
+
+    `rows` has one cell per column; cells are converted by `str`. A column in which every cell is a number,
+    empty, "-" or "n/a" is aligned right.
+    """
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    padded = []
+    for name, *column in zip(*cells, strict=True):
+        width = max(3, *map(len, (name, *column)))
+        right = all(map(_NUMBER.fullmatch, column))
+        rule = "-" * (width - 1) + ":" if right else "-" * width
+        shown = [cell.rjust(width) if right else cell.ljust(width) for cell in (name, *column)]
+        padded.append([shown[0], rule, *shown[1:]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*padded, strict=True))
+
+
+def save_picture(figure: Any, folder: Path, name: str) -> Path:
+    """Write a matplotlib figure as SVG into `folder`; characters that file names may not have become `_`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".svg")
+    figure.savefig(path)
+    return path
+
+
+def reliability(scores: ArrayLike, right: ArrayLike) -> Any:
+    """Tenths of the score that have rows, as a frame: count, mean score, share of right answers."""
+    import pandas as pd
+
+    rows = pd.DataFrame({"score": scores, "right": right})
+    tenths = np.minimum((rows.score * BINS).astype(int), BINS - 1)
+    return rows.groupby(tenths).agg(count=("score", "size"), score=("score", "mean"), right=("right", "mean"))
+
+
+def calibration_error(bins: Any) -> float:
+    """Expected calibration error: the distance of score and share of right answers, averaged over rows."""
+    return float(np.average((bins.score - bins.right).abs(), weights=bins["count"]))
+
+
+def plot_reliability(axes: Any, bins: Any) -> None:
+    """Draw mean score against share of right answers; the area of a dot grows with its rows."""
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--")
+    axes.plot(bins.score, bins.right)
+    axes.scatter(bins.score, bins.right, 20 + 200 * bins["count"] / bins["count"].sum())
+    axes.set(xlabel="score", ylabel="share of right answers", xlim=(0, 1.02), ylim=(-0.02, 1.05))
