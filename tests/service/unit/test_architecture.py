@@ -9,7 +9,7 @@ import pytest
 
 from tests.service.where import ROOT
 
-WEB = {"fastapi", "starlette", "uvicorn", "uvicorn_worker", "gunicorn"}
+WEB = {"fastapi", "starlette", "uvicorn", "uvicorn_worker", "gunicorn", "prometheus_fastapi_instrumentator"}
 MODEL_LIBRARIES = {"onnxruntime", "numpy"}
 # Not pandas: an estimator that was fitted on a frame is served one.
 TRAINING = {"lifecycle", "onnx", "skl2onnx", "sklearn"}

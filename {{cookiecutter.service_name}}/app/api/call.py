@@ -91,6 +91,7 @@ class Call:
     audit: dict[str, Any] = field(default_factory=dict)  # further fields of the log line
     error: BaseException | None = None  # for the log, not for the client
     status: int = 0  # of the answer, once it has begun
+    counted: bool = False  # by the instrumentator in FastAPI's stack
 
     @property
     def pipeline(self) -> Pipeline:
@@ -133,8 +134,9 @@ class Call:
             service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
 
     def finish(self, method: str, route: str, seconds: float) -> None:
-        """Count the answer, and write the one line of this request."""
-        self.service.count_answer(method, route, self.status, seconds)
+        """Count the answer, unless FastAPI's stack has counted it, and write the one line of this request."""
+        if not self.counted:
+            self.service.count_answer(method, route, self.status, seconds)
         if self.canary is not None:
             self.canary.note(self.model_version == self.canary.pipeline.version, self.status, seconds)
         fields = {

@@ -100,6 +100,7 @@ class ServiceMiddleware:
         if scope["path"] == "/metrics":
             await self._service.recorder.settle()
         scope.setdefault("state", {})["call"] = call
+        call.counted = True  # by the instrumentator there
         await self._app(scope, receive, send_marked)
         return None
 

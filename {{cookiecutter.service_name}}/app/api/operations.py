@@ -10,6 +10,8 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.staticfiles import StaticFiles
 
 from app.api.call import CurrentCall, Service
@@ -53,11 +55,21 @@ async def version(call: CurrentCall) -> Version:
 
 
 def add_metrics(app: FastAPI, service: Service) -> None:
-    """Serve /metrics; the middleware has the recorder settle before it gets here."""
+    """Serve /metrics, and count what FastAPI's router answers; the middleware counts everything else."""
+    registry = service.metrics.registry
+
+    def record(info: Info) -> None:
+        handler, status = info.modified_handler, int(info.modified_status)
+        service.count_answer(info.method, handler, status, info.modified_duration)
+
+    instrumentator = Instrumentator(
+        should_group_status_codes=False, should_group_untemplated=True, registry=registry
+    )
+    instrumentator.add(record).instrument(app)
 
     @app.get("/metrics", include_in_schema=False)
     def metrics() -> Response:
-        return Response(scrape(service.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(scrape(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def add_docs(app: FastAPI) -> None:

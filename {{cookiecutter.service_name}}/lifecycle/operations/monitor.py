@@ -11,11 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx2
 import numpy as np
-import pandas as pd
 import typer
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,6 +31,9 @@ from lifecycle.console import (
 )
 from lifecycle.errors import LifecycleError
 from lifecycle.files import ROOT
+
+if TYPE_CHECKING:
+    import pandas as pd  # a second to import: the functions that need it import it
 
 # As in ops/prometheus/drift_rules.yml; MINIMUM is the rows below which no verdict is given.
 MINIMUM, FLOOR, STABLE, DRIFTED = 300, 0.001, 0.1, 0.2
@@ -236,6 +238,8 @@ def drift_table(found: Sequence[Moved]) -> str:
 
 def draw_drift(moved: Moved, folder: Path) -> Path:
     """Write a picture of the shares of each bin, in training and now; its path."""
+    import pandas as pd
+
     figure = _figure(max(5, len(moved.bins)))
     axes = figure.subplots()
     shares = pd.DataFrame({"training": moved.then, "now": moved.now}, moved.bins)
@@ -252,11 +256,13 @@ def _figure(width: float) -> Any:
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
-def judged(logs: Path, labels: Path | None) -> dict[Any, pd.DataFrame]:
+def judged(logs: Path, labels: Path | None) -> dict[Any, "pd.DataFrame"]:
     """By version, the predictions in the log whose truth is known; without `labels`, the truth is feedback.
 
     A classifier's frame has the columns label, truth (as text) and score, a regressor's value and truth.
     """
+    import pandas as pd
+
     made: dict[str, dict[str, Any]] = {}
     truths: dict[str, str] = {}
     for line in log_lines(logs):
@@ -303,8 +309,10 @@ def _label(label: Any) -> str:
     return label.strip() if isinstance(label, str) else json.dumps(label)
 
 
-def _classified(version: str, known: pd.DataFrame) -> str:
+def _classified(version: str, known: "pd.DataFrame") -> str:
     """Accuracy, calibration and confusion."""
+    import pandas as pd
+
     bins = reliability(known.score, known.label == known.truth)
     scores = [
         (f"{tenth / BINS:.1f} to {(tenth + 1) / BINS:.1f}", f"{count:,}", f"{score:.3f}", f"{right:.3f}")
@@ -320,7 +328,7 @@ def _classified(version: str, known: pd.DataFrame) -> str:
     )
 
 
-def _measured(version: str, known: pd.DataFrame) -> str:
+def _measured(version: str, known: "pd.DataFrame") -> str:
     """RMSE, MAE and bias, in all and by tenths of the predictions in ascending order."""
     ordered = known.sort_values("value")
     rows = []
@@ -335,13 +343,13 @@ def _measured(version: str, known: pd.DataFrame) -> str:
     )
 
 
-def _errors(known: pd.DataFrame) -> tuple[str, str, str]:
+def _errors(known: "pd.DataFrame") -> tuple[str, str, str]:
     """Root of the mean square, mean of the absolute, and mean of the errors; too large is positive."""
     errors = known.value - known.truth
     return f"{(errors**2).mean() ** 0.5:.4g}", f"{errors.abs().mean():.4g}", f"{errors.mean():+.4g}"
 
 
-def draw_quality(version: str, known: pd.DataFrame, folder: Path) -> Path:
+def draw_quality(version: str, known: "pd.DataFrame", folder: Path) -> Path:
     """Write a picture of calibration and confusion, or of a regressor's errors; its path."""
     from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay  # here: it takes a second
 
