@@ -2,7 +2,7 @@
 
     scikit-learn's data -> app/schemas/predict.py -> fit -> ONNX -> proof against scikit-learn -> artifacts/v1
 
-python medium.py FOLDER, with an interpreter that has the service's requirements/train.txt. The service's own
+python medium.py FOLDER, with an interpreter that has the service's requirements/dev.txt. The service's own
 lifecycle does the work, so a contract of another size goes the way that an owner's would.
 """
 

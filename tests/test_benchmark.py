@@ -30,7 +30,7 @@ def medium(render: Render) -> Path:
             "install",
             "--require-hashes",
             "--requirement",
-            "requirements/train.txt",
+            "requirements/dev.txt",
         ],
         [BIN / "python", ROOT / "benchmarks" / "medium.py", folder],
     ):

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.operations import watching as real
 from lifecycle.operations.watching import Watch
 from tests.service.conftest import (

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from app.core.errors import ArtifactError
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 
 RELEASE = (
     "evaluate", "promote", "rollback", "release-check", "new-key", "sign", "shadow", "canary", "compare",

@@ -33,7 +33,7 @@ from app.core.store import (
 from app.monitoring.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features
-from lifecycle.files import write_file
+from lifecycle.command import write_file
 
 NAME = "iris"
 MAX_BINS = 10

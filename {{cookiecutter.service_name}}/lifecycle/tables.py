@@ -33,7 +33,7 @@ from pydantic import ValidationError
 
 from app.schemas.contract import contract_inputs
 from app.schemas.predict import Features
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 
 SAMPLE_ROWS = 200_000
 BATCH_ROWS, BLOCK_BYTES = 16_384, 2**22

@@ -14,7 +14,7 @@ import typer
 
 from app.core.store import read_artifact, read_release
 from app.schemas.contract import served_contract_sha256
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing.train import ARTIFACTS, Data, convert, fit, load, model_files, prove_parity, train
 from lifecycle.package import Rows, baseline
 from tests.service.conftest import DEMO, EXAMPLE, OTHER, Service, copied_artifacts, run

@@ -564,15 +564,15 @@ def test_every_file_is_explained() -> None:
 
 
 def test_the_image_gets_what_was_tested() -> None:
-    """The image and training install the very releases, by hash, that the tests ran with."""
+    """The image installs the very releases, by hash, that the tests ran with."""
     locks = {}
-    for lock in ("dev", "train", "runtime"):
+    for lock in ("dev", "runtime"):
         text = (ROOT / "requirements" / f"{lock}.txt").read_text("utf-8").replace("\\\n", "")
         assert all(re.match(r"\S+==\S+ .*--hash=sha256:", line) for line in text.splitlines())
         assert "://" not in text
         # Without the markers: a package that more of the others need is needed in more cases.
         locks[lock] = {re.sub(r" ;.*?(?= --hash)", "", line).replace(" ", "") for line in text.splitlines()}
-    assert locks["runtime"] < locks["train"] < locks["dev"]
+    assert locks["runtime"] < locks["dev"]
 
 
 def test_the_engine_is_sent_what_the_image_copies() -> None:

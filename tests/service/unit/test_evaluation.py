@@ -23,8 +23,7 @@ from app.core.runtimes import load_runtime
 from app.core.store import read_artifact
 from app.schemas.contract import contract_inputs, contract_outputs
 from lifecycle.__main__ import MODULES, commands
-from lifecycle.errors import LifecycleError
-from lifecycle.files import sha256
+from lifecycle.command import LifecycleError, sha256
 from lifecycle.release import evaluate, promote, rollback
 from lifecycle.release.evaluation import Answers, Data, Thresholds, ask, judge, measure, parts, slices
 from lifecycle.release.promotion import CHECKLIST, parse

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from app.schemas.contract import contract_inputs, contract_outputs
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing import assemble
 from lifecycle.importing.contract_writer import Feature, field_names, formatted, source
 from lifecycle.importing.importer import parsed_bounds

@@ -21,7 +21,7 @@ from app.core.errors import ArtifactError
 from app.core.store import read_artifact
 from app.settings import SettingsError, load_settings
 from lifecycle.__main__ import commands
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.package import differing
 from lifecycle.release import new_key, sign
 from tests.service.conftest import copied_artifacts

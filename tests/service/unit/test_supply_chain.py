@@ -21,7 +21,7 @@ from tests.service.where import ROOT
 
 LOCK = ROOT / "requirements" / "runtime.txt"
 # Of the image: runtime.txt, and the lock of each capability.
-LOCKS = [path for path in (ROOT / "requirements").glob("*.txt") if path.stem not in ("dev", "train")]
+LOCKS = [path for path in (ROOT / "requirements").glob("*.txt") if path.stem != "dev"]
 
 
 def make(folder: Path, target: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,7 @@ from app.core.errors import ArtifactError
 from app.core.pipeline import Pipeline
 from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing.steps import ANSWERS, SAMPLE, Assembly, Converted, step
 from lifecycle.operations.documents import documents, snapshot
 from lifecycle.package import (

@@ -22,7 +22,7 @@ import numpy as np
 
 from app.core.runtimes import OnnxRuntime, SkopsRuntime, skops_types
 from app.core.store import Input
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing.original import (
     BOOSTERS,
     OPSET,

@@ -28,8 +28,7 @@ from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle import package
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT, sha256
+from lifecycle.command import ROOT, LifecycleError, sha256
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source
 from lifecycle.importing.steps import (

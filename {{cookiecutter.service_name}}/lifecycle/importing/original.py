@@ -21,7 +21,7 @@ import numpy as np
 
 from app.core.runtimes import OnnxRuntime
 from app.core.store import Input
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing.steps import Progress
 
 SCORE_TOLERANCE = 1e-5

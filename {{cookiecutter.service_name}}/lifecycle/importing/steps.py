@@ -23,8 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.core.errors import ArtifactError
 from app.core.store import Input, Training
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT
+from lifecycle.command import ROOT, LifecycleError
 
 ANSWERS, SAMPLE = "answers.npy", "sample.arrow"  # the original's answers to the rows of the sample
 WORK, JOURNAL, REFUSAL = ".import", "journal.json", "refusal.txt"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from app.core.store import Input
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing.original import OPSET, Answers, Original, as_labels, as_served, parts, unpickle
 from lifecycle.importing.steps import say
 

@@ -29,7 +29,7 @@ from app.core.runtimes import RulesRuntime
 from app.core.store import VERSION_PATTERN, Input, Training
 from app.schemas.contract import contract_inputs
 from lifecycle import package
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from lifecycle.importing.convert import to_onnx
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"

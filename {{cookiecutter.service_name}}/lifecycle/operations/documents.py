@@ -25,7 +25,7 @@ import typer
 from app.core.store import MANIFEST, RELEASE, Input, Manifest
 from app.schemas.contract import contract_outputs
 from app.schemas.predict import Features
-from lifecycle.files import ROOT
+from lifecycle.command import ROOT
 
 SERVICE = "http://127.0.0.1:8000"
 POST = f"curl -s {SERVICE}/v1/predict -H 'content-type: application/json' -d "

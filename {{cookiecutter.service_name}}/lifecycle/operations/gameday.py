@@ -29,8 +29,7 @@ import typer
 
 from app.core.runtimes import load_runtime
 from app.core.store import read_artifact, read_release
-from lifecycle.console import table
-from lifecycle.files import ROOT
+from lifecycle.command import ROOT, table
 from lifecycle.operations.monitor import PREDICTION, trained_features
 from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of, usual
 from lifecycle.operations.watching import Watch, program, queries, watching

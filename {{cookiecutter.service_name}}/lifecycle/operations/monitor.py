@@ -21,16 +21,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.store import read_artifact
 from app.monitoring.drift import settled
-from lifecycle.console import (
+from lifecycle.command import (
     BINS,
+    ROOT,
+    LifecycleError,
     calibration_error,
     plot_reliability,
     reliability,
     save_picture,
     table,
 )
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT
 
 if TYPE_CHECKING:
     import pandas as pd  # a second to import: the functions that need it import it

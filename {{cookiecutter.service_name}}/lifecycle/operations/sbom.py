@@ -18,8 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from app.core.store import MANIFEST, Artifact, Manifest
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT, sha256
+from lifecycle.command import ROOT, LifecycleError, sha256
 
 SERVICE = "root-component"  # the service itself, as cyclonedx-py calls it
 
@@ -75,7 +74,7 @@ def bill_of_materials(root: Path = ROOT) -> dict[str, Any]:
     present = {component["purl"]: component for component in bill["components"]}
     # The image installs runtime.txt and the lock of each capability.
     files = sorted((root / "requirements").glob("*.txt"))
-    locks = [file for file in files if file.name not in ("dev.txt", "train.txt")]
+    locks = [file for file in files if file.name != "dev.txt"]
     locked = {
         f"pkg:pypi/{canonicalize_name(one.name)}@{str(one.specifier).removeprefix('==')}"
         for lock in locks

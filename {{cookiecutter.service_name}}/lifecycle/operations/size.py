@@ -11,9 +11,7 @@ import psutil
 import typer
 
 from app.rollout.fleet import Machine, default_workers, machine
-from lifecycle.console import table
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT
+from lifecycle.command import ROOT, LifecycleError, table
 from load.run import step
 from load.service import Running, service
 

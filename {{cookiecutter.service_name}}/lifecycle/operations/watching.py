@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 
-from lifecycle.errors import LifecycleError
+from lifecycle.command import LifecycleError
 from load.service import started
 from ops.alertmanager.receiver import Receiver, Tell
 

@@ -23,9 +23,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Pipeline
 from app.core.store import MANIFEST, read_artifact, read_release
-from lifecycle.console import calibration_error, plot_reliability, reliability, table
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT, sha256, write_file
+from lifecycle.command import (
+    ROOT,
+    LifecycleError,
+    calibration_error,
+    plot_reliability,
+    reliability,
+    sha256,
+    table,
+    write_file,
+)
 from lifecycle.package import canonical_json
 
 THRESHOLDS = "thresholds.toml"

@@ -35,9 +35,7 @@ from app.core.store import (
     read_artifact,
     read_release,
 )  # fmt: skip
-from lifecycle.console import table
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT, sha256, write_file
+from lifecycle.command import ROOT, LifecycleError, sha256, table, write_file
 from lifecycle.package import write_release
 from lifecycle.release.evaluation import THRESHOLDS, Root, Verdict, Version
 

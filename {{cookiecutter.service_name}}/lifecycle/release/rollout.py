@@ -17,9 +17,7 @@ import typer
 
 from app.core.store import Release, read_artifact, read_release
 from app.rollout.canary import ERROR_MARGIN, LATENCY_FACTOR, LATENCY_SECONDS
-from lifecycle.console import table
-from lifecycle.errors import LifecycleError
-from lifecycle.files import ROOT
+from lifecycle.command import ROOT, LifecycleError, table
 from lifecycle.operations.monitor import MINIMUM, Prometheus, Scrape, Window, ask, scraped
 from lifecycle.package import write_release
 

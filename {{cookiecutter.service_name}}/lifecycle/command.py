@@ -1,8 +1,9 @@
-"""How commands show what they found: Markdown tables, and pictures of the calibration of scores.
+"""What the commands share: the service's folder, the one error for a person, tables and pictures.
 
 pandas takes a second to import, so the functions that need it import it.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,8 +12,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+ROOT = Path(__file__).resolve().parents[1]  # the service's folder
 BINS = 10  # of the score
 _NUMBER = re.compile(r"[-+]?\.?\d.*|-|n/a|")
+
+
+class LifecycleError(Exception):
+    """A command cannot do what it was asked; `lifecycle.__main__` prints the message and exits with 1.
+
+    The message is one line for a person. It names the file, version or option that is wrong, and where
+    possible the command that helps.
+    """
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write the whole file, or leave the old one as it is: a running service may read it at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
