@@ -1,4 +1,4 @@
-"""Starts what `lifecycle.operations.watching` starts; skips where the programs are missing, but not in CI.
+"""Starts what `lifecycle.operations.programs` starts; skips where the programs are missing, but not in CI.
 
 ops/, in the template with its answers filled in -> Prometheus, Alertmanager, a receiver -> Watch
 """
@@ -16,8 +16,8 @@ import httpx2
 import pytest
 
 from lifecycle.command import LifecycleError
-from lifecycle.operations import watching as real
-from lifecycle.operations.watching import Watch
+from lifecycle.operations import programs as real
+from lifecycle.operations.programs import Watch
 from tests.service.conftest import (
     ANSWER,
     EXAMPLE,

@@ -18,7 +18,8 @@ from locust import FastHttpUser, between, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 
-from load.service import ROOT, golden_rows
+from lifecycle.command import ROOT
+from lifecycle.operations.programs import golden_rows
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped

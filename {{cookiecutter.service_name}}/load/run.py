@@ -35,7 +35,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from app.rollout.fleet import machine
-from load.service import ROOT, Running, golden_rows, service
+from lifecycle.command import ROOT
+from lifecycle.operations.programs import Running, golden_rows, service
 
 CONNECTIONS = (1, 4, 16, 64)
 PATH = "/v1/predict"

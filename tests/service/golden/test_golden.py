@@ -20,7 +20,7 @@ from app.core.batcher import Observer
 from app.core.pipeline import Execution, Pipeline, Policy
 from app.core.store import read_artifact
 from app.schemas.predict import Features, Prediction
-from load.service import service
+from lifecycle.operations.programs import service
 from tests.service.conftest import (
     ARTIFACTS,
     EXAMPLE,

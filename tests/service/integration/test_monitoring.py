@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from lifecycle.__main__ import commands
 from lifecycle.operations.monitor import DRIFTED, STABLE
+from lifecycle.operations.programs import Watch
 from lifecycle.operations.trial import usual
-from lifecycle.operations.watching import Watch
 from tests.service.conftest import (
     ANSWER,
     ARTIFACTS,

@@ -26,7 +26,7 @@ from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import Settings, load_settings, redacted
 from lifecycle.operations.documents import anchor, api, broken, headings, prose
-from lifecycle.operations.watching import alertmanager_flags, running
+from lifecycle.operations.programs import alertmanager_flags, running
 from tests.service.conftest import (
     EXAMPLE,
     SERVED,

@@ -31,10 +31,9 @@ from app.core.runtimes import load_runtime
 from app.core.store import read_artifact, read_release
 from lifecycle.command import ROOT, table
 from lifecycle.operations.monitor import PREDICTION, trained_features
+from lifecycle.operations.programs import Running, Watch, program, queries, service, wait_for, watching
 from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of, usual
-from lifecycle.operations.watching import Watch, program, queries, watching
 from lifecycle.package import write_release
-from load.service import Running, service, wait_for
 
 SPEED = 120  # an hour of the rules passes in 30 s
 SAMPLE_MS = 500

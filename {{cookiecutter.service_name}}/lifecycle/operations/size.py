@@ -12,8 +12,8 @@ import typer
 
 from app.rollout.fleet import Machine, default_workers, machine
 from lifecycle.command import ROOT, LifecycleError, table
+from lifecycle.operations.programs import Running, service
 from load.run import step
-from load.service import Running, service
 
 MEMORY_SHARE = 0.8  # the rest is for buffers of the system and for unusually large requests
 CONNECTIONS = 64

@@ -1,27 +1,123 @@
-"""Prometheus and Alertmanager around a service, wired as in compose.yaml: for the game day and for tests.
+"""Programs that run as long as a block: the service itself, and Prometheus and Alertmanager around it.
 
+    command -> ready -> the block -> SIGTERM, or SIGKILL where it does not end
     ops/ -> a copy for this machine, its durations divided by `speed` -> the real programs -> Watch
 
-Only durations and addresses differ from what production runs; the rules are the same.
+Load tests, `make size`, the game day and tests use them. Only durations and addresses differ from what
+production runs; the rules are the same.
 """
 
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
+import psutil
 
-from lifecycle.command import LifecycleError
-from load.service import started
+from app.core.store import read_artifact, read_release
+from lifecycle.command import ROOT, LifecycleError
 from ops.alertmanager.receiver import Receiver, Tell
 
-OPS = Path(__file__).resolve().parents[2] / "ops"
+START_SECONDS, END_SECONDS = 60.0, 60.0
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], seconds: float) -> T | None:
+    """The first true result of `condition`, or None after `seconds`; a failed connection counts as false."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        with suppress(OSError, httpx2.TransportError):
+            if found := condition():
+                return found
+        time.sleep(0.1)
+    return None
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    log: Path,
+    ready: Callable[[], object],
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[psutil.Popen]:
+    """Run a program in the service's folder, once `ready` says so; what it prints goes to `log`.
+
+    SystemExit, with the end of the log, if the program ends or is not ready in time.
+    """
+    with log.open("wb") as output:
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: process.poll() is not None or ready(), START_SECONDS)
+        if process.poll() is not None or not ready():
+            said = log.read_text("utf-8", errors="replace")[-4000:]
+            raise SystemExit(f"{said}\n{log.stem} did not become ready")
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def golden_rows() -> tuple[str, list[dict[str, Any]]]:
+    """The version that is released, and the rows of its golden set."""
+    version = read_release(ROOT / "artifacts").serving
+    lines = read_artifact(ROOT / "artifacts", version).files["golden.jsonl"].splitlines()
+    return version, [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that is ready: its address, and the process that started its workers."""
+
+    address: str
+    process: psutil.Process
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes."""
+        workers: list[psutil.Process] = self.process.children()
+        return workers
+
+    def model(self) -> dict[str, Any]:
+        """The `model` part of /version: version, runtime, how it is run."""
+        model: dict[str, Any] = httpx2.get(f"{self.address}/version").raise_for_status().json()["model"]
+        return model
+
+
+@contextmanager
+def service(**settings: str) -> Iterator[Running]:
+    """Run the service on a free port, with these `APP_` variables; SystemExit if it does not start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "app.main:create_app()"]
+    environment = {**os.environ, **settings, "APP_HOST": "127.0.0.1", "APP_PORT": str(port)}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "service.log")
+        with started(command, log, lambda: _is_ready(address), environment) as process:
+            yield Running(address, process)
+
+
+def _is_ready(address: str) -> bool:
+    return httpx2.get(f"{address}/ready", timeout=2).status_code == 200
+
+
+OPS = ROOT / "ops"
 UNIT_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 

@@ -1,1 +1,0 @@
-"""Processes and connections: gunicorn's workers, their end, and the HTTP protocol."""
