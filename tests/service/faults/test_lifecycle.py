@@ -420,13 +420,14 @@ class Replica:
             return self.service.stop()
 
 
-CONNECT = {"retry_on": "connect-failure"}  # repeats no request that may have arrived
+# Also what may have arrived, for a prediction may be sent twice: see decision 15 for what is lost without.
+RESET = {"retry_on": "reset"}
 RETRY_503 = {"retry_on": "retriable-status-codes", "retriable_status_codes": [503]}
 
 
 @contextmanager
 def gateway(
-    folder: Path, upstreams: list[str], retries: dict[str, Any] = CONNECT
+    folder: Path, upstreams: list[str], retries: dict[str, Any] = RESET
 ) -> Iterator[tuple[str, Callable[[], int]]]:
     """A real Envoy in front of `upstreams`: its address, and how many of them it takes to be healthy.
 
