@@ -11,11 +11,11 @@ import pytest
 from tests.conftest import Bake, contents
 
 SERVES = ("app/", "server/", "gunicorn.conf.py")
-# Where -> the most lines of Python.
+# Where -> the most lines of Python; docs/decisions/0008 has the aims, which are lower.
 BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
-    "all": (("",), 11_000),
-    "what serves": (SERVES, 4_000),
-    "lifecycle": (("lifecycle/",), 5_000),
+    "all": (("",), 12_400),
+    "what serves": (SERVES, 4_760),
+    "lifecycle": (("lifecycle/",), 5_900),
     "tests": (("tests/",), 1_500),
 }
 THE_WAY_OF_A_REQUEST = 2_700
