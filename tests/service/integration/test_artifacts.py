@@ -87,8 +87,13 @@ def joblibbed(value: Any) -> bytes:
 def refer_outside(root: Path) -> None:
     """Put the weights of the model where a server finds them: in the folder in which it is started."""
     model = onnx.load_model(root / MODEL)
+    answer = model.graph.output[-1]
+    for node in model.graph.node:
+        node.output[:] = ["unweighted" if name == answer.name else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Add", ["unweighted", "weights"], [answer.name]))
+    kind = onnx.helper.tensor_dtype_to_np_dtype(answer.type.tensor_type.elem_type)
     tensor = model.graph.initializer.add()
-    tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "weights"))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(1, kind), "weights"))
     (root.parent / "weights.bin").write_bytes(tensor.raw_data)
     onnx.external_data_helper.set_external_data(tensor, "weights.bin")
     tensor.ClearField("raw_data")
