@@ -63,7 +63,7 @@ def build(folder: Path) -> None:
 
     # Only now, because these read the contract that was just written.
     sys.path.insert(0, str(folder))
-    package, train = (importlib.import_module(f"lifecycle.{name}") for name in ("package", "train"))
+    package, train = map(importlib.import_module, ("lifecycle.package", "lifecycle.importing.train"))
     manifest = importlib.import_module("app.core.store")
 
     rows: Any = data.data
