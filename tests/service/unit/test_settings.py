@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.rollout.fleet import default_workers
-from app.settings import GRACE_SECONDS, SLO_FILE, Settings, SettingsError, load_settings, redacted
+from app.settings import GRACE_SECONDS, SLO_FILE, SettingsError, load_settings, redacted
 
 SECRET = "s3cr3t"  # noqa: S105  # stands for what somebody put into the wrong variable
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
