@@ -382,13 +382,13 @@ def slug(text: str) -> str:
 
 
 def copy_repository(work: Path, version: str) -> Path:
-    """The parts that an import may change, and the files these are made from: never the models."""
+    """The parts that an import may change, and the served version, which documents are made from."""
     copy = work / "repository"
     shutil.copytree(ROOT / "app", copy / "app", ignore=shutil.ignore_patterns("__pycache__"))
     names: list[Path | str] = ["pyproject.toml", "slo.toml", ARTIFACTS / RELEASE, *DOCUMENTS]
     serving = read_release(ROOT / ARTIFACTS).serving
     if serving != version:
-        names += [ARTIFACTS / serving / name for name in (MANIFEST, "golden.jsonl")]
+        names += [path.relative_to(ROOT) for path in (ROOT / ARTIFACTS / serving).iterdir()]
     for name in names:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
