@@ -190,6 +190,9 @@ def serves(service: Service, version: str) -> bool:
 
 
 def memory_of(pid: int) -> int:
-    """Kilobytes that would be free without this process (PSS)."""
+    """Kilobytes of this process that no file backs.
+
+    Not PSS: a process's share of the mapped libraries grows whenever another process that maps them ends.
+    """
     rollup = Path("/proc", str(pid), "smaps_rollup").read_text()
-    return int(next(line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:")))
+    return int(next(line.split()[1] for line in rollup.splitlines() if line.startswith("Anonymous:")))
