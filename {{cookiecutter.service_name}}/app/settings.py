@@ -38,6 +38,7 @@ _STORAGES = r"memory://|rediss?://([^@/\s]*@)?([^@:/?#\s]+|\[[0-9a-fA-F:.]+\]):[
 Version = Annotated[str, Field(pattern=r"^v[0-9]{1,9}$")]
 # As browsers write it; with a path, a capital or no scheme it would never match.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+)$")]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class SettingsError(Exception):
@@ -63,7 +64,8 @@ class Settings(BaseSettings):
     model_version: Version | None = None
     fallback_version: Version | None = None
     trusted_keys: Annotated[tuple[str, ...], NoDecode] = ()
-    canary_header: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = None
+    canary_header: HeaderName | None = None
+    lookup_on_miss: Literal["fail", "degrade"] = "fail"
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
@@ -81,10 +83,15 @@ class Settings(BaseSettings):
     docs_enabled: bool | None = None
     metrics_enabled: bool = True
     cors_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
+    cors_headers: Annotated[tuple[HeaderName, ...], NoDecode] = ()
+    root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = ""
+    keep_alive_seconds: Annotated[int, Field(ge=1, le=86_400)] = 75  # more than the balancer's usual 60
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
 
-    @field_validator("api_keys", "cors_origins", "trusted_keys", "trusted_proxies", mode="before")
+    @field_validator(
+        "api_keys", "cors_headers", "cors_origins", "trusted_keys", "trusted_proxies", mode="before"
+    )
     @classmethod
     def _split(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, str):
