@@ -68,6 +68,8 @@ class Model:
         self._example: Row = tuple(entry.example for entry in inputs)
         self._labels: list[Any] = list(outputs.labels)
         self._keys = [label_key(label) for label in outputs.labels]
+        rule = outputs.threshold  # of a binary classifier
+        self._least = (self._labels.index(rule.label), rule.least) if rule else None
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
         self._review, self._reject = policy.out_of_range == "review", policy.out_of_range == "reject"
@@ -175,11 +177,16 @@ class Model:
         """A classifier's answer."""
         if not math.isfinite(sum(probabilities)):  # one NaN or infinity among them is enough
             return ServiceError("non_finite_output")
-        score = max(probabilities)
-        label = self._labels[probabilities.index(score)]
-        if 1.0 < score < 1.0 + ROUNDING or -ROUNDING < min(probabilities) < 0.0:
+        if self._least is None:
+            score = max(probabilities)
+            label = self._labels[probabilities.index(score)]
+        else:
+            at, least = self._least
+            at = at if probabilities[at] >= least else 1 - at
+            label, score = self._labels[at], probabilities[at]
+        if 1.0 < max(probabilities) < 1.0 + ROUNDING or -ROUNDING < min(probabilities) < 0.0:
             probabilities = [min(max(one, 0.0), 1.0) for one in probabilities]
-            score = min(score, 1.0)
+            score = min(max(score, 0.0), 1.0)
         action: Literal["accept", "review"] = "review" if outside or score < self._threshold else "accept"
         by_label = dict(zip(self._keys, probabilities, strict=True))
         return _prediction("", self.version, label, score, by_label, action)

@@ -1,4 +1,10 @@
-"""Runtimes: from verified bytes to a function from rows to probabilities, or to values."""
+"""Runtimes: from verified bytes to a function from rows to probabilities, or to values.
+
+    rows, each column of its own type in the contract -> one file, or the two of a split one after another
+
+A value's type never depends on other rows. Missing is NaN among numbers, "" in ONNX's text, and NaN in a
+frame's column of objects.
+"""
 
 import io
 import json
@@ -6,9 +12,10 @@ import operator
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,15 +43,25 @@ class Runtime(Protocol):
 
 def load_runtime(artifact: Artifact) -> Runtime:
     """Load the runtime that the manifest names; raises ArtifactError."""
-    content, manifest = artifact.files[artifact.model_file], artifact.manifest
-    inputs, labels = manifest.inputs, manifest.outputs.labels
+    manifest, files = artifact.manifest, artifact.files
+    inputs, outputs = manifest.inputs, manifest.outputs
     try:
-        library = import_library(artifact)
-        if manifest.runtime == "rules":
-            return RulesRuntime(json.loads(content), inputs, labels)
-        if manifest.runtime == "skops":
-            return SkopsRuntime(library, content, manifest.trusted_types, inputs, labels)
-        return OnnxRuntime(library, content, len(inputs))
+        libraries = import_libraries(artifact)
+        loaded: list[Any] = []
+        for name in artifact.model_files:
+            if name == "rules.json":
+                loaded.append(RulesRuntime(json.loads(files[name]), inputs, outputs.labels))
+            elif name == "model.onnx":
+                loaded.append(OnnxRuntime(libraries[name], files[name], None if loaded else len(inputs)))
+            else:
+                loaded.append(
+                    SkopsRuntime(
+                        libraries[name], files[name], manifest.trusted_types, None if loaded else inputs,
+                        None if name != artifact.model_files[-1] else outputs.labels,
+                        classes=outputs.classes, takes=manifest.takes, dtypes=manifest.dtypes,
+                    )
+                )  # fmt: skip
+        return loaded[0] if len(loaded) == 1 else SplitRuntime(*loaded)
     except ArtifactError:
         raise
     except Unfit as error:
@@ -53,22 +70,23 @@ def load_runtime(artifact: Artifact) -> Runtime:
         raise _refusal(artifact, f"cannot be loaded ({type(error).__name__})") from error
 
 
-def import_library(artifact: Artifact) -> Any:
-    """The library that runs this artifact, or None; raises ArtifactError where it is not the one to use."""
-    if artifact.manifest.runtime == "onnx":
-        # Kept from sending usage events to its maker; too late once it is imported.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime
-
-        return onnxruntime
-    if artifact.manifest.runtime == "skops":
+def import_libraries(artifact: Artifact) -> dict[str, Any]:
+    """The library that runs each model file; raises ArtifactError where it is not the one to use."""
+    found: dict[str, Any] = {}
+    if "model.skops" in artifact.model_files:
         _check_libraries(artifact)
         _check_types(artifact)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the service scales by workers
         import skops.io
 
-        return skops.io
-    return None
+        found["model.skops"] = skops.io
+    if "model.onnx" in artifact.model_files:
+        # Kept from sending usage events to its maker; too late once it is imported.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+
+        found["model.onnx"] = onnxruntime
+    return found
 
 
 def _refusal(artifact: Artifact, reason: str) -> ArtifactError:
@@ -95,7 +113,7 @@ def _check_types(artifact: Artifact) -> None:
     skops trusts some hundred types of its own accord; here the manifest alone has the say.
     """
     try:
-        held = skops_types(artifact.files[artifact.model_file])
+        held = skops_types(artifact.files["model.skops"])
     except Exception as error:  # no archive, or one of something else
         raise _refusal(artifact, f"cannot be loaded ({type(error).__name__})") from error
     if unlisted := sorted(held - set(artifact.manifest.trusted_types)):
@@ -118,10 +136,11 @@ _TENSORS: dict[str, Any] = {
 class OnnxRuntime:
     """onnxruntime on one thread: the service scales by workers, and threads of threads only fight.
 
-    The model takes all columns as one tensor of floats, or each as a tensor [rows, 1] of its own type.
+    Each input takes as many columns as it is wide, the next input those after them; `features` is the number
+    of columns, None for the second stage of a split.
     """
 
-    def __init__(self, onnxruntime: Any, content: bytes, features: int) -> None:
+    def __init__(self, onnxruntime: Any, content: bytes, features: int | None) -> None:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry(*_NO_FOLDER)
         # Not onnxruntime's own format, which it would recognise as well.
@@ -134,85 +153,154 @@ class OnnxRuntime:
                 raise Unfit("refers to data outside of the file") from error
             raise
         taken = self._session.get_inputs()
-        self._inputs = [(one.name, _TENSORS[one.type]) for one in taken]
-        if sum(one.shape[-1] for one in taken) != features:
+        ends = list(accumulate((one.shape[-1] for one in taken), initial=0))
+        if features is not None and ends[-1] != features:
             raise ValueError("the model takes another number of columns")
-        whole = len(taken) == 1 and taken[0].type in ("tensor(float)", "tensor(double)")
-        text = any(kind is np.object_ for _, kind in self._inputs)
-        self.dtype = self._inputs[0][1] if whole else np.object_ if text else np.float64
-        self._columns = None if whole else self._inputs
+        kinds = [_TENSORS[one.type] for one in taken]
+        self._inputs = list(zip([one.name for one in taken], kinds, pairwise(ends), strict=True))
+        whole = len(kinds) == 1 and kinds[0] in (np.float32, np.float64)
+        self.dtype = kinds[0] if whole else np.object_ if np.object_ in kinds else np.float64
+        self._whole = self._inputs[0][0] if whole else ""
         output = self._session.get_outputs()[-1]
         self._outputs, self._flat = [output.name], len(output.shape) == 1
 
+    def transform(self, matrix: Matrix) -> Matrix:
+        """Rows (n, features) -> (n, labels) or (n, 1), as an array."""
+        if self._whole:
+            tensors = {self._whole: matrix}
+        else:
+            tensors = {name: _tensor(matrix[:, slice(*at)], kind) for name, kind, at in self._inputs}
+        output: Matrix = self._session.run(self._outputs, tensors)[0]
+        return output[:, None] if self._flat else output
+
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """Rows (n, features) -> (n, labels) or (n, 1)."""
-        if self._columns is None:
-            tensors = {self._inputs[0][0]: matrix}
-        else:
-            tensors = {name: _tensor(matrix[:, [at]], kind) for at, (name, kind) in enumerate(self._columns)}
-        output = self._session.run(self._outputs, tensors)[0]
-        answer: list[list[float]] = (output[:, None] if self._flat else output).tolist()
+        answer: list[list[float]] = self.transform(matrix).tolist()
         return answer
 
 
-def _tensor(column: NDArray[Any], kind: Any) -> NDArray[Any]:
-    """A column [rows, 1] as `kind`; ONNX has no missing text, so that is empty text there."""
+def _tensor(columns: NDArray[Any], kind: Any) -> NDArray[Any]:
+    """Columns as `kind`; ONNX has no missing text, so that is empty text there."""
     if kind is np.object_:
-        return np.where(column == None, "", column)  # noqa: E711  # of each
-    return column.astype(kind)
+        return np.where(columns == None, "", columns)  # noqa: E711  # of each
+    return columns.astype(kind)
 
 
 class SkopsRuntime:
-    """A scikit-learn model, made of `trusted` types; fitted on named columns it gets such."""
+    """A scikit-learn model, made of `trusted` types; `takes` and `dtypes` are those of the manifest.
+
+    `inputs` is None for the second stage of a split, `labels` for the first, which only transforms.
+    """
 
     dtype: Any = np.float64
 
     def __init__(
-        self, skops_io: Any, content: bytes, trusted: list[str], inputs: list[Input], labels: list[Any]
+        self,
+        skops_io: Any,
+        content: bytes,
+        trusted: list[str],
+        inputs: Sequence[Input] | None,
+        labels: Sequence[Any] | None,
+        *,
+        classes: Sequence[Any] = (),
+        takes: str | None = None,
+        dtypes: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = skops_io.loads(content, trusted=trusted)
-        classes = self._model.classes_.tolist() if labels else []
-        if sorted(map(repr, classes)) != sorted(map(repr, labels)):
-            raise Unfit("answers with other labels than manifest.json")
-        names = [entry.name for entry in inputs]
-        fitted = getattr(self._model, "feature_names_in_", None)
-        if list(names if fitted is None else fitted) != names or self._model.n_features_in_ != len(names):
-            raise Unfit("takes other columns than manifest.json")
-        self._labels = [classes.index(label) for label in labels]
-        self._kinds: dict[str, Any] = {}
-        if fitted is not None and any(entry.dtype != "float64" for entry in inputs):
-            import pandas as pd
-
-            self._frame = pd.DataFrame
-            self._kinds = {entry.name: _kind(entry) for entry in inputs}
-            self.dtype = np.object_
+        if labels:
+            own = self._model.classes_.tolist()
+            if len(own) != len(labels) or not all(one in own for one in classes or labels):
+                raise Unfit("answers with other labels than manifest.json")
+            self._labels = [own.index(one) for one in classes or labels]
+        else:
+            self._labels = []
+        if inputs is not None:
+            self._expect(inputs, takes, dtypes or {})
         alone = {key: 1 for key in self._model.get_params() if key.rpartition("__")[2] == "n_jobs"}
         self._model.set_params(**alone)
         # Columns are in order, as was just checked; an array need not carry their names.
         warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
 
+    def _expect(self, inputs: Sequence[Input], takes: str | None, dtypes: Mapping[str, Any]) -> None:
+        """Refuse other columns than the model was fitted on, and know the type of each."""
+        names = [entry.name for entry in inputs]
+        fitted = getattr(self._model, "feature_names_in_", None)
+        kinds = [_kind(entry) for entry in inputs]
+        exact = all(kind is np.float64 for kind in kinds) and not dtypes
+        if fitted is not None and [_plain(one) for one in fitted] != [_plain(one) for one in names]:
+            raise Unfit("takes other columns than manifest.json")
+        if getattr(self._model, "n_features_in_", len(names)) != len(names):
+            raise Unfit("takes other columns than manifest.json")
+        self._takes = takes or ("array" if fitted is None or exact else "frame")
+        self.dtype = np.float64 if exact else np.object_
+        self._kinds: dict[str, Any] = dict(zip(names, kinds, strict=True))
+        if self._takes == "frame":
+            import pandas as pd
+
+            self._pandas = pd
+            for name, kind in dtypes.items():
+                self._kinds[name] = pd.CategoricalDtype(kind) if isinstance(kind, list) else kind
+
+    def transform(self, matrix: Matrix) -> Matrix:
+        """Rows (n, features) -> what the first stage of a split makes of them, (n, k)."""
+        made: Any = self._model.transform(self._rows(matrix))
+        return np.asarray(made.toarray() if hasattr(made, "toarray") else made)
+
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """Rows (n, features) -> (n, labels) or (n, 1)."""
-        rows: Any = matrix
-        if self._kinds:
-            # An estimator looks at the type of each column, and finds the same as in training.
-            named = zip(self._kinds.items(), matrix.T, strict=True)
-            rows = self._frame(
-                {name: column.astype(kind) if kind else column.tolist() for (name, kind), column in named}
-            )
+        rows = self._rows(matrix)
         if self._labels:
             answer: list[list[float]] = self._model.predict_proba(rows)[:, self._labels].tolist()
             return answer
         return [[float(value)] for value in self._model.predict(rows).ravel()]
 
+    def _rows(self, matrix: Matrix) -> Any:
+        """The rows as the model was fitted on such: an estimator looks at the type of each column."""
+        if self._takes == "column":
+            return np.where(matrix[:, 0] == None, "", matrix[:, 0])  # noqa: E711  # of each
+        if self._takes == "frame":
+            series, columns = self._pandas.Series, zip(self._kinds.items(), matrix.T, strict=True)
+            return self._pandas.DataFrame(
+                {name: series(_typed(column, kind), dtype=kind) for (name, kind), column in columns}
+            )
+        if self.dtype is not np.object_:
+            return matrix
+        kinds = self._kinds.values()
+        typed = [_typed(one, kind) for kind, one in zip(kinds, matrix.T, strict=True)]
+        common = np.object_ if np.object_ in kinds else np.float64
+        return np.column_stack([one.astype(common) for one in typed])
+
+
+def _plain(name: Any) -> str:
+    """A column's name as LightGBM keeps it."""
+    return str(name).replace(" ", "_")
+
 
 def _kind(entry: Input) -> Any:
-    """A column's type in training; None leaves it to pandas, which knows missing text."""
+    """A column's type in training, where nothing else is known."""
     if entry.dtype == "string" or (entry.dtype == "bool" and entry.nullable):
-        return None
+        return np.object_
     if entry.dtype == "float64" or entry.nullable:
         return np.float64
     return np.int64 if entry.dtype == "int64" else np.bool_
+
+
+def _typed(column: NDArray[Any], kind: Any) -> NDArray[Any]:
+    """A column of that type, or for pandas to make it; missing is NaN, whatever else is in the column."""
+    if kind in (np.float64, np.int64, np.bool_):
+        return column.astype(kind)
+    return np.where(column == None, np.nan, column)  # noqa: E711  # of each
+
+
+class SplitRuntime:
+    """Two stages: what the first makes of the rows, the second takes as one matrix of numbers."""
+
+    def __init__(self, first: OnnxRuntime | SkopsRuntime, last: OnnxRuntime | SkopsRuntime) -> None:
+        self._first, self._last, self.dtype = first, last, first.dtype
+
+    def infer(self, matrix: Matrix) -> list[list[float]]:
+        """Rows (n, features) -> (n, labels) or (n, 1)."""
+        return self._last.infer(self._first.transform(matrix).astype(self._last.dtype, copy=False))
 
 
 def skops_types(content: bytes) -> set[str]:

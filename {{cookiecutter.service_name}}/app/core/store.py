@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.core.errors import ArtifactError
 from app.schemas.contract import contract_outputs, contract_sha256, served_contract_sha256
 
 RELEASE, MANIFEST = "release.json", "manifest.json"
+OWN = Path(__file__).parents[1] / "own"
 MAX_JSON_BYTES = 2**24  # of release.json and of a manifest, the two files whose size nothing states
 # How a file starts, by its name. No pickle, of whatever protocol or compression, starts like any of these.
 STARTS: dict[str, bytes | tuple[bytes, ...]] = {
@@ -32,6 +33,8 @@ VERSION_PATTERN = r"^v[0-9]{1,9}$"
 _EXACT = re.compile(r"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Document = TypeVar("_Document", bound=BaseModel)
+_Value = TypeVar("_Value")
+_Optional = Annotated[_Value, Field(exclude_if=operator.not_)]  # left out of the JSON where it is empty
 
 
 class _Strict(BaseModel):
@@ -60,15 +63,33 @@ class Input(_Strict):
     example: Any = None
 
 
+class Threshold(_Strict):
+    """The answer of a binary classifier is `label` where its probability is at least `least`."""
+
+    label: bool | int | str
+    least: Annotated[float, Field(ge=0, le=1)]
+
+
 class Outputs(_Strict):
     """Answers of the model."""
 
     labels: list[bool | int | str] = []
+    # What the model itself calls each label, where that differs: 0, 1 and 2 of a LabelEncoder.
+    classes: _Optional[list[bool | int | str]] = []
+    threshold: _Optional[Threshold | None] = None  # none: the most probable label, the first of equals
     score: str = ""  # its meaning, in a sentence
-    value: Annotated[str, Field(exclude_if=operator.not_)] = ""  # a regressor's: meaning, unit
+    value: _Optional[str] = ""  # a regressor's: meaning, unit
     review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     # How far a regressor's value may be from the truth that feedback gives, to count as correct.
     feedback_tolerance: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.classes and len(self.classes) != len(self.labels):
+            raise ValueError("classes: not as many as labels")
+        if self.threshold and (self.threshold.label not in self.labels or len(self.labels) != 2):
+            raise ValueError("threshold: not of one of two labels")
+        return self
 
 
 class Training(_Strict):
@@ -96,7 +117,15 @@ class Manifest(_Strict):
     training: Training | None
     libraries: dict[str, str]
     # Types that a skops model may be made of; serving loads no other.
-    trusted_types: Annotated[list[str], Field(exclude_if=lambda types: not types)] = []
+    trusted_types: _Optional[list[str]] = []
+    # Files in app/own that this version was made with, by sha256; a service with others refuses it.
+    code: _Optional[dict[str, Sha256]] = {}
+    # How a skops model takes its rows: a DataFrame, a 2-d array, or the one column as a 1-d array.
+    takes: _Optional[Literal["frame", "array", "column"] | None] = None
+    # pandas types of a frame's columns that are not the usual ones; a list names categories in order.
+    dtypes: _Optional[dict[str, str | list[bool | int | str]]] = {}
+    # The two files of a model that was split, in the order in which they run.
+    stages: _Optional[list[Literal["model.skops", "model.onnx"]]] = []
     contract_sha256: Sha256
 
     @property
@@ -144,10 +173,15 @@ class Artifact:
     files: dict[str, bytes]
 
     @property
-    def model_file(self) -> str:
-        """The file the runtime loads."""
+    def model_files(self) -> Sequence[str]:
+        """The files that the runtime loads; of two, in the order in which they run."""
         runtime = self.manifest.runtime
-        return "rules.json" if runtime == "rules" else f"model.{runtime}"
+        return self.manifest.stages or ["rules.json" if runtime == "rules" else f"model.{runtime}"]
+
+    @property
+    def model_file(self) -> str:
+        """The file that gives the answers."""
+        return self.model_files[-1]
 
     @property
     def sha256(self) -> str:
@@ -184,10 +218,11 @@ def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) ->
         raise ArtifactError(f"{folder / MANIFEST}: is of version {manifest.version}")
     files = _verified_files(folder, manifest)
     artifact = Artifact(manifest, files)
-    if artifact.model_file not in files:
-        reason = f"lists no {artifact.model_file}, which runtime {manifest.runtime} needs"
+    if missing := [name for name in artifact.model_files if name not in files]:
+        reason = f"lists no {missing[0]}, which runtime {manifest.runtime} needs"
         raise ArtifactError(f"{folder / MANIFEST}: {reason}")
     _check_contract(folder, manifest)
+    _check_code(manifest)
     return artifact
 
 
@@ -216,6 +251,20 @@ def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             raise ArtifactError(f"{folder / name}: cannot be loaded: does not start like {suffix}")
         files[name] = content
     return files
+
+
+def own_code() -> dict[str, str]:
+    """sha256 of each file of own code that models share, by its path in app/own."""
+    shared = (path for path in sorted(OWN.rglob("*.py")) if path != OWN / "lookup.py")
+    contents = {path.relative_to(OWN).as_posix(): path.read_text("utf-8").encode() for path in shared}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def _check_code(manifest: Manifest) -> None:
+    served = own_code() if manifest.code else {}
+    if differing := sorted(name for name, sha256 in manifest.code.items() if served.get(name) != sha256):
+        reason = f"is not what {manifest.version} was made with: restore it, or import the model again"
+        raise ArtifactError(f"app/own/{differing[0]}: {reason}")
 
 
 def _check_contract(folder: Path, manifest: Manifest) -> None:

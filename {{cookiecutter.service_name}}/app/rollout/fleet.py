@@ -13,7 +13,7 @@ from pathlib import Path
 
 from app import capabilities
 from app.core.errors import ArtifactError
-from app.core.runtimes import import_library
+from app.core.runtimes import import_libraries
 from app.core.store import Artifact, read_artifact, read_release
 from app.monitoring.feedback import Given
 from app.rollout.canary import Counts
@@ -104,7 +104,7 @@ def read_usable(settings: Settings) -> tuple[Artifact, str]:
     """The served version; or that of APP_FALLBACK_VERSION, and what is wrong with the served version."""
     try:
         artifact = read_served(settings)
-        import_library(artifact)  # its memory is then shared by all workers
+        import_libraries(artifact)  # their memory is then shared by all workers
     except ArtifactError as error:
         return read_fallback(settings, error), str(error)
     return artifact, ""
