@@ -13,7 +13,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-ver
 GPU := cuda-bindings cuda-pathfinder nvidia-cuda-cccl nvidia-nvtx triton
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test prove homes test-models test-gameday test-image check fix files bake benchmark lock setup
+.PHONY: help demo test prove homes test-models gameday test-gameday test-image example check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -34,11 +34,19 @@ homes: .venv/dev.stamp ## render into build/homes/ what else to prove: imported 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
 	$(PYTEST) --dist loadgroup -m models $(ARGS)
 
-test-gameday: .venv/dev.stamp ## raise every alert of a rendered service on purpose: ten minutes
+gameday: ## break a service on purpose, every alert has to fire and to resolve; ten minutes: make gameday SERVICE=path
+	$(MAKE) --directory "$(SERVICE)" setup
+	PROVE_SERVICE="$(abspath $(SERVICE))" "$(SERVICE)/$(BIN)/python" -m tests.service.gameday.day $(ARGS)
+
+test-gameday: .venv/dev.stamp ## the game day of a default render
 	$(PYTEST) -m gameday $(ARGS)
 
 test-image: .venv/dev.stamp ## build and run the service's container image; needs an engine
 	$(PYTEST) -m image $(ARGS)
+
+example: ## make the versions in the service's artifacts/ again: the iris model and its stub (ARGS=--check compares)
+	$(MAKE) --directory "$(IN_PLACE)" setup
+	PROVE_SERVICE="$(abspath $(SERVICE))" "$(IN_PLACE)/$(BIN)/python" -m tests.service.example $(ARGS)
 
 check: .venv/dev.stamp ## look, never write: format, lint, types of the template
 	$(BIN)/ruff format --check . "$(IN_PLACE)"

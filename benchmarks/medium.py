@@ -2,8 +2,9 @@
 
     scikit-learn's data -> app/schemas/predict.py -> fit -> ONNX -> proof against scikit-learn -> artifacts/v1
 
-python medium.py FOLDER, with an interpreter that has the service's requirements/dev.txt. The service's own
-lifecycle does the work, so a contract of another size goes the way that an owner's would.
+PROVE_SERVICE=FOLDER python -m benchmarks.medium FOLDER, with an interpreter that has the service's
+requirements/dev.txt. The service's own lifecycle does the work, so a contract of another size goes the way
+that an owner's would.
 """
 
 import hashlib
@@ -62,8 +63,7 @@ def build(folder: Path) -> None:
     path.write_text(contract(path.read_text(encoding="utf-8"), example), encoding="utf-8")
 
     # Only now, because these read the contract that was just written.
-    sys.path.insert(0, str(folder))
-    package, train = map(importlib.import_module, ("lifecycle.package", "lifecycle.importing.train"))
+    train, package = map(importlib.import_module, ("tests.service.example", "lifecycle.package"))
     manifest = importlib.import_module("app.core.store")
 
     rows: Any = data.data

@@ -48,8 +48,8 @@ MANY = 64
 # What observation may leave of the requests/s, by model; the second is the tiny one, slowed.
 BARE, KEPT = "unobserved", {"tiny": 0.70, "millisecond": 0.95}
 SLOWED = (
-    "from pathlib import Path; from lifecycle.operations.gameday import SINES, release, width_for; "
-    "from lifecycle.operations.trial import Trouble, add_trial; root = Path('artifacts'); "
+    "from tests.service.gameday.day import SINES, release, width_for; from tests.service.where import ROOT; "
+    "from tests.service.gameday.trial import Trouble, add_trial; root = ROOT / 'artifacts'; "
     "add_trial(root, 'v1', 'v101', Trouble(sines=SINES, width=width_for(root, 0.001))); "
     "release(root, serving='v101')"
 )
@@ -84,9 +84,11 @@ def prepare(models: list[str], parts: list[str]) -> None:
         python = medium / ".venv" / "bin" / "python"
         if "cost" in parts:
             shutil.copytree(tiny, clean(WORK / "millisecond"), ignore=skip, dirs_exist_ok=True)
-            subprocess.run([python, "-c", SLOWED], cwd=WORK / "millisecond", check=True)
+            own = {**os.environ, "PROVE_SERVICE": str(WORK / "millisecond")}
+            subprocess.run([python, "-c", SLOWED], cwd=ROOT, env=own, check=True)
         if "medium" in models:
-            subprocess.run([python, ROOT / "benchmarks" / "medium.py", medium], check=True)
+            own = {**os.environ, "PROVE_SERVICE": str(medium)}
+            subprocess.run([python, "-m", "benchmarks.medium", medium], cwd=ROOT, env=own, check=True)
     # A cold start must not be the one that compiles.
     folders = [tiny / ".venv" / "lib", *(WORK / model / "app" for model in models)]
     subprocess.run([tiny / ".venv" / "bin" / "python", "-m", "compileall", "-qq", *folders], check=False)

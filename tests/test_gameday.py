@@ -2,6 +2,7 @@
 
 import pytest
 
+from scripts.render import ROOT
 from tests.conftest import Render, run
 
 pytestmark = pytest.mark.gameday
@@ -9,5 +10,5 @@ pytestmark = pytest.mark.gameday
 
 def test_rendered_service_raises_every_alert(render: Render) -> None:
     """In the rendered service's game day every alert fires, names its runbook, and resolves."""
-    ended = run("make", "gameday", cwd=render().folder)
+    ended = run("make", "gameday", f"SERVICE={render().folder}", cwd=ROOT)
     assert ended.returncode == 0, ended.stdout[-20_000:]

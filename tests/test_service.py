@@ -70,7 +70,8 @@ def test_release_checklist_passes_as_shipped(service: Path, tmp_path: Path) -> N
     assert len(kept) == len(lines) - len(ELSEWHERE)
     checklist.write_text("".join(kept), "utf-8")
     commit(folder, "As rendered")
-    trained = run(folder / BIN / "python", "-m", "lifecycle", "train", "--version", "v2", cwd=folder)
+    train = (folder / BIN / "python", "-m", "tests.service.example", "--version", "v2")
+    trained = run(*train, cwd=ROOT, PROVE_SERVICE=str(folder))
     assert trained.returncode == 0, trained.stdout
     ended = run("make", "release-check", "VERSION=v2", cwd=folder)
     assert ended.returncode == 0, ended.stdout

@@ -30,8 +30,8 @@ from hypothesis import HealthCheck, settings
 from app.core.store import Input
 from app.schemas.contract import served_contract_sha256
 from app.schemas.predict import Features, Prediction
-from lifecycle.operations.trial import make_trial, number_of
 from tests.service import reliability
+from tests.service.gameday.trial import make_trial, number_of
 from tests.service.where import ROOT
 
 ARTIFACTS = ROOT / "artifacts"

@@ -1,4 +1,4 @@
-"""Starts what `lifecycle.operations.programs` starts; skips where the programs are missing, but not in CI.
+"""Starts what `tests.service.gameday.programs` starts; skips where the programs are missing, but not in CI.
 
 ops/, in the template with its answers filled in -> Prometheus, Alertmanager, a receiver -> Watch
 """
@@ -16,8 +16,6 @@ import httpx2
 import pytest
 
 from lifecycle.command import LifecycleError
-from lifecycle.operations import programs as real
-from lifecycle.operations.programs import Watch
 from tests.service.conftest import (
     ANSWER,
     EXAMPLE,
@@ -31,6 +29,8 @@ from tests.service.conftest import (
     number,
     wrong,
 )
+from tests.service.gameday import programs as real
+from tests.service.gameday.programs import Watch
 from tests.service.where import ROOT
 
 SAMPLE_MS = 1000

@@ -17,12 +17,10 @@ RELEASE = (
     "evaluate", "promote", "rollback", "release-check", "new-key", "sign", "shadow", "canary", "compare",
 )  # fmt: skip
 MODULES = {  # by command; some import training libraries, which takes seconds
-    "train": "importing.train",
     "size": "operations.size",
     "sbom": "operations.sbom",
     **dict.fromkeys(("runbooks", "docs"), "operations.documents"),
     **dict.fromkeys(("drift", "quality"), "operations.monitor"),
-    "gameday": "operations.gameday",
     **dict.fromkeys(RELEASE, "release"),
     "import-model": "importing.importer",
 }

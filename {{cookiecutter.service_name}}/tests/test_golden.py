@@ -52,7 +52,7 @@ def test_the_served_version_is_one_of_this_contract() -> None:
     """`artifacts/release.json` names a version that was made for the contract in app/schemas/predict.py."""
     assert SERVED in VERSIONS, (
         f"{SERVED} was made for another contract: undo the change in app/schemas/predict.py, "
-        "or make a version for the new one (make train, make import-model)"
+        "or make a version for the new one (make import-model)"
     )
 
 

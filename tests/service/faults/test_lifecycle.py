@@ -19,7 +19,6 @@ import envoy
 import httpx2
 import pytest
 
-from lifecycle.operations.trial import Trouble, make_trial
 from tests.service.conftest import (
     EXAMPLE,
     GUNICORN,
@@ -35,6 +34,7 @@ from tests.service.conftest import (
     until,
 )
 from tests.service.faults.conftest import PREDICTION, Fault, load
+from tests.service.gameday.trial import Trouble, make_trial
 
 FOREVER = number(9) if NUMBER else 0.0  # a feature of this size takes the hanging model for ever
 HANGING = json.dumps({**EXAMPLE, NUMBER: FOREVER}).encode()

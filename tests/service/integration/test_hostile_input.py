@@ -12,7 +12,6 @@ from select import select
 import httpx2
 import pytest
 
-from lifecycle.operations.trial import Trouble, make_trial
 from tests.service.conftest import (
     EXAMPLE,
     FIELD,
@@ -26,6 +25,7 @@ from tests.service.conftest import (
     until,
     wrong,
 )
+from tests.service.gameday.trial import Trouble, make_trial
 from tests.service.integration.test_http import assert_problem
 from tests.service.where import ROOT
 

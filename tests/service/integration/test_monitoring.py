@@ -14,8 +14,6 @@ from typer.testing import CliRunner
 
 from lifecycle.__main__ import commands
 from lifecycle.operations.monitor import DRIFTED, STABLE
-from lifecycle.operations.programs import Watch
-from lifecycle.operations.trial import usual
 from tests.service.conftest import (
     ANSWER,
     ARTIFACTS,
@@ -37,6 +35,8 @@ from tests.service.conftest import (
     spelled,
     until,
 )
+from tests.service.gameday.programs import Watch
+from tests.service.gameday.trial import usual
 from tests.service.integration.test_observability import total
 from tests.service.watching import watching
 

@@ -21,8 +21,8 @@ from ops.alertmanager.receiver import Receiver, show
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.observability.metrics import FAILURES, LATENCY
 from lifecycle.operations.monitor import trained_features
-from lifecycle.operations.programs import alertmanager_flags, compressed, queries, running
 from tests.service.conftest import ARTIFACTS, LABELS, SERVED, serving, until
+from tests.service.gameday.programs import alertmanager_flags, compressed, queries, running
 from tests.service.integration.test_artifacts import edit
 from tests.service.unit.test_docs import ADDED_METRICS, ALERTS, BASE_ALERTS, blocks, metrics_in
 from tests.service.watching import prepare, program, traffic, watching

@@ -16,7 +16,6 @@ import pytest
 
 from app.core.runtimes import load_runtime
 from app.core.store import read_artifact
-from lifecycle.operations.trial import Trouble, make_trial
 from tests.service.conftest import (
     ARTIFACTS,
     EXAMPLE,
@@ -31,6 +30,7 @@ from tests.service.conftest import (
     until,
     varied,
 )
+from tests.service.gameday.trial import Trouble, make_trial
 from tests.service.integration.test_http import assert_problem
 
 WIDTH, STEPS = 4096, 500  # sines for each row, about six milliseconds of them

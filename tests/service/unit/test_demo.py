@@ -15,14 +15,14 @@ import typer
 from app.core.store import read_artifact, read_release
 from app.schemas.contract import served_contract_sha256
 from lifecycle.command import LifecycleError
-from lifecycle.importing.train import ARTIFACTS, Data, convert, fit, load, model_files, prove_parity, train
 from lifecycle.package import Rows, baseline
 from tests.service.conftest import DEMO, EXAMPLE, OTHER, Service, copied_artifacts, run
+from tests.service.example import ARTIFACTS, Data, convert, fit, load, model_files, prove_parity, train
 from tests.service.unit.test_artifacts import fitted, put, put_skops
 from tests.service.unit.test_lifecycle import contents
+from tests.service.where import TEMPLATE
 
 pytestmark = pytest.mark.skipif(not DEMO, reason="another model was imported; these are of the demo's")
-ROOT = ARTIFACTS.parent
 Start = Callable[..., Service]
 
 
@@ -85,9 +85,9 @@ def made(data: Data) -> dict[str, bytes]:
 def test_training_again_elsewhere_gives_the_same_bytes(made: dict[str, bytes], tmp_path: Path) -> None:
     """Another process in another folder with another hash seed makes the same files, byte for byte."""
     subprocess.run(
-        [sys.executable, "-m", "lifecycle", "train", "--artifacts", "made"],
+        [sys.executable, "-m", "tests.service.example", "--artifacts", "made"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"},
+        env={**os.environ, "PYTHONPATH": str(TEMPLATE), "PYTHONHASHSEED": "7"},
         check=True,
     )
     assert contents(tmp_path / "made" / "v1") == made
@@ -110,6 +110,15 @@ def test_training_again_agrees_with_the_committed_model(made: dict[str, bytes]) 
         assert ours["features"] == theirs["features"]
         assert ours["label"] == theirs["label"]
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-3)
+
+
+def test_the_committed_model_names_the_code_that_makes_it(made: dict[str, bytes]) -> None:
+    """The manifest's code revision is the hash of tests/service/example.py as it is: else `make example`."""
+    committed = json.loads((ARTIFACTS / "v1" / "manifest.json").read_bytes())
+    assert (
+        committed["training"]["code_revision"]
+        == json.loads(made["manifest.json"])["training"]["code_revision"]
+    )
 
 
 def test_the_onnx_model_answers_as_scikit_learn_does(data: Data) -> None:

@@ -26,7 +26,6 @@ from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import Settings, load_settings, redacted
 from lifecycle.operations.documents import anchor, api, broken, headings, prose
-from lifecycle.operations.programs import alertmanager_flags, running
 from tests.service.conftest import (
     EXAMPLE,
     SERVED,
@@ -37,6 +36,7 @@ from tests.service.conftest import (
     serving,
     until,
 )
+from tests.service.gameday.programs import alertmanager_flags, running
 from tests.service.integration.test_rollout import ODD, erring, ruled
 from tests.service.watching import prepare, program
 from tests.service.where import ROOT, TEMPLATE

@@ -29,11 +29,12 @@ import typer
 
 from app.core.runtimes import load_runtime
 from app.core.store import read_artifact, read_release
-from lifecycle.command import ROOT, table
+from lifecycle.command import ROOT, LifecycleError, table
 from lifecycle.operations.monitor import PREDICTION, trained_features
-from lifecycle.operations.programs import Running, Watch, program, queries, service, wait_for, watching
-from lifecycle.operations.trial import SOUND, Trouble, add_trial, number_of, usual
+from lifecycle.operations.programs import Running, service, wait_for
 from lifecycle.package import write_release
+from tests.service.gameday.programs import Watch, program, queries, watching
+from tests.service.gameday.trial import SOUND, Trouble, add_trial, number_of, usual
 
 SPEED = 120  # an hour of the rules passes in 30 s
 SAMPLE_MS = 500
@@ -422,3 +423,10 @@ def gameday(
     good = good and not empty
     say(f"{'passed' if good else 'FAILED'} in {time.monotonic() - began:.0f} s")
     raise typer.Exit(not good)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(gameday)
+    except LifecycleError as error:
+        sys.exit(f"gameday: {error}")

@@ -185,7 +185,7 @@ def _write(folder: Path, manifest: dict[str, Any], name: str, content: bytes) ->
 
 def usual(artifacts: Path, version: str, count: int = 1000) -> list[dict[str, Any]]:
     """So many instances with the shares of the baseline of `version`; the same each time."""
-    artifact, chance = read_artifact(artifacts, version), random.Random(SEED)  # noqa: S311  # no secret
+    artifact, chance = read_artifact(artifacts, version), random.Random(SEED)  # no secret
     baseline = json.loads(artifact.files["baseline.json"])
     inputs = artifact.manifest.inputs
     known = [json.loads(line)["features"] for line in artifact.files["golden.jsonl"].splitlines()]

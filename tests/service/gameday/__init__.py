@@ -1,0 +1,1 @@
+"""The game day: break a service on purpose; every alert has to fire. `make gameday SERVICE=path`."""
