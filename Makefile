@@ -13,7 +13,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-ver
 GPU := cuda-bindings cuda-pathfinder nvidia-cuda-cccl nvidia-nvtx triton
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test prove homes test-models gameday test-gameday test-image example check fix files bake benchmark lock setup
+.PHONY: help demo test prove homes test-models corpus gameday test-gameday test-image example check fix files bake benchmark lock setup
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -33,6 +33,12 @@ homes: .venv/dev.stamp ## render into build/homes/ what else to prove: imported 
 
 test-models: .venv/dev.stamp ## import models of many kinds into rendered services and serve them: minutes
 	$(PYTEST) --dist loadgroup -m models $(ARGS)
+
+corpus: .venv/dev.stamp ## import all models of tests/corpus into a render and compare: half an hour; ARGS=--document
+	$(BIN)/python -m scripts.render build/corpus service_name=corpus
+	$(MAKE) --directory build/corpus/corpus setup
+	cd build/corpus/corpus && $(INSTALL) --requirement ../../../requirements/models.txt
+	$(BIN)/python -m tests.corpus.run build/corpus/corpus --jobs 2 $(ARGS)
 
 gameday: ## break a service on purpose, every alert has to fire and to resolve; ten minutes: make gameday SERVICE=path
 	$(MAKE) --directory "$(SERVICE)" setup
