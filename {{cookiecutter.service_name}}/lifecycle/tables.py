@@ -1,48 +1,39 @@
-"""Rows from a file, a batch at a time, and their values as the contract takes them.
+"""Columns of a data file with their types, and rows as the contract takes them.
 
-    .csv .tsv .parquet .jsonl .ndjson .arrow .feather -> batches() of columns
-    every row -> profile() -> Column each: type, whether values are missing, range
-    every row -> sample()  -> categories with counts, and an Arrow file of at most SAMPLE_ROWS rows
+    batches of a file -> profile() -> Column each: type, missing values, range, or why it is unusable
+    every row -> sample() -> categories with counts, and an Arrow file of at most SAMPLE_ROWS rows
     read_table() -> instances() under the contract, truths() of the target column
 
-All rows decide on a column's type, never the first block alone. In CSV, text means what pandas' `read_csv`
-takes it for, because most estimators were fitted on that.
+All rows decide on a column's type, never the first block alone, and every format gives the same types.
+`wanted` gives those that a model or a contract asks for: a column that is wanted as `string` keeps codes like
+08 as they stand. Only columns that somebody uses are judged: what is wrong with a column is noted in
+`Column.unusable`, and an error where the column is required.
 """
 
-import csv
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.ipc
-import pyarrow.parquet
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from app.schemas.contract import contract_inputs
 from app.schemas.predict import Features
 from lifecycle.command import LifecycleError
+from lifecycle.formats import MISSING, TEXT, batches, format_of, shown
 
 SAMPLE_ROWS = 200_000
-BATCH_ROWS, BLOCK_BYTES = 16_384, 2**22
 MAX_DISTINCT = 1_000  # of a text column; with more there are no categories
-# Words that pandas reads as missing.
-MISSING = [
-    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
-    "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
-]  # fmt: skip
+ROWS_A_CALL = 256
+MISSING_WORDS = {word.lower() for word in MISSING}
 TRUE, FALSE = ["True", "TRUE", "true"], ["False", "FALSE", "false"]
 ARROW = {"float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
 KINDS = (
@@ -51,11 +42,7 @@ KINDS = (
     (pa.types.is_large_string, "string"), (pa.types.is_string_view, "string"),
 )  # fmt: skip
 
-MISSING_WORDS = {word.lower() for word in MISSING}
-ROWS_A_CALL = 256
-
-Batch = dict[str, Any]  # name -> pyarrow array
-Progress = Callable[[int], None]  # is told how many rows are done
+Progress = Callable[[int], object]  # is told how many rows are done
 
 
 @dataclass
@@ -67,7 +54,7 @@ class Column:
     present: int = 0
     low: float | None = None
     high: float | None = None
-    unusable: str = ""  # the type, if JSON has none like it
+    unusable: str = ""  # why no model can take it, as the end of a sentence that begins with the column
     counts: Counter[str] | None = field(default_factory=Counter)  # of text, up to MAX_DISTINCT values
     rows: int = 0
 
@@ -86,130 +73,20 @@ class Table:
     rows: int = 0
 
 
-def batches(path: Path) -> Iterator[Batch]:
-    """All rows, a batch at a time; from CSV as text, missing values as nulls. Raises LifecycleError."""
-    readers = {
-        ".csv": _csv, ".tsv": _csv, ".txt": _csv, ".parquet": _parquet, ".pq": _parquet,
-        ".jsonl": _json_lines, ".ndjson": _json_lines, ".arrow": _arrow, ".feather": _arrow, ".ipc": _arrow,
-    }  # fmt: skip
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise LifecycleError(
-            f"{path.name}: takes .csv, .parquet, .jsonl or .arrow, not {path.suffix or 'this'}"
-        )
-    try:
-        if not path.stat().st_size:
-            raise LifecycleError(f"{path.name}: is empty")
-        yield from reader(path)
-    except OSError as error:
-        raise LifecycleError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise LifecycleError(
-            f"{path.name}: cannot be read as {path.suffix}: {_without_values(error)}"
-        ) from None
-
-
-def _without_values(error: Exception) -> str:
-    """The first words of a library's message: what follows may quote the data."""
-    words = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if words.startswith("CSV parse error"):
-        found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", words)
-        return found[0] if found else "CSV parse error"
-    return words[:120]
-
-
-def _distinct(path: Path, names: list[str]) -> list[str]:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise LifecycleError(f"{path.name}: {count} columns are called {name!r}")
-    return names
-
-
-def _csv(path: Path) -> Iterator[Batch]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        line = file.readline()
-        delimiter = max(",;\t", key=line.count)
-        file.seek(0)
-        names = _distinct(path, next(csv.reader(file, delimiter=delimiter), []))
-    reader = pyarrow.csv.open_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(
-            use_threads=False,  # of a line that is wrong, threads do not know the number
-            block_size=BLOCK_BYTES,
-            column_names=names,
-            skip_rows=1,
-        ),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), null_values=MISSING, strings_can_be_null=True
-        ),
-    )
-    for batch in reader:
-        yield dict(zip(names, batch.columns, strict=True))
-
-
-def _parquet(path: Path) -> Iterator[Batch]:
-    with pyarrow.parquet.ParquetFile(path, buffer_size=2**16, pre_buffer=False) as file:
-        names = _distinct(path, file.schema_arrow.names)
-        for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
-            yield {name: batch.column(name) for name in names}
-
-
-def _arrow(path: Path) -> Iterator[Batch]:
-    with pa.memory_map(str(path)) as source:
-        try:
-            file = pa.ipc.open_file(source)
-            parts = (file.get_batch(index) for index in range(file.num_record_batches))
-        except pa.ArrowInvalid:
-            source.seek(0)
-            file = parts = pa.ipc.open_stream(source)
-        names = _distinct(path, file.schema.names)
-        for batch in parts:
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                part = batch.slice(start, BATCH_ROWS)
-                yield dict(zip(names, part.columns, strict=True))
-
-
-def _json_lines(path: Path) -> Iterator[Batch]:
-    row, names = 0, dict[str, None]()
-    with path.open("rb") as file:
-        while lines := list(islice(file, BATCH_ROWS)):
-            objects = []
-            for line in lines:
-                row += 1
-                if not line.strip():
-                    continue
-                try:
-                    objects.append(orjson.loads(line))
-                except orjson.JSONDecodeError:
-                    raise LifecycleError(f"{path.name}: line {row} is not JSON") from None
-                if not isinstance(objects[-1], dict):
-                    raise LifecycleError(f"{path.name}: line {row} is not an object of named values")
-            for one in objects:
-                names.update(dict.fromkeys(one))
-            yield {name: _json_column(path, name, [one.get(name) for one in objects]) for name in names}
-
-
-def _json_column(path: Path, name: str, values: list[Any]) -> Any:
-    kinds = {type(value) for value in values} - {type(None)}
-    if kinds == {int, float}:
-        return pa.array(values, pa.float64(), from_pandas=True)
-    if len(kinds) > 1:
-        raise LifecycleError(
-            f"{path.name}: column {name!r} mixes {' and '.join(sorted(k.__name__ for k in kinds))}"
-        )
-    return pa.array(values)
-
-
-def profile(path: Path, progress: Progress) -> Table:
+def profile(path: Path, progress: Progress, wanted: Mapping[str, str] | None = None) -> Table:
     """Every column's type, missing values and range, from every row. Raises LifecycleError."""
     columns: dict[str, Column] = {}
-    rows = 0
-    text = path.suffix.lower() in (".csv", ".tsv", ".txt")
-    for batch in batches(path):
-        for name, array in batch.items():
-            _learn(path, columns.setdefault(name, Column(name)), array, text=text)
-        rows += len(next(iter(batch.values()), ()))
+    rows, wanted = 0, wanted or {}
+    as_text = {name for name, dtype in wanted.items() if dtype == "string"}
+    text = format_of(path) in TEXT
+    for batch in batches(path, as_text):
+        for name, array in batch.columns.items():
+            column = columns.setdefault(name, Column(name))
+            if isinstance(array, str):
+                column.unusable = column.unusable or array
+            elif not column.unusable:
+                _learn(column, array, rows, text=text, wanted="string" if name in as_text else None)
+        rows += batch.rows
         progress(rows)
     if not rows:
         raise LifecycleError(f"{path.name}: has no rows")
@@ -218,19 +95,19 @@ def profile(path: Path, progress: Progress) -> Table:
     return Table(path, columns, rows)
 
 
-def _learn(path: Path, column: Column, array: Any, *, text: bool) -> None:
-    """Update a column from a batch; with `text` the type is read from the text."""
+def _learn(column: Column, array: Any, before: int, *, text: bool, wanted: str | None) -> None:
+    """Update a column from a batch that `before` rows precede; with `text` the type is read from the text."""
+    kind = wanted or _kind(array)
+    if not _kind(array):
+        column.unusable = f"is of type {array.type}, which JSON has no like of: write it as text or numbers"
+        return
     if text:
         present = values = array.drop_null()
-        kind = "string" if column.dtype == "string" else "null"
+        kind = wanted or ("string" if column.dtype == "string" else "null")
         if len(present) and kind == "null":
             kind, values = _narrowest(present)
     else:
-        kind = _kind(array.type) or ""
-        if not kind:
-            column.unusable = str(array.type)
-            return
-        present = values = array.drop_null() if kind == "null" else _typed(array, kind).drop_null()
+        present = values = (array if kind == "null" else _typed(array, kind or "")).drop_null()
     column.present += len(present)
     if kind == "null":
         return
@@ -241,36 +118,46 @@ def _learn(path: Path, column: Column, array: Any, *, text: bool) -> None:
     elif text:
         column.dtype = "string"
     elif len(present):
-        raise LifecycleError(f"{path.name}: column {column.name!r} mixes {column.dtype} and {kind}")
+        column.unusable = f"mixes {column.dtype} and {kind} from row {before + 1} on; give all rows one type"
+        return
     if kind in ("int64", "float64") and len(values):
-        _widen_range(path, column, values)
+        _widen_range(column, values)
 
 
 def _narrowest(present: Any) -> tuple[str, Any]:
     """The narrowest type that takes every one of these texts, and the values as that type."""
     if pc.all(pc.is_in(present, pa.array(TRUE + FALSE))).as_py():
         return "bool", present
-    trimmed = pc.utf8_trim_whitespace(present)
-    if pc.all(pc.match_substring_regex(trimmed, "^-?[0-9]{1,18}$")).as_py():
-        return "int64", pc.cast(trimmed, pa.int64())
-    try:
-        return "float64", pc.cast(trimmed, pa.float64())
-    except pa.ArrowInvalid:
-        return "string", present
+    numbers = _numerals(present)
+    digits = pc.all(pc.match_substring_regex(numbers, "^-?[0-9]+$")).as_py()
+    for kind in ("int64", "float64") if digits else ("float64",):
+        with suppress(pa.ArrowInvalid):
+            return kind, pc.cast(numbers, ARROW[kind])
+    return "string", present
 
 
-def _kind(type_: Any) -> str | None:
+def _numerals(array: Any) -> Any:
+    """Texts without outer spaces and plus signs, which Arrow does not take for numbers."""
+    return pc.replace_substring_regex(pc.utf8_trim_whitespace(array), r"^\+", "")
+
+
+def _kind(array: Any) -> str | None:
     """float64, int64, bool or string; `null` where there are no values; None if JSON has no such type."""
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    return next((kind for is_such, kind in KINDS if is_such(type_)), None)
+    type_ = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    kind = next((kind for is_such, kind in KINDS if is_such(type_)), None)
+    if pa.types.is_uint64(type_) and (pc.max(_decoded(array)).as_py() or 0) > np.iinfo(np.int64).max:
+        return "float64"
+    return kind
 
 
-def _widen_range(path: Path, column: Column, values: Any) -> None:
+def _decoded(array: Any) -> Any:
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _widen_range(column: Column, values: Any) -> None:
     if pa.types.is_floating(values.type) and pc.any(pc.is_inf(values)).as_py():
-        raise LifecycleError(
-            f"{path.name}: column {column.name!r} holds infinity, which JSON has no word for"
-        )
+        column.unusable = "holds infinity, which JSON has no word for: leave such values empty"
+        return
     ends = pc.min_max(values).as_py()
     column.low = ends["min"] if column.low is None else min(column.low, ends["min"])
     column.high = ends["max"] if column.high is None else max(column.high, ends["max"])
@@ -278,17 +165,30 @@ def _widen_range(path: Path, column: Column, values: Any) -> None:
 
 def _typed(array: Any, dtype: str) -> Any:
     """An array of the file as the column's type; NaN is a missing value."""
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_string(array.type) and dtype != "string":
+    array = _decoded(array)
+    if _kind(array) == "string" and dtype != "string":
         if dtype == "bool":
             # A missing value is in neither list, and stays missing.
             return pc.if_else(pc.is_null(array), None, pc.is_in(array, pa.array(TRUE)))
-        array = pc.utf8_trim_whitespace(array)
-    array = pc.cast(array, ARROW[dtype])
+        array = _numerals(array)
+    array = pc.cast(array, ARROW[dtype], safe=dtype != "float64")  # to float64 whatever precision it costs
     if dtype == "float64":
         array = pc.if_else(pc.is_nan(array), None, array)
     return array
+
+
+def typed_batches(table: Table, columns: Sequence[Column]) -> Iterator[Any]:
+    """All rows again, as record batches of these columns with their types."""
+    schema = pa.schema([(one.name, ARROW.get(one.dtype or "", pa.null())) for one in columns])
+    for batch in batches(table.path, {one.name for one in columns if one.dtype == "string"}):
+        arrays = [batch.columns.get(one.name) if one.dtype else None for one in columns]
+        yield pa.record_batch(
+            [
+                pa.nulls(batch.rows, type_) if array is None else _typed(array, one.dtype or "")
+                for one, array, type_ in zip(columns, arrays, schema.types, strict=True)
+            ],
+            schema,
+        )
 
 
 def sample(table: Table, target: Path, progress: Progress) -> int:
@@ -303,15 +203,10 @@ def sample(table: Table, target: Path, progress: Progress) -> int:
         chosen = np.sort(np.random.default_rng(0).choice(table.rows, SAMPLE_ROWS, replace=False))
     start = 0
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in batches(table.path):
-            rows = len(next(iter(batch.values())))
-            arrays = [
-                _typed(batch[one.name], one.dtype or "") if one.name in batch else pa.nulls(rows, field_.type)
-                for one, field_ in zip(columns, schema, strict=True)
-            ]
-            for one, array in zip(columns, arrays, strict=True):
+        for part in typed_batches(table, columns):
+            rows = part.num_rows
+            for one, array in zip(columns, part.columns, strict=True):
                 _count(one, array)
-            part = pa.record_batch(arrays, schema)
             if chosen is not None:
                 first, last = np.searchsorted(chosen, [start, start + rows])
                 part = part.take(pa.array(chosen[first:last] - start))
@@ -340,16 +235,44 @@ def read_sample(path: Path) -> Any:
 # --- values under the contract ---------------------------------------------------------------------------
 
 
-def read_table(path: Path) -> Any:
-    """All rows of a data file as a pyarrow table, with the types of the file; raises LifecycleError."""
-    parts = [pa.table(batch) for batch in batches(path)]
-    try:
-        table = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
-    except pa.ArrowException:
-        raise LifecycleError(f"{path.name}: a column has numbers in some rows and text in others") from None
-    if not table.num_rows:
-        raise LifecycleError(f"{path.name}: has no rows")
-    return table
+def read_table(
+    path: Path, wanted: Mapping[str, str] | None = None, columns: Iterable[str] | None = None
+) -> Any:
+    """All rows of a data file as a pyarrow table; raises LifecycleError if one of `columns` is unusable.
+
+    Without `columns` all are judged; with them, those that are unusable and not among them are left out.
+    """
+    table = profile(path, lambda _: None, wanted)
+    require(table, table.columns if columns is None else columns)
+    kept = [one for one in table.columns.values() if not one.unusable]
+    return pa.Table.from_batches(typed_batches(table, kept))
+
+
+def require(table: Table, names: Iterable[str]) -> None:
+    """Raise LifecycleError for the first of these columns that no model can take."""
+    for name in names:
+        if name in table.columns and (why := table.columns[name].unusable):
+            raise LifecycleError(f"{table.path.name}: column {name!r} {why}")
+
+
+def contract_types(target: str, labels: Sequence[Any]) -> dict[str, str]:
+    """What `read_table` needs to read rows as the contract takes them."""
+    types = {entry["name"]: str(entry["dtype"]) for entry in contract_inputs()}
+    return types | ({target: "string"} if labels and isinstance(labels[0], str) else {})
+
+
+def no_number(path: Path, name: str) -> str:
+    """Which row keeps a column of texts from being one of numbers, for a message; "" if none does."""
+    row = 0
+    for batch in batches(path):
+        array = batch.columns.get(name, "")
+        for index, text in enumerate([] if isinstance(array, str) else array.to_pylist(), row + 1):
+            try:
+                float(text or 0)
+            except ValueError:
+                return f"row {index} holds {shown(text)}"
+        row += batch.rows
+    return ""
 
 
 def spelling(value: Any) -> str:

@@ -21,7 +21,7 @@ from lifecycle.importing import assemble
 from lifecycle.importing.contract_writer import Feature, field_names, formatted, source
 from lifecycle.importing.importer import parsed_bounds
 from lifecycle.importing.steps import WORK, alone, apply, recover
-from lifecycle.tables import SAMPLE_ROWS, Column, Table, profile, read_sample, sample
+from lifecycle.tables import SAMPLE_ROWS, Column, Table, profile, read_sample, read_table, sample
 from tests.service.where import ROOT
 
 
@@ -42,8 +42,9 @@ def described(column: Column) -> tuple[Any, ...]:
 
 def refusal(path: Path, text: str) -> str:
     """The line that says why a file is not taken."""
+    path.write_text(text, "utf-8")
     with pytest.raises(LifecycleError) as refused:
-        table(path, text)
+        read_table(path)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 

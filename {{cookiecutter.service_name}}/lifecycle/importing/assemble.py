@@ -36,7 +36,7 @@ from lifecycle.package import (
     publish,
     start_release,
 )
-from lifecycle.tables import instances, read_sample, read_table, truths
+from lifecycle.tables import contract_types, instances, read_sample, read_table, truths
 
 GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
 STUB = "v0"
@@ -188,7 +188,8 @@ def prepare_evaluation(root: Path, assembly: Assembly, target: Any) -> None:
     if assembly.holdout:
         held = root / assembly.holdout
         text = _replaced(text, "data", "file", json.dumps(held.name))
-        table = read_table(held)
+        types = contract_types(assembly.target, labels())
+        table = read_table(held, types, {*types, assembly.target})
         if assembly.target not in table.column_names:
             raise LifecycleError(f"{assembly.holdout}: has no column {assembly.target!r}")
         for _ in instances(table, assembly.holdout):

@@ -250,9 +250,7 @@ def convert(work: Path, request: Request, columns: Sequence[Column]) -> Converte
             if one.dtype and not one.unusable
         ],
         unusable={
-            one.name: f"is of type {one.unusable}, which JSON has no like of"
-            if one.unusable
-            else "has no value in any row"
+            one.name: one.unusable or "has no value in any row"
             for one in columns
             if one.unusable or not one.dtype
         },

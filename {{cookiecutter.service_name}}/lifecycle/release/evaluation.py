@@ -264,9 +264,10 @@ def read_thresholds(path: Path) -> Thresholds:
 
 def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Data:
     """The rows of `path` with the truth in column `target`; raises LifecycleError for the first bad row."""
-    from lifecycle.tables import instances, read_table, spelling, truths
+    from lifecycle.tables import contract_types, instances, read_table, spelling, truths
 
-    table = read_table(path)
+    types = contract_types(target, labels)
+    table = read_table(path, types, {*types, target})
     # The place in the repository, or the file's name alone: a verdict must show no path of a machine.
     name = path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name
     if target not in table.column_names:

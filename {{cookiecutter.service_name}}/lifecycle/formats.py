@@ -1,0 +1,381 @@
+"""Data files as batches of columns, whatever they are written in.
+
+    .csv .tsv .txt .jsonl .json, compressed or not; .parquet .arrow .xlsx -> batches() of columns
+    a column that cannot be read -> the reason in its place, for whoever needs that column
+
+Text files are taken for what pandas would take them for, because most estimators were fitted on that.
+Encoding, separator, comment lines and the meaning of commas in numbers are found out from the file.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import math
+import re
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.ipc
+import pyarrow.parquet
+
+from lifecycle.command import LifecycleError
+
+BATCH_ROWS, BLOCK_BYTES, HEAD_CHARACTERS = 16_384, 2**22, 2**18
+# Words that pandas reads as missing.
+MISSING = [
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+    "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+]  # fmt: skip
+TEXT = (".csv", ".tsv", ".txt")  # formats in which every value is text
+DELIMITERS = ",;\t|"
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+    ".zst": lambda path: pa.CompressedInputStream(str(path), "zstd"), ".zip": lambda path: _only_member(path),
+}  # fmt: skip
+BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+FOREIGN = re.compile(r"[^\x00-\x7f]{3}")  # so do words of other alphabets look in Windows-1252
+# Numbers that show what a comma means; those that may be either; and all that are read once it is known.
+SHOWS = {
+    "decimal": re.compile(r"[-+]?(\d{1,3}(\.\d{3})+,\d+|\d+,(\d{1,2}|\d{4,}))"),
+    "thousands": re.compile(r"[-+]?(\d{1,3}(,\d{3})+\.\d+|\d{1,3}(,\d{3}){2,})"),
+}
+AMBIGUOUS = re.compile(r"[-+]?\d{1,3},\d{3}")
+READ = {
+    "decimal": r"^[-+]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+)(,[0-9]*)?$",
+    "thousands": r"^[-+]?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]*)?$",
+}
+
+
+class Batch(NamedTuple):
+    """Some rows: by column a pyarrow array, or the reason why no model can take it."""
+
+    rows: int
+    columns: dict[str, Any]
+
+
+def batches(path: Path, text: Collection[str] = ()) -> Iterator[Batch]:
+    """All rows, a batch at a time; from CSV as text, missing values as nulls. Raises LifecycleError.
+
+    In columns that `text` names, numbers with commas stay as they are.
+    """
+    suffix = format_of(path)
+    reader = {
+        ".csv": _csv, ".tsv": _csv, ".txt": _csv, ".jsonl": _json, ".ndjson": _json, ".json": _json,
+        ".parquet": _parquet, ".pq": _parquet, ".arrow": _arrow, ".feather": _arrow, ".ipc": _arrow,
+        ".xlsx": _excel,
+    }.get(suffix)  # fmt: skip
+    if reader is None:
+        raise _untaken(path, suffix)
+    try:
+        if not path.stat().st_size:
+            raise LifecycleError(f"{path.name}: is empty")
+        yield from reader(path, text)
+    except OSError as error:
+        raise LifecycleError(f"{path.name}: {error.strerror or _without_values(error)}") from None
+    except (ValueError, RuntimeError, EOFError, csv.Error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise LifecycleError(f"{path.name}: cannot be read as {suffix}: {_without_values(error)}") from None
+
+
+def _untaken(path: Path, suffix: str, why: str = "") -> LifecycleError:
+    return LifecycleError(
+        f"{path.name}: takes .csv, .parquet, .jsonl or .arrow, not {suffix or 'this'}{why}; compressed as "
+        f".gz, .bz2, .xz, .zst or .zip"
+    )
+
+
+def format_of(path: Path) -> str:
+    """The suffix that tells the format, below that of a compression."""
+    name = Path(path.name.lower())
+    return name.with_suffix("").suffix if name.suffix in OPENERS else name.suffix
+
+
+def _only_member(path: Path) -> IO[bytes]:
+    archive = zipfile.ZipFile(path)
+    names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+    if len(names) != 1:
+        raise LifecycleError(f"{path.name}: holds {len(names)} files, and one table is what is read")
+    return archive.open(names[0])
+
+
+def _opened(path: Path) -> Any:
+    opener = OPENERS.get(path.suffix.lower())
+    return opener(path) if opener else path.open("rb")
+
+
+def _without_values(error: Exception) -> str:
+    """The first words of a library's message: what follows may quote the data."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_opened(path), _encoding(path, path.stat().st_mtime_ns), newline="")
+
+
+@lru_cache(maxsize=4)
+def _encoding(path: Path, changed: int) -> str:
+    """UTF-8 or UTF-16; else Windows-1252, which is said, unless the words are of another alphabet."""
+    with _opened(path) as file:
+        decoder, block = codecs.getincrementaldecoder("utf-8")(), file.read(BLOCK_BYTES)
+        if found := next((name for bom, name in BOMS.items() if block.startswith(bom)), ""):
+            return found
+        if b"\0" in block[:2]:
+            return "utf-16-le" if block[1:2] == b"\0" else "utf-16-be"
+        with suppress(UnicodeDecodeError):
+            while block:
+                decoder.decode(block)
+                block = file.read(BLOCK_BYTES)
+            decoder.decode(b"", final=True)
+            return "utf-8"
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            words = line.decode("cp1252", errors="replace")
+            if "\ufffd" in words or FOREIGN.search(words):
+                raise LifecycleError(f"{path.name}: line {number} is not UTF-8: save the file as UTF-8")
+    print(f"{path.name}: is not UTF-8, read as Windows-1252", file=sys.stderr)
+    return "cp1252"
+
+
+class _Rest:
+    """What is left of a text file, in UTF-8 whatever it is in, for pyarrow."""
+
+    closed = False
+
+    def __init__(self, file: io.TextIOWrapper) -> None:
+        self._file, self._left, self.quotes = file, b"", 0
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes."""
+        while len(self._left) < size and (more := self._file.read(BLOCK_BYTES)):
+            self._left += more.encode()
+            self.quotes += more.count('"')
+        found, self._left = self._left[:size], self._left[size:]
+        return found
+
+
+def _csv(path: Path, text: Collection[str]) -> Iterator[Batch]:
+    with _text(path) as file:
+        head = file.read(HEAD_CHARACTERS)
+    delimiter, rows = _records(head, DELIMITERS if format_of(path) != ".tsv" else "\t")
+    width = len(rows[0]) if rows else 0
+    with _text(path) as file:
+        for names in csv.reader(file, delimiter=delimiter):
+            comment = names and names[0].startswith("#") and (names[0][1:2] == " " or len(names) != width)
+            if any(names) and not comment:
+                break
+        else:
+            raise LifecycleError(f"{path.name}: has no rows")
+        names = [name or f"Unnamed: {index}" for index, name in enumerate(names)]  # as pandas calls them
+        commas = {name: mark for name, mark in _commas(names, rows, delimiter).items() if name not in text}
+        rest = _Rest(file)
+        yield from _csv_batches(path, rest, names, delimiter, commas)
+    if rest.quotes % 2:  # rare, and then mostly a quote within a value; Arrow does not miss the end of another
+        with _text(path) as file:
+            try:
+                for _ in csv.reader(file, delimiter=delimiter, strict=True):
+                    pass
+            except csv.Error:
+                raise LifecycleError(f"{path.name}: a quote is opened and never closed") from None
+
+
+def _records(head: str, delimiters: str) -> tuple[str, list[list[str]]]:
+    """The separator by which most of the first lines have as many fields as the first; and their fields."""
+    found = []
+    for delimiter in delimiters:
+        with suppress(csv.Error):
+            rows = list(islice(csv.reader(io.StringIO(head, newline=""), delimiter=delimiter), 500))
+            rows = rows[: -1 if len(rows) > 1 and len(head) == HEAD_CHARACTERS else None]
+            rows = [row for row in rows if any(row) and not row[0].startswith("#")]
+            width = len(rows[0]) if rows else 0
+            agreeing = sum(len(row) == width for row in rows) / max(len(rows), 1)
+            found.append(((width > 1, agreeing, width), -delimiters.index(delimiter), delimiter, rows))
+    return max(found)[2:] if found else (",", [])
+
+
+def _commas(names: list[str], rows: list[list[str]], delimiter: str) -> dict[str, str]:
+    """What a comma means in each column of numbers: `decimal` or `thousands`.
+
+    3,504 is either, and read as what other columns of the file show. Of a file that shows neither, it is
+    thousands where commas also separate the fields; else it stays text, and so does a column that shows both.
+    """
+    known, open_ = dict[str, str](), []
+    for name, *cells in zip(names, *(row for row in rows[1:] if len(row) == len(names)), strict=True):
+        numbers = [cell.strip() for cell in cells if cell not in MISSING]
+        meant = [mark for mark, pattern in SHOWS.items() if any(map(pattern.fullmatch, numbers))]
+        if len(meant) == 1:
+            known[name] = meant[0]
+        elif not meant and any(map(AMBIGUOUS.fullmatch, numbers)):
+            open_.append(name)
+    marks = {*known.values()} | ({"thousands"} if delimiter == "," else set())
+    return known | (dict.fromkeys(open_, marks.pop()) if len(marks) == 1 else {})
+
+
+def _csv_batches(
+    path: Path, rest: _Rest, names: list[str], delimiter: str, commas: Mapping[str, str]
+) -> Iterator[Batch]:
+    keys, ragged = [f"{index}" for index in range(len(names))], list[str]()
+
+    def misfit(row: Any) -> str:
+        if row.text.startswith("#"):
+            return "skip"
+        ragged.append(
+            f"Row #{row.number + 1}: Expected {row.expected_columns} columns, got {row.actual_columns}"
+        )
+        return "error"
+
+    try:
+        for batch in pyarrow.csv.open_csv(
+            pa.PythonFile(rest, mode="r"),
+            # Of a line that is wrong, threads do not know the number.
+            read_options=pyarrow.csv.ReadOptions(
+                use_threads=False, block_size=BLOCK_BYTES, column_names=keys
+            ),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=misfit
+            ),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(keys, pa.string()), null_values=MISSING, strings_can_be_null=True
+            ),
+        ):
+            columns = _named(names, batch.columns)
+            for name, mark in commas.items():
+                columns[name] = _without_commas(columns[name], mark)
+            yield Batch(batch.num_rows, columns)
+    except pa.ArrowInvalid as error:
+        if "Empty CSV" not in str(error):
+            raise LifecycleError(
+                f"{path.name}: {(ragged or ['is broken: ' + _without_values(error)])[0]}"
+            ) from None
+
+
+def _without_commas(array: Any, mark: str) -> Any:
+    """Numbers as Python writes them, if all are numbers; else the column as it is."""
+    trimmed = pc.utf8_trim_whitespace(array)
+    if not pc.all(pc.match_substring_regex(trimmed.drop_null(), READ[mark])).as_py():
+        return array
+    if mark == "thousands":
+        return pc.replace_substring(trimmed, ",", "")
+    return pc.replace_substring(pc.replace_substring(trimmed, ".", ""), ",", ".")
+
+
+def _named(names: Sequence[str], arrays: Iterable[Any]) -> dict[str, Any]:
+    count = Counter(names)
+    return {
+        name: array if count[name] == 1 else f"is not unique: {count[name]} columns are called {name!r}"
+        for name, array in zip(names, arrays, strict=True)
+    }
+
+
+# --- other formats ---------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, text: Collection[str]) -> Iterator[Batch]:
+    with pyarrow.parquet.ParquetFile(path, buffer_size=2**16, pre_buffer=False) as file:
+        for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+            yield _without_index(file.schema_arrow, batch)
+
+
+def _arrow(path: Path, text: Collection[str]) -> Iterator[Batch]:
+    with pa.memory_map(str(path)) as source:
+        try:
+            file = pa.ipc.open_file(source)
+            parts = (file.get_batch(index) for index in range(file.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            file = parts = pa.ipc.open_stream(source)
+        for batch in parts:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield _without_index(file.schema, batch.slice(start, BATCH_ROWS))
+
+
+def _without_index(schema: Any, batch: Any) -> Batch:
+    """The columns; what was the index of a DataFrame is none."""
+    columns = _named(batch.schema.names, batch.columns)
+    for index in (schema.pandas_metadata or {}).get("index_columns", []):
+        if isinstance(index, str):
+            columns.pop(index, None)
+    return Batch(batch.num_rows, columns)
+
+
+def _excel(path: Path, text: Collection[str]) -> Iterator[Batch]:
+    if not find_spec("openpyxl"):
+        raise _untaken(path, ".xlsx", ", unless openpyxl is installed")
+    import pandas as pd  # here, because it takes a second
+
+    frame = pd.read_excel(path, dtype=object)
+    columns = {str(name): _array(frame[name].tolist(), 1) for name in frame}
+    yield Batch(len(frame), columns)
+
+
+def _json(path: Path, text: Collection[str]) -> Iterator[Batch]:
+    row, names = 0, dict[str, None]()
+    with _text(path) as file:
+        first = file.readline()
+        if first.lstrip().startswith("["):  # one array of objects
+            lines: Iterator[tuple[int, Any]] = ((1, one) for one in _parsed(path, first + file.read()))
+        else:
+            lines = _lines(path, chain([first], file))
+        while some := list(islice(lines, BATCH_ROWS)):
+            for number, one in some:
+                if not isinstance(one, dict):
+                    raise LifecycleError(f"{path.name}: line {number} is not an object of named values")
+                names.update(dict.fromkeys(one))
+            columns = {name: _array([one.get(name) for _, one in some], row + 1) for name in names}
+            yield Batch(len(some), columns)
+            row += len(some)
+
+
+def _lines(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, _parsed(path, line, number)
+
+
+def _parsed(path: Path, text: str, number: int = 1) -> Any:
+    with suppress(orjson.JSONDecodeError):
+        return orjson.loads(text)
+    try:
+        return json.loads(text)  # takes the NaN that Python's own writer writes
+    except (ValueError, RecursionError):
+        raise LifecycleError(f"{path.name}: line {number} is not JSON") from None
+
+
+def _array(values: list[Any], first: int) -> Any:
+    """Values of any type as an array, or why there is none; `first` is the number of their first row."""
+    values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
+    kinds = dict.fromkeys(type(value) for value in values if value is not None)
+    if len(kinds) > 1 and kinds.keys() != {int, float}:
+        usual = next(iter(kinds))
+        odd = next(row for row, value in enumerate(values) if type(value) not in (usual, type(None)))
+        named = " and ".join(sorted(kind.__name__ for kind in kinds))
+        return f"mixes {named}: row {first + odd} holds {shown(values[odd])}; give all rows one type"
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, TypeError):
+        if kinds.keys() <= {int, float}:  # integers beyond 64 bits, or beyond what a float holds
+            return pa.array([None if value is None else float(value) for value in values], pa.float64())
+        return "is of mixed lists or objects, which no model takes: write a column for each value"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, at most 40 characters of it."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:40]}..."
