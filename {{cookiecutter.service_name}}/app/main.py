@@ -60,6 +60,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         telemetry=TelemetryConfig(tracing=False, metrics=False, logs=False),
         exception_handlers=dict.fromkeys(HANDLED, handle),
     )

@@ -96,7 +96,7 @@ def test_failures_are_counted_for_all_workers(start: Start, redis: Redis) -> Non
     storage = f"redis://127.0.0.1:{redis.port}"
     service = start(api_keys=sha256(b"right").hexdigest(), rate_limit_storage=storage)
     wrong = crowd(service, FAILURES.amount + 20, **{"x-api-key": "wrong"})
-    assert wrong == {403: FAILURES.amount, 429: 20}
+    assert wrong == {401: FAILURES.amount, 429: 20}
     assert crowd(service, 20, **{"x-api-key": "right"}) == {200: 20}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -129,6 +130,44 @@ def test_the_documentation_works_offline(service: Service) -> None:
         asset = service.client.get(urljoin(f"{service.url}/docs", address))
         assert asset.status_code == 200, address
         assert asset.content, address
+
+
+def test_head_is_answered_as_get_without_a_body(service: Service) -> None:
+    """Load balancers probe with HEAD: status and headers as for GET, and no body; counted as HEAD."""
+    for path in ("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json", "/v1/predict"):
+        get, head = (service.client.request(method, path) for method in ("GET", "HEAD"))
+        assert (head.status_code, head.content) == (get.status_code, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert head.headers["x-request-id"]
+    connection = service.connection()
+    for method in ("HEAD", "GET", "HEAD"):  # a body after HEAD would be taken for the next answer
+        connection.request(method, "/health")
+        answer = connection.getresponse()
+        assert (answer.status, bool(answer.read())) == (200, method == "GET")
+    connection.close()
+    counted = service.metrics()
+    assert counted['http_requests_total{handler="/health",method="HEAD",status="200"}'] >= 3
+
+
+def test_the_service_works_behind_a_prefix(start: Callable[..., Service]) -> None:
+    """Whether the proxy strips APP_ROOT_PATH or not; the OpenAPI document names it, so clients keep it."""
+    service = start(workers=1, root_path="/team/iris")
+    for prefix in ("", "/team/iris"):  # as the service sees the paths
+        for path in ("/health", "/ready", "/version", "/metrics", "/docs", "/docs/assets/swagger-ui.css"):
+            assert service.client.get(prefix + path).status_code == 200, prefix + path
+        assert service.client.get(prefix + "/openapi.json").json()["servers"] == [{"url": "/team/iris"}]
+        assert service.client.post(prefix + "/v1/predict", json=EXAMPLE).status_code == 200
+    for path in ("/team/irises/health", "/team/iris", "/team", "/iris/health", "/team/iris/team/iris/health"):
+        assert_problem(service.client.get(path), 404, "not_found")
+    handlers = {key for key in service.metrics() if key.startswith("http_requests_total")}
+    assert not [key for key in handlers if "iris" in key]
+
+
+def test_a_prefix_may_look_like_a_part_of_the_path(start: Callable[..., Service]) -> None:
+    """With /v1 for a prefix both kinds of proxies reach the prediction."""
+    service = start(workers=1, root_path="/v1")
+    for path in ("/v1/predict", "/v1/v1/predict"):
+        assert service.client.post(path, json=EXAMPLE).status_code == 200
 
 
 def test_an_unknown_path_is_a_problem_document(service: Service) -> None:

@@ -78,12 +78,48 @@ def test_a_refused_request_is_one_line_too(service: Service) -> None:
 
 
 def test_a_trace_is_carried_into_the_line(service: Service) -> None:
-    """The trace id of `traceparent` stands in the line; a malformed one does not."""
-    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
-    traced = service.predict(headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"})
-    assert service.line(traced.headers["x-request-id"])["trace_id"] == trace_id
-    untraced = service.predict(headers={"traceparent": f"00-{trace_id}"})
-    assert service.line(untraced.headers["x-request-id"])["trace_id"] is None
+    """The trace id of a `traceparent` that W3C's rules take stands in the line; of any other, none does."""
+    trace_id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    taken = [
+        f"00-{trace_id}-{parent}-01", f"00-{trace_id}-{parent}-ff", f"01-{trace_id}-{parent}-01",
+        f"01-{trace_id}-{parent}-01-what-the-future-brings", f"cc-{trace_id}-{parent}-00-",
+    ]  # fmt: skip
+    refused = [
+        "", f"00-{trace_id}", f"00-{'0' * 32}-{parent}-01", f"00-{trace_id}-{'0' * 16}-01",
+        f"ff-{trace_id}-{parent}-01", f"00-{trace_id}-{parent}-01-extra",
+        f"00-{trace_id.upper()}-{parent}-01", f"00-{trace_id}-{parent}-1", f"0-{trace_id}-{parent}-01",
+        f"01-{trace_id}-{parent}-01.extra",
+        f"00-{trace_id[:-1]}-{parent}-01", f"00-{trace_id[:-1]}g-{parent}-01",
+    ]  # fmt: skip
+    for header in taken + refused:
+        answer = service.predict(headers={"traceparent": header})
+        logged = service.line(answer.headers["x-request-id"])["trace_id"]
+        expected = trace_id if header in taken else None
+        # A capability that makes spans begins a trace where the client has none.
+        assert logged == expected or (not expected and "tracing" in installed() and logged != trace_id), (
+            header
+        )
+    twice = service.predict(headers=[("traceparent", taken[0]), ("traceparent", taken[1])])
+    if "tracing" not in installed():
+        assert service.line(twice.headers["x-request-id"])["trace_id"] is None
+
+
+def test_a_scrape_gets_the_format_it_asks_for(service: Service) -> None:
+    """The text format 0.0.4 unless another is asked for, also by a Prometheus that lists several."""
+    text, newer = "text/plain; version=0.0.4", "application/openmetrics-text; version=1.0.0"
+    prometheus_2 = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+    prometheus_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,*/*;q=0.1"
+    asked = {
+        "": text, "*/*": text, "text/plain;version=0.0.4": text, "text/plain": text, "application/json": text,
+        "application/openmetrics-text;version=1.0.0": newer, prometheus_2: newer, prometheus_3: newer,
+        "text/plain;version=1.0.0": "text/plain; version=1.0.0",
+    }  # fmt: skip
+    service.predict()
+    for accept, expected in asked.items():
+        answer = service.client.get("/metrics", headers={"accept": accept})
+        assert answer.headers["content-type"].startswith(expected), accept
+        assert answer.text.endswith("# EOF\n") is (expected == newer)
+        assert re.search(r"^predictions_total\{.* [0-9.]+$", answer.text, re.MULTILINE)
 
 
 def test_what_a_client_sends_is_never_logged(service: Service) -> None:

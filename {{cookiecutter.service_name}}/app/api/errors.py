@@ -1,6 +1,7 @@
 """The one place where a failure becomes an answer: ServiceError -> problem document (RFC 9457)."""
 
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from app.core.errors import ServiceError
 from app.schemas.service import MAX_ERRORS, Problem
 
-MAX_BYTES, MAX_NAME, MAX_MSG = 8192, 64, 160  # names in `loc` may be the client's own, of any length
+MAX_BYTES, MAX_NAME, MAX_MSG = 8192, 64, 160
 MEDIA_TYPE = "application/problem+json"
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -62,15 +63,13 @@ def from_validation(error: ValidationError, body: bytes) -> ServiceError:
 
 
 def violations(details: list[Any]) -> ServiceError:
-    """422 with an entry for each of pydantic's `details`, names and messages cut to a sane length."""
-    errors = [
-        {
-            "loc": [part[:MAX_NAME] if isinstance(part, str) else part for part in one["loc"]],
-            "msg": one["msg"][:MAX_MSG],
-            "type": one["type"],
-        }
-        for one in details
-    ]
+    """422 with an entry for each of pydantic's `details`."""
+    errors = []
+    for one in details:
+        loc = list(one["loc"])
+        if one["type"] == "extra_forbidden":  # the client's own name: anything, of any length
+            loc[-1] = "".join(islice(filter(str.isprintable, loc[-1]), MAX_NAME))
+        errors.append({"loc": loc, "msg": one["msg"][:MAX_MSG], "type": one["type"]})
     return ServiceError("invalid_input", f"{len(errors)} violation(s) of the contract", errors)
 
 
@@ -82,6 +81,8 @@ async def handle(request: Request, error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         failure = ServiceError(_CODES.get(error.status_code, "internal_error"))
         failure.headers |= {name.lower(): value for name, value in (error.headers or {}).items()}
+        if "GET" in failure.headers.get("allow", ""):  # the middleware answers HEAD as GET
+            failure.headers["allow"] += ", HEAD"
     else:
         failure = error if isinstance(error, ServiceError) else ServiceError("internal_error")
     body = problem(failure, request.scope["state"]["call"].request_id)

@@ -12,6 +12,8 @@ import re
 from time import perf_counter
 from typing import Any
 
+from opentelemetry.trace import format_trace_id, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -26,12 +28,13 @@ from app.schemas.contract import contract_inputs
 from app.settings import Settings
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request that it sends again
 _SHED = {"overloaded": "queue_full", "model_not_ready": "not_ready", "rate_limited": "rate_limit"}
-# Of requests from pages of other origins.
-_HEADERS = ("authorization", "content-type", "idempotency-key", "traceparent", "x-api-key", "x-request-id")
+# Of requests from pages of other origins: what the contract names, and what OpenTelemetry adds in browsers.
+_OWN_HEADERS = ("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id")
+_TRACE_HEADERS = ("traceparent", "tracestate", "baggage", "b3")
 _CLOSED_REQUEST = 499  # nginx's number for a client that has gone
+_PROPAGATOR = TraceContextTextMapPropagator()
 _JSON = [(b"content-type", b"application/json")]
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, headers, body
 
@@ -42,6 +45,7 @@ class ServiceMiddleware:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
         self._direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
+        self._prefix = f"{service.settings.root_path}/" if service.settings.root_path else ""
         self._features = frozenset(entry["name"] for entry in contract_inputs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +53,10 @@ class ServiceMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        service, (call, key) = self._service, self._open(scope)
+        service, (call, key), prefix = self._service, self._open(scope), self._prefix
+        if prefix and scope["path"].startswith(prefix) and scope["path"] not in self._direct:
+            # From a proxy that does not strip it.
+            scope["path"] = scope["path"][len(prefix) - 1 :]
         route = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
         answer: Answer | None = None
         try:
@@ -101,7 +108,10 @@ class ServiceMiddleware:
             await self._service.recorder.settle()
         scope.setdefault("state", {})["call"] = call
         call.counted = True  # by the instrumentator there
-        await self._app(scope, receive, send_marked)
+        # HEAD is answered as GET; the server sends no body, because it looks at its own scope.
+        inner = {**scope, "method": "GET", "head": True} if scope["method"] == "HEAD" else scope
+        await self._app(inner, receive, send_marked)
+        scope["route"] = inner.get("route")
         return None
 
     async def _finish(
@@ -130,6 +140,7 @@ class ServiceMiddleware:
         started = perf_counter()
         call = Call(self._service, started, started + self._service.settings.request_deadline_seconds)
         key: bytes | None = None
+        parents: list[str] = []
         for name, value in scope["headers"]:
             if name == b"content-type":
                 call.content_type = value
@@ -137,8 +148,8 @@ class ServiceMiddleware:
                 call.content_length = int(value) if value.isdigit() else 0
             elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 call.request_id = value.decode()
-            elif name == b"traceparent" and (match := _TRACEPARENT.fullmatch(value)):
-                call.trace_id = match[1].decode()
+            elif name == b"traceparent":
+                parents.append(value.decode("latin-1"))
             elif name == b"x-api-key":
                 key = value
             elif name == b"authorization" and value[:7].lower() == b"bearer ":
@@ -152,7 +163,11 @@ class ServiceMiddleware:
             elif name == b"x-envoy-attempt-count" and _ATTEMPT.fullmatch(value):
                 call.attempt = int(value)
                 self._service.recorder.count(self._service.metrics.retried, "proxy")
-        call.trace_id = scope.get("trace_id", call.trace_id)  # from a capability that wraps this middleware
+        if "trace_id" in scope:  # from a capability that wraps this middleware
+            call.trace_id = scope["trace_id"]
+        elif len(parents) == 1:  # two are none
+            caller = get_current_span(_PROPAGATOR.extract({"traceparent": parents})).get_span_context()
+            call.trace_id = format_trace_id(caller.trace_id) if caller.is_valid else None
         call.request_id = call.request_id or os.urandom(16).hex()
         return call, key
 
@@ -184,7 +199,8 @@ class CrossOrigin(CORSMiddleware):
     """Stands around the service, which therefore sees no preflight: those get their id here."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        headers = [*_HEADERS, *filter(None, [settings.canary_header])]
+        canary = [settings.canary_header] if settings.canary_header else []
+        headers = [*_OWN_HEADERS, *_TRACE_HEADERS, *canary, *settings.cors_headers]
         exposed = ("retry-after", "x-request-id")
         super().__init__(app, settings.cors_origins, ("GET", "POST"), headers, expose_headers=exposed)
 

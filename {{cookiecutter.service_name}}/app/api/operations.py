@@ -4,12 +4,11 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Header, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
-from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.staticfiles import StaticFiles
@@ -60,7 +59,8 @@ def add_metrics(app: FastAPI, service: Service) -> None:
 
     def record(info: Info) -> None:
         handler, status = info.modified_handler, int(info.modified_status)
-        service.count_answer(info.method, handler, status, info.modified_duration)
+        method = "HEAD" if "head" in info.request.scope else info.method
+        service.count_answer(method, handler, status, info.modified_duration)
 
     instrumentator = Instrumentator(
         should_group_status_codes=False, should_group_untemplated=True, registry=registry
@@ -68,8 +68,9 @@ def add_metrics(app: FastAPI, service: Service) -> None:
     instrumentator.add(record).instrument(app)
 
     @app.get("/metrics", include_in_schema=False)
-    def metrics() -> Response:
-        return Response(scrape(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+    def metrics(accept: Annotated[str, Header()] = "") -> Response:
+        text, media_type = scrape(registry, accept)
+        return Response(text, headers={"content-type": media_type})
 
 
 def add_docs(app: FastAPI) -> None:
@@ -92,7 +93,11 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     """The schema with the media type and headers of errors, which FastAPI's `responses` cannot say."""
     if app.openapi_schema is None:
         app.openapi_schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            servers=app.servers or None,
         )
         calls = [call for path in app.openapi_schema["paths"].values() for call in path.values()]
         for status, response in (pair for call in calls for pair in call["responses"].items()):

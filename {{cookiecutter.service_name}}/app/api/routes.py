@@ -132,8 +132,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _MEANING = {
     400: "The body is not JSON.",
-    401: "No API key was sent.",
-    403: "The API key is not accepted.",
+    401: "No API key was sent, or one that is not accepted.",
     413: "The body is larger than this service takes.",
     415: "The body is not sent as plain JSON.",
     422: "The input breaks the contract; `errors` says where.",

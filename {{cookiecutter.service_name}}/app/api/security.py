@@ -13,11 +13,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 from math import ceil
 from time import monotonic, time
 from typing import Any, NamedTuple, NoReturn
-from urllib.parse import unquote_to_bytes
+from urllib.parse import parse_qsl
 
 from fastapi.security import APIKeyHeader, HTTPBearer
 
@@ -32,7 +32,8 @@ MAX_CLIENTS, MAX_HITS = 10_000, 1_000_000  # that one worker remembers: some 40 
 ANSWER_SECONDS = 0.5  # for Redis to answer, before the worker counts by itself
 PAUSE_SECONDS = 5.0  # until a Redis that did not answer is asked again
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
-_KEY_IN_QUERY = re.compile(rb"(?:^|[&;])[^=&;]*(?:key|token|secret|auth)[^=&;]*=", re.IGNORECASE)
+# Names of keys, and of nothing else: `author` and `keyword` are words like any other.
+_KEY_NAMES = re.compile(r"(x[-_]?)?(api|access|auth|client)?[-_]?(key|token|secret)|auth(orization)?", re.I)
 _HOW = "send the key in the header X-API-Key, or as Authorization: Bearer"
 
 
@@ -146,11 +147,10 @@ class Guard:
         await self.spend(FAILURES, f"failed:{client}")
         if query and _in_query(query):
             error = ServiceError("unauthorized", f"a key in the URL ends up in logs: replace it, and {_HOW}")
-        elif key:
-            error = ServiceError("forbidden", "this key is not accepted")
         else:
-            error = ServiceError("unauthorized", _HOW)
-        error.headers["www-authenticate"] = 'Bearer realm="service", ApiKey header="X-API-Key"'
+            error = ServiceError("unauthorized", "this key is not accepted" if key else _HOW)
+        reason = ', error="invalid_token"' if key else ""  # RFC 6750: only where a key was sent
+        error.headers["www-authenticate"] = f'Bearer realm="service"{reason}, ApiKey header="X-API-Key"'
         raise error
 
     async def spend(self, limit: Limit, name: str) -> None:
@@ -164,12 +164,15 @@ class Guard:
 
 
 def _in_query(query: bytes) -> bool:
-    return _KEY_IN_QUERY.search(unquote_to_bytes(query)) is not None
+    names = (name for name, _ in parse_qsl(query.decode("latin-1").replace(";", "&"), keep_blank_values=True))
+    return any(map(_KEY_NAMES.fullmatch, names))
 
 
 @lru_cache(maxsize=4096)
 def _hashed(address: str) -> str:
-    if ":" in address:  # a client with one address of IPv6 has a whole /64 of them
-        with suppress(ValueError):
-            address = str(ip_network(f"{address}/64", strict=False))
+    """One name for one client: IPv4 in IPv6's clothes is IPv4, and an IPv6 client has a whole /64."""
+    with suppress(ValueError):
+        ip = ip_address(address)
+        if isinstance(ip, IPv6Address):
+            address = str(ip.ipv4_mapped or ip_network((int(ip) >> 64 << 64, 64)))
     return hashlib.sha256(address.encode()).hexdigest()[:12]

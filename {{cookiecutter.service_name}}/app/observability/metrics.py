@@ -21,10 +21,10 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Metric,
-    generate_latest,
     multiprocess,
 )
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
 
 STAGES = ("preprocess", "inference", "postprocess")
 SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
@@ -193,7 +193,8 @@ class _Workers(multiprocess.MultiProcessCollector):
         yield from self.merge(sound)  # type: ignore[no-untyped-call]
 
 
-def scrape(own: CollectorRegistry) -> bytes:
-    """Prometheus text: of all workers, or of this process where it is the only one."""
+def scrape(own: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The text in the format that `accept` asks for, and its media type; of all workers if there are several."""
+    encode, media_type = choose_encoder(accept)
     several = METRICS_FOLDER in os.environ
-    return generate_latest(_Workers(None) if several else own)  # type: ignore[no-untyped-call]
+    return encode(_Workers(None) if several else own), media_type  # type: ignore[no-untyped-call]
