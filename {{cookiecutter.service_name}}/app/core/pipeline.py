@@ -8,12 +8,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from app.core.batcher import Batch, Batcher, Observer, Row
@@ -26,6 +27,7 @@ from app.schemas.predict import Features, Prediction
 # A classifier's and a regressor's take different fields, and any one service has only one of the two.
 _prediction: Any = Prediction
 
+Flags = NDArray[np.bool_]
 Execution = Literal["inline", "batch", "thread"]
 
 ROUNDING = 1e-4  # a sum of float32 may leave the range 0 to 1 by this much
@@ -33,6 +35,11 @@ GOLDEN = "golden.jsonl"
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
 MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
+MOST_INTEGER = 2.0**53  # beyond it floats leave integers out
+MOST_INT64 = float(np.nextafter(2.0**63, 0))
+FAR = 20  # times the width of the training range: a model that fails there need not be broken
+TOO_LARGE = "larger than the model can compute with", "too_large"
+OUT_OF_RANGE = "outside the range seen in training", "out_of_range"
 MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
 
 
@@ -75,43 +82,53 @@ class Model:
         self._review, self._reject = policy.out_of_range == "review", policy.out_of_range == "reject"
         # For the record of decisions.
         self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
-        # Columns that have a training range, and the ranges as precise as the rows are.
-        self._ranged = [index for index, entry in enumerate(inputs) if entry.training_range]
-        self._names: list[str] = [inputs[index].name for index in self._ranged]
-        precision = np.float64 if runtime.dtype is np.object_ else runtime.dtype
-        ranges = np.array([inputs[index].training_range for index in self._ranged], precision)
-        self._low, self._high = ranges.reshape(-1, 2).T
-        self._every = len(self._ranged) == len(inputs) and runtime.dtype is not np.object_
+        # Numbers are compared as precisely as the model takes them; without a range, all that it can hold.
+        self._numeric = [index for index, entry in enumerate(inputs) if entry.dtype in ("float64", "int64")]
+        self._every = len(self._numeric) == len(inputs) and runtime.dtype is not np.object_
+        exact = np.float64 if runtime.dtype is np.object_ else runtime.dtype
+        integer = MOST_INT64 if runtime.dtype is np.object_ else MOST_INTEGER
+        numbers = [inputs[index] for index in self._numeric]
+        self._names = [entry.name for entry in numbers]
+        most = [integer if entry.dtype == "int64" else float(np.finfo(exact).max) for entry in numbers]
+        ranges = [entry.training_range or (-own, own) for entry, own in zip(numbers, most, strict=True)]
+        self._most = np.array(most, exact)
+        self._low, self._high = np.array(ranges, exact).reshape(-1, 2).T
+
+    def matrix(self, rows: Sequence[Row]) -> Matrix:
+        """Rows, with None for what is missing, as the runtime takes them: None is NaN among numbers."""
+        with np.errstate(over="ignore"):
+            return np.asarray(rows, self.runtime.dtype)
 
     def run(self, rows: Sequence[Row]) -> Batch:
         """One call of the model; a bad row has its error for an answer."""
         start = perf_counter()
-        matrix = np.asarray(rows, self.runtime.dtype)
-        beyond = self._beyond(matrix)
-        outside, counts = self._outside(beyond) if beyond.any() else (set(), {})
+        matrix, beyond = self._judged(rows)
+        refused: dict[int, ServiceError] = {}
+        outside, counts = set[int](), dict[str, int]()
+        if beyond.any():
+            refused = self._violations(np.abs(self._numbers(matrix)) > self._most, *TOO_LARGE)
+            kept = [index for index in range(len(rows)) if index not in refused]
+            matrix, beyond = matrix[kept], beyond[kept]
+            outside, counts = self._outside(beyond)
         ready = perf_counter()
-        outputs = self._infer(matrix)
+        outputs = self._infer(matrix) if len(matrix) else []
         inferred = perf_counter()
         answer = self._classify if self._labels else self._measure
         answers = [
             one if isinstance(one, ServiceError) else answer(one, index in outside)
             for index, one in enumerate(outputs)
         ]
+        if any(isinstance(one, ServiceError) for one in answers):
+            self._explain(answers, matrix, beyond)
+        for index, failure in refused.items():
+            answers.insert(index, failure)
         stages = (ready - start, inferred - ready, perf_counter() - inferred)
         return Batch(answers, stages, counts, matrix, self.version, rows)
 
     def reject(self, rows: Sequence[Row], single: bool) -> None:
         """Raise ServiceError for values outside the training range, if the policy is `reject`."""
-        if not self._reject:
-            return
-        where = np.argwhere(self._beyond(np.asarray(rows, self.runtime.dtype))).tolist()
-        message = {"msg": "outside the range seen in training", "type": "out_of_range"}
-        errors = [
-            {"loc": ["body", *([] if single else ["instances", row]), self._names[column]], **message}
-            for row, column in where
-        ]
-        if errors:
-            raise ServiceError("invalid_input", errors=errors)
+        if self._reject and (refused := self._violations(self._judged(rows)[1], *OUT_OF_RANGE)):
+            raise located(refused, single)
 
     def try_example(self, rows: int = 1) -> None:
         """Raise ArtifactError unless the model answers so many rows of the manifest's own example."""
@@ -141,15 +158,40 @@ class Model:
             if isinstance(answer, ServiceError) or not _as_recorded(answer, line):
                 raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
 
-    def _beyond(self, matrix: Matrix) -> Any:
-        """Which values lie outside of the training range, [rows, columns that have one]."""
-        numbers = matrix if self._every else matrix[:, self._ranged].astype(self._low.dtype)
-        return (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
+    def _judged(self, rows: Sequence[Row]) -> tuple[Matrix, Flags]:
+        """The matrix, and which of its numbers lie outside of the training range, [rows, numbers]."""
+        try:
+            matrix = self.matrix(rows)
+            numbers = self._numbers(matrix)
+        except OverflowError:  # an integer that no float can hold
+            return self._judged([tuple(map(_bounded, row)) for row in rows])
+        return matrix, (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
 
-    def _outside(self, beyond: Any) -> tuple[set[int], dict[str, int]]:
+    def _numbers(self, matrix: Matrix) -> Matrix:
+        return matrix if self._every else matrix[:, self._numeric].astype(self._low.dtype)
+
+    def _outside(self, beyond: Flags) -> tuple[set[int], dict[str, int]]:
         """Rows to review for a value outside the training range, and the number of such values by feature."""
         counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
         return set(np.flatnonzero(beyond.any(axis=1)).tolist()) if self._review else set(), counts
+
+    def _violations(self, wrong: Flags, message: str, kind: str) -> dict[int, ServiceError]:
+        """The error of each row that has a wrong number."""
+        found: dict[int, ServiceError] = {}
+        for row, column in np.argwhere(wrong).tolist():
+            failure = found.setdefault(row, ServiceError("invalid_input"))
+            failure.errors.append({"loc": [self._names[column]], "msg": message, "type": kind})
+        return found
+
+    def _explain(self, answers: list[Any], matrix: Matrix, beyond: Flags) -> None:
+        """A failure is the client's where a number is far from any in training; name that number."""
+        failed = np.array([[isinstance(one, ServiceError)] for one in answers])
+        numbers, low, high = self._numbers(matrix), self._low, self._high
+        with np.errstate(over="ignore"):
+            outside = np.maximum(numbers - high, low - numbers)
+            far = (beyond & (outside / FAR > high - low)) | (np.abs(numbers) > MOST_INTEGER)
+        for index, failure in self._violations(failed & far, *TOO_LARGE).items():
+            answers[index] = failure
 
     def _infer(self, matrix: Matrix) -> list[Any]:
         """The model's output per row; where the model raises, halves find the row that causes it."""
@@ -197,6 +239,24 @@ def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
     recorded = line.get("probabilities") or {"value": line["value"]}
     own = getattr(answer, "probabilities", None) or {"value": answer.value}
     return all(abs(own[key] - number) <= line["tolerance"] for key, number in recorded.items())
+
+
+def _bounded(value: Any) -> Any:
+    return math.inf if isinstance(value, int) and abs(value) > MOST_INT64 else value
+
+
+def located(failures: Mapping[int, ServiceError], single: bool) -> ServiceError:
+    """One error for a request whose rows fail, by their number: the first one's, with all violations."""
+    (at, first), *_ = failures.items()
+    errors = [
+        {**error, "loc": ["body", *([] if single else ["instances", index]), *error["loc"]]}
+        for index, failure in failures.items()
+        for error in failure.errors
+    ]
+    detail = first.detail if single or errors else f"the model failed on instance {at}"
+    found = ServiceError(first.code, detail, errors)
+    found.__cause__ = first.__cause__
+    return found
 
 
 OFFLINE = Policy(batch_max_rows=256)
@@ -291,8 +351,9 @@ class Pipeline:
             answers = batch.answers
         else:
             answers = await self.batcher.submit(rows, deadline)
+        failures = {at: one for at, one in enumerate(answers) if isinstance(one, ServiceError)}
+        if failures:
+            raise located(failures, single)
         for answer, prediction_id in zip(answers, ids, strict=True):
-            if isinstance(answer, ServiceError):
-                raise answer
             answer.prediction_id = prediction_id
         return answers

@@ -183,7 +183,8 @@ def _tensor(columns: NDArray[Any], kind: Any) -> NDArray[Any]:
     """Columns as `kind`; ONNX has no missing text, so that is empty text there."""
     if kind is np.object_:
         return np.where(columns == None, "", columns)  # noqa: E711  # of each
-    return columns.astype(kind)
+    with np.errstate(over="ignore"):
+        return columns.astype(kind)
 
 
 class SkopsRuntime:
@@ -259,16 +260,21 @@ class SkopsRuntime:
         if self._takes == "column":
             return np.where(matrix[:, 0] == None, "", matrix[:, 0])  # noqa: E711  # of each
         if self._takes == "frame":
-            series, columns = self._pandas.Series, zip(self._kinds.items(), matrix.T, strict=True)
-            return self._pandas.DataFrame(
-                {name: series(_typed(column, kind), dtype=kind) for (name, kind), column in columns}
-            )
+            columns = zip(self._kinds.items(), matrix.T, strict=True)
+            return self._pandas.DataFrame({name: self._series(one, kind) for (name, kind), one in columns})
         if self.dtype is not np.object_:
             return matrix
         kinds = self._kinds.values()
         typed = [_typed(one, kind) for kind, one in zip(kinds, matrix.T, strict=True)]
         common = np.object_ if np.object_ in kinds else np.float64
         return np.column_stack([one.astype(common) for one in typed])
+
+
+    def _series(self, column: NDArray[Any], kind: Any) -> Any:
+        pd = self._pandas
+        if isinstance(kind, pd.CategoricalDtype):  # of which any other value is no member
+            return pd.Categorical.from_codes(kind.categories.get_indexer(column), dtype=kind)
+        return pd.Series(_typed(column, kind), dtype=kind)
 
 
 def _plain(name: Any) -> str:
