@@ -89,6 +89,7 @@ class Model:
         integer = MOST_INT64 if runtime.dtype is np.object_ else MOST_INTEGER
         numbers = [inputs[index] for index in self._numeric]
         self._names = [entry.name for entry in numbers]
+        self._open = np.array([entry.minimum is None or entry.maximum is None for entry in numbers], np.bool_)
         most = [integer if entry.dtype == "int64" else float(np.finfo(exact).max) for entry in numbers]
         ranges = [entry.training_range or (-own, own) for entry, own in zip(numbers, most, strict=True)]
         self._most = np.array(most, exact)
@@ -184,13 +185,13 @@ class Model:
         return found
 
     def _explain(self, answers: list[Any], matrix: Matrix, beyond: Flags) -> None:
-        """A failure is the client's where a number is far from any in training; name that number."""
+        """A failure is the client's where a number without bounds is far from training: name the number."""
         failed = np.array([[isinstance(one, ServiceError)] for one in answers])
         numbers, low, high = self._numbers(matrix), self._low, self._high
         with np.errstate(over="ignore"):
             outside = np.maximum(numbers - high, low - numbers)
             far = (beyond & (outside / FAR > high - low)) | (np.abs(numbers) > MOST_INTEGER)
-        for index, failure in self._violations(failed & far, *TOO_LARGE).items():
+        for index, failure in self._violations(failed & far & self._open, *TOO_LARGE).items():
             answers[index] = failure
 
     def _infer(self, matrix: Matrix) -> list[Any]:
