@@ -8,29 +8,40 @@ import copy
 import io
 import json
 import sys
-import warnings
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from app.core.runtimes import OnnxRuntime, SkopsRuntime, skops_types
 from app.core.store import Input
 from lifecycle.command import LifecycleError
+from lifecycle.importing.onnx_rewriting.graph import (
+    Frame,
+    Graph,
+    Numbers,
+    Unsupported,
+    Words,
+    answer,
+    to_onnx,
+    transform,
+    unwrapped,
+)
 from lifecycle.importing.original import (
     BOOSTERS,
-    OPSET,
     SCORE_TOLERANCE,
     Answers,
     Form,
     Original,
     as_served,
+    describe,
     open_model,
     open_onnx,
     original_answers,
@@ -157,7 +168,9 @@ def onnx_forms(original: Original, entries: Sequence[Input]) -> list[Form]:
     from skl2onnx.common import data_types as types
 
     classifier = original.task == "classification"
-    make = partial(to_onnx, convertible(original.estimator), classifier=classifier)
+    make = partial(
+        to_onnx, convertible(original.estimator), options={"zipmap": False} if classifier else None
+    )
     tensors = {"float32": types.FloatTensorType, "float64": types.DoubleTensorType}
     exact = {"int64": types.Int64TensorType, "bool": types.BooleanTensorType}
     forms: list[Form] = []
@@ -212,23 +225,6 @@ def convertible(estimator: Any) -> Any:
     return estimator
 
 
-def to_onnx(estimator: Any, declared: list[tuple[str, Any]], *, classifier: bool) -> bytes:
-    """One ONNX form; the same model and form give the same bytes."""
-    import skl2onnx
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = skl2onnx.to_onnx(
-            estimator,
-            initial_types=declared,
-            options={id(estimator): {"zipmap": False}} if classifier else None,
-            name="model",  # the default is a new random name each time
-            target_opset=OPSET,
-        )
-    model.domain = ""
-    return bytes(model.SerializeToString())
-
-
 def trusted(estimator: Any, request: Conversion, tries: Sequence[str]) -> tuple[bytes, list[str]]:
     """The model as skops saves it and the types in it; raises LifecycleError unless all may be loaded."""
     content = normalised(estimator)
@@ -246,6 +242,103 @@ def trusted(estimator: Any, request: Conversion, tries: Sequence[str]) -> tuple[
             f"If you know them: --trust {','.join(untrusted)}"
         )
     return content, types
+
+
+# --- the forms, the fastest first ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form of the model; `make` gives its files by name."""
+
+    form: str
+    runtime: Literal["onnx", "skops"]
+    make: Callable[[], dict[str, bytes]]  # may raise anything; Unsupported gives a short reason
+    libraries: set[str]  # distributions whose versions decide on its answers
+    advice: str = ""  # what keeps the model from being ONNX
+    manifest: dict[str, Any] = field(default_factory=dict)  # what its manifest says beyond the usual
+
+
+def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iterator[Candidate]:
+    """The forms of an estimator; `table` tells the words that its columns of text know."""
+    estimator = unwrapped(original.estimator)
+    output = "value" if original.task == "regression" else "probabilities"
+    libraries = {"numpy", *original.libraries}
+    whole = libraries | {"onnx", "onnxruntime"}
+    mixed = whole | {"scikit-learn", "skops"}
+    reasons: list[str] = []
+
+    def onnx() -> dict[str, bytes]:
+        graph = Graph()
+        try:
+            scores = answer(graph, estimator, declared(graph, entries, table))
+        except Exception as error:  # what a model that was changed by hand makes of it can be anything
+            named = isinstance(error, Unsupported)
+            reasons.append(str(error) if named else f"its ONNX form fails ({type(error).__name__})")
+            raise
+        return {"model.onnx": graph.finish(scores, output)}
+
+    yield Candidate("ONNX", "onnx", onnx, whole)
+    advice = f"{reasons[0]}; with another step there, all of it would be" if reasons else ""
+    steps = [step for step in getattr(estimator, "steps", []) if not hasattr(step[1], "fit_resample")]
+    for at in range(1, len(steps) if reasons else 1):
+        head, tail = _pipeline(steps[:at]), _pipeline(steps[at:])
+        graph = Graph()
+        with suppress(Exception):  # this split is not one
+            width = int(steps[at][1].n_features_in_)
+            features = Numbers(graph.input("features", width), width)
+            later = graph.finish(answer(graph, tail, [features]), output)
+            yield Candidate(
+                f"{describe(head)} in scikit-learn, then {describe(tail)} in ONNX", "skops",
+                partial(_split, head, later),
+                mixed, advice, {"stages": ["model.skops", "model.onnx"]},
+            )  # fmt: skip
+            break
+    for at in range(len(steps) - 1 if reasons else 0, 0, -1):
+        head, tail = _pipeline(steps[:at]), _pipeline(steps[at:])
+        graph = Graph()
+        with suppress(Exception):  # this split is not one
+            first = graph.finish(
+                graph.matrix(transform(graph, head, declared(graph, entries, table))), "features"
+            )
+            yield Candidate(
+                f"{describe(head)} in ONNX, then {describe(tail)} in scikit-learn", "skops",
+                partial(_split, tail, first),
+                mixed, advice, {"stages": ["model.onnx", "model.skops"]},
+            )  # fmt: skip
+            break
+    yield Candidate(
+        "scikit-learn itself", "skops", lambda: {"model.skops": normalised(estimator)},
+        libraries | {"scikit-learn", "skops"}, advice,
+    )  # fmt: skip
+
+
+def _split(estimator: Any, model: bytes) -> dict[str, bytes]:
+    return {"model.skops": normalised(estimator), "model.onnx": model}
+
+
+def _pipeline(steps: Sequence[Any]) -> Any:
+    from sklearn.pipeline import Pipeline
+
+    return Pipeline(list(steps))
+
+
+def declared(graph: Graph, entries: Sequence[Input], table: Any) -> Frame:
+    """The contract's columns as inputs of a graph: neighbours of one type in one tensor."""
+    frame: Frame = []
+    runs = [(text, list(run)) for text, run in groupby(entries, lambda entry: entry.dtype == "string")]
+    for number, (text, run) in enumerate(runs):
+        name = graph.input("features" if len(runs) == 1 else f"features_{number}", len(run), words=text)
+        if not text:
+            frame.append(Numbers(name, len(run)))
+            continue
+        for at, entry in enumerate(run):
+            column = name
+            if len(run) > 1:
+                column = graph.node("Gather", name, graph.constant([at], np.int64), axis=1)
+            known = entry.categories or table.column(entry.name).drop_null().unique().to_pylist()
+            frame.append(Words(column, tuple(map(str, known))))
+    return frame
 
 
 def normalised(estimator: Any) -> bytes:

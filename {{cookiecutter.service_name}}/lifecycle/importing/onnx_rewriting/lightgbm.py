@@ -1,0 +1,86 @@
+"""LightGBM: its boosters' trees, on numbers and on pandas' categories, whatever the names of the columns."""
+
+from typing import Any
+
+import numpy as np
+
+from lifecycle.importing.onnx_rewriting.graph import (
+    MISSING,
+    Frame,
+    Graph,
+    Numbers,
+    Unsupported,
+    Words,
+    converter,
+)
+from lifecycle.importing.onnx_rewriting.trees import Growing, ensemble
+
+EXPONENTIAL = ("poisson", "gamma", "tweedie")
+PLAIN = ("regression", "regression_l1", "huber", "fair", "quantile", "mape")
+
+
+@converter("LGBMModel")
+def _model(graph: Graph, model: Any, frame: Frame) -> Numbers:
+    return booster(graph, model.booster_, frame)
+
+
+def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
+    """Probabilities or values, by the booster's objective."""
+    document = model.dump_model()
+    targets = document["num_tree_per_iteration"]
+    made = [_tree(one["tree_structure"], target=at % targets) for at, one in enumerate(document["tree_info"])]
+    raw = ensemble(graph, graph.matrix(_coded(graph, model, frame)), made, targets)
+    if document["average_output"]:
+        raw = graph.number("Div", raw, len(made) / targets, width=targets)
+    objective, *settings = document.get("objective", "none").split()
+    factor = next((float(one[8:]) for one in settings if one.startswith("sigmoid:")), 1.0)
+    if objective in ("binary", "cross_entropy"):
+        return graph.scores(graph.number("Mul", raw, factor, width=1))
+    if objective == "multiclass":
+        return graph.scores(raw)
+    if objective == "multiclassova":
+        scaled = graph.number("Mul", raw, factor, width=targets)
+        return graph.number("Sigmoid", scaled, width=targets)
+    if objective in EXPONENTIAL:
+        return graph.number("Exp", raw, width=1)
+    if objective in PLAIN and "sqrt" not in settings:
+        return raw
+    raise Unsupported(f"LightGBM's objective {objective} has no ONNX form")
+
+
+def _coded(graph: Graph, model: Any, frame: Frame) -> Frame:
+    """Words as the numbers of pandas' categories; one that is not known is missing."""
+    categories = iter(model.pandas_categorical or [])
+    made: Frame = []
+    for part in frame:
+        if isinstance(part, Words):
+            known = next(categories, None)
+            if known is None:
+                raise Unsupported("LightGBM does not say which number each word had")
+            made.append(graph.table(part, known, [*([code] for code in range(len(known))), [MISSING]]))
+        else:
+            made.append(part)
+    if next(categories, None) is not None:
+        raise Unsupported("LightGBM on categories that are numbers has no ONNX form")
+    return made
+
+
+def _tree(root: dict[str, Any], target: int) -> Any:
+    grown = Growing()
+
+    def grow(node: dict[str, Any]) -> int:
+        if "leaf_value" in node:
+            if "leaf_coeff" in node:
+                raise Unsupported("LightGBM's linear trees have no ONNX form")
+            return grown.leaf(node["leaf_value"])
+        feature, threshold = node["split_feature"], node["threshold"]
+        left, right = (lambda: grow(node["left_child"])), (lambda: grow(node["right_child"]))
+        if node["decision_type"] == "==":
+            return grown.member(feature, [float(one) for one in threshold.split("||")], left, right)
+        missing = node["default_left"] if node["missing_type"] != "None" else threshold >= 0
+        if node["missing_type"] == "Zero" and missing != (threshold >= 0):
+            raise Unsupported("LightGBM with zero_as_missing has no ONNX form")
+        return grown.split(feature, float(np.float64(threshold)), missing, left, right)
+
+    grow(root)
+    return grown.tree(target)

@@ -1,0 +1,255 @@
+"""Trees: those of scikit-learn, and the one operator that the trees of all libraries become.
+
+Tree(splits, leaves) ... -> ensemble() -> the sum of the leaves that a row reaches [rows, targets]
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lifecycle.importing.onnx_rewriting.graph import (
+    Frame,
+    Graph,
+    Numbers,
+    Unsupported,
+    converter,
+    decision,
+    transform,
+)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Arrays over the nodes, the root first. A leaf is a node whose `yes` is -1."""
+
+    feature: Any
+    threshold: Any
+    yes: Any  # the node to go to where the feature is at most (or: less than, equal to) the threshold
+    no: Any
+    missing: Any  # whether a missing value goes to `yes`
+    values: Any  # of the leaves, [nodes, targets]
+    target: int = 0  # where its targets begin in the answer
+    mode: Any = "BRANCH_LEQ"  # of all splits, or an array
+
+
+def ensemble(
+    graph: Graph, numbers: Numbers, trees: Sequence[Tree], targets: int, *, centred: bool = True
+) -> Numbers:
+    """The sum over the trees, [rows, targets].
+
+    The operator answers in single precision. So the mean of a tree's leaves is added afterwards, in double:
+    `centred`, but for probabilities, where 0 and 1 have to be exact.
+    """
+    from onnx import numpy_helper
+
+    sizes = [len(one.feature) for one in trees]
+    ids = np.concatenate([np.arange(size) for size in sizes])
+    numbers_of_trees = np.repeat(np.arange(len(trees)), sizes)
+    leaf = np.concatenate([one.yes for one in trees]) < 0
+    modes = np.concatenate([np.broadcast_to(np.asarray(one.mode, object), len(one.feature)) for one in trees])
+    modes[leaf] = "LEAF"
+    base, rows, columns, weights = np.zeros(targets), [], [], []
+    for start, one in zip(np.cumsum([0, *sizes[:-1]]), trees, strict=True):
+        where = np.flatnonzero(np.asarray(one.yes) < 0)
+        values = np.asarray(one.values, np.float64)[where]
+        width = values.shape[1]
+        if width == 1:
+            shared = values.mean() if centred else 0.0
+            base[one.target] += shared
+            at, column, kept = where, np.zeros(len(where), int), (values - shared).ravel()
+        else:
+            at, column = np.nonzero(values)
+            at, kept = where[at], values[at, column]
+        rows.append(at + start)
+        columns.append(column + one.target)
+        weights.append(kept)
+    reached = np.concatenate(rows)
+
+    def joined(name: str, kept: Any = 0) -> Any:
+        return np.where(leaf, kept, np.concatenate([getattr(one, name) for one in trees]))
+
+    def doubles(values: Any) -> Any:
+        return numpy_helper.from_array(np.asarray(values, np.float64))
+
+    output = graph.node(
+        "TreeEnsembleRegressor", numbers.tensor, domain="ai.onnx.ml", n_targets=targets,
+        nodes_treeids=numbers_of_trees.tolist(), nodes_nodeids=ids.tolist(),
+        nodes_featureids=joined("feature").tolist(), nodes_modes=modes.tolist(),
+        nodes_truenodeids=joined("yes").tolist(), nodes_falsenodeids=joined("no").tolist(),
+        nodes_missing_value_tracks_true=joined("missing").astype(int).tolist(),
+        nodes_values_as_tensor=doubles(joined("threshold", 0.0)),
+        target_treeids=numbers_of_trees[reached].tolist(), target_nodeids=ids[reached].tolist(),
+        target_ids=np.concatenate(columns).tolist(),
+        target_weights_as_tensor=doubles(np.concatenate(weights)),
+    )  # fmt: skip
+    return graph.number("Add", graph.cast(output, np.float64), base, width=targets)
+
+
+class Growing:
+    """A tree that is written node by node, for libraries that have no arrays of it."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[Any]] = []  # feature, threshold, yes, no, missing, mode, value
+
+    def leaf(self, value: float) -> int:
+        """Add a leaf; its number."""
+        self.rows.append([0, 0.0, -1, -1, False, "LEAF", value])
+        return len(self.rows) - 1
+
+    def split(
+        self, feature: int, threshold: float, missing: bool, yes: Callable[[], int], no: Callable[[], int],
+        mode: str = "BRANCH_LEQ",
+    ) -> int:  # fmt: skip
+        """Add a split, then what `yes` and `no` add; its number."""
+        row = [feature, threshold, 0, 0, missing, mode, 0.0]
+        self.rows.append(row)
+        number = len(self.rows) - 1
+        row[2], row[3] = yes(), no()
+        return number
+
+    def member(
+        self, feature: int, categories: Sequence[float], yes: Callable[[], int], no: Callable[[], int]
+    ) -> int:
+        """Splits that lead each of the categories to `yes`, and all else, missing values too, to `no`."""
+        if not len(categories):
+            return no()
+        first = len(self.rows)
+        for category in categories:
+            self.rows.append([feature, float(category), 0, 0, False, "BRANCH_EQ", 0.0])
+        inside = yes()
+        for at in range(first, first + len(categories)):
+            self.rows[at][2:4] = inside, at + 1
+        self.rows[first + len(categories) - 1][3] = no()
+        return first
+
+    def tree(self, target: int = 0, scale: float = 1.0) -> Tree:
+        """The tree as arrays."""
+        feature, threshold, yes, no, missing, mode, value = (
+            np.array(one) for one in zip(*self.rows, strict=True)
+        )
+        return Tree(feature, threshold, yes, no, missing, value[:, None] * scale, target, mode.astype(object))
+
+
+def floats(graph: Graph, numbers: Numbers) -> Numbers:
+    """The numbers as single precision holds them, which is what some trees look at."""
+    return Numbers(graph.cast(graph.cast(numbers.tensor, np.float32), np.float64), numbers.width)
+
+
+# --- scikit-learn -----------------------------------------------------------------------------------------
+
+
+def _tree(estimator: Any, values: Any, target: int = 0) -> Tree:
+    tree = estimator.tree_
+    missing = getattr(tree, "missing_go_to_left", np.zeros(tree.node_count, bool))
+    return Tree(
+        tree.feature, tree.threshold, tree.children_left, tree.children_right, missing, values, target
+    )
+
+
+@converter("DecisionTreeClassifier", "ForestClassifier")
+def _classifier(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
+    trees = getattr(estimator, "estimators_", [estimator])
+    if estimator.n_outputs_ > 1:
+        raise Unsupported("several targets have no ONNX form")
+    numbers, labels = floats(graph, graph.matrix(frame)), len(estimator.classes_)
+    chosen = slice(1, 2) if labels == 2 else slice(None)
+    made = [_tree(one, one.tree_.value[:, 0, chosen]) for one in trees]
+    scores = ensemble(graph, numbers, made, 1 if labels == 2 else labels, centred=False)
+    if len(trees) > 1:
+        scores = graph.number("Div", scores, float(len(trees)), width=scores.width)
+    return graph.both(scores) if labels == 2 else scores
+
+
+@converter("DecisionTreeRegressor", "ForestRegressor")
+def _regressor(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
+    trees = getattr(estimator, "estimators_", [estimator])
+    if estimator.n_outputs_ > 1:
+        raise Unsupported("several targets have no ONNX form")
+    made = [_tree(one, one.tree_.value[:, 0] / len(trees)) for one in trees]
+    return ensemble(graph, floats(graph, graph.matrix(frame)), made, 1)
+
+
+@converter("BaseGradientBoosting", method="decision")
+def _boosted(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
+    if not isinstance(estimator.init_, str) and not type(estimator.init_).__name__.startswith("Dummy"):
+        raise Unsupported("GradientBoosting with an init of its own has no ONNX form")
+    numbers = graph.matrix(frame)
+    start = estimator._raw_predict_init(np.zeros((1, numbers.width)))[0]
+    made = [
+        _tree(tree, tree.tree_.value[:, 0] * estimator.learning_rate, target)
+        for stage in estimator.estimators_
+        for target, tree in enumerate(stage)
+    ]
+    raw = ensemble(graph, floats(graph, numbers), made, len(start))
+    return graph.number("Add", raw, start, width=len(start))
+
+
+@converter("BaseHistGradientBoosting", method="decision")
+def _histogram(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
+    if estimator._preprocessor is not None:
+        frame = transform(graph, estimator._preprocessor, frame)
+    known, places = estimator._bin_mapper.make_known_categories_bitsets()
+    made = []
+    for stage in estimator._predictors:
+        for target, predictor in enumerate(stage):
+            nodes = predictor.nodes
+            if nodes["is_categorical"].any():
+                made.append(_with_categories(predictor, known, places).tree(target))
+                continue
+            leaf = nodes["is_leaf"] > 0
+            yes, no = (np.where(leaf, -1, nodes[side].astype(int)) for side in ("left", "right"))
+            made.append(
+                Tree(nodes["feature_idx"].astype(int), nodes["num_threshold"], yes, no,
+                     nodes["missing_go_to_left"], nodes["value"][:, None], target)
+            )  # fmt: skip
+    start = estimator._baseline_prediction.ravel()
+    raw = ensemble(graph, graph.matrix(frame), made, len(start))
+    return graph.number("Add", raw, start, width=len(start))
+
+
+def _with_categories(predictor: Any, known: Any, places: Any) -> Growing:
+    grown = Growing()
+
+    def grow(at: int) -> int:
+        node = predictor.nodes[at]
+        if node["is_leaf"]:
+            return grown.leaf(float(node["value"]))
+        feature, missing = int(node["feature_idx"]), bool(node["missing_go_to_left"])
+        left, right = (lambda: grow(int(node["left"]))), (lambda: grow(int(node["right"])))
+        if not node["is_categorical"]:
+            return grown.split(feature, float(node["num_threshold"]), missing, left, right)
+        inside = _members(predictor.raw_left_cat_bitsets[node["bitset_idx"]])
+        if missing:  # so do categories that are not known
+            others = sorted(_members(known[places[feature]]) - inside)
+            return grown.member(feature, others, right, left)
+        return grown.member(feature, sorted(inside), left, right)
+
+    grow(0)
+    return grown
+
+
+def _members(bits: Any) -> set[int]:
+    return {at for at in range(len(bits) * 32) if bits[at // 32] >> np.uint32(at % 32) & 1}
+
+
+@converter("GradientBoostingClassifier", "HistGradientBoostingClassifier")
+def _boosted_classifier(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
+    raw = decision(graph, estimator, frame)
+    if estimator.loss == "exponential":
+        raw = graph.number("Mul", raw, 2.0, width=raw.width)
+    return graph.scores(raw)
+
+
+@converter("GradientBoostingRegressor", "HistGradientBoostingRegressor")
+def _boosted_regressor(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
+    return linked(graph, estimator._loss.link, decision(graph, estimator, frame))
+
+
+def linked(graph: Graph, link: Any, raw: Numbers) -> Numbers:
+    """A generalised linear value: what its link makes of the raw one."""
+    name = type(link).__name__
+    if name not in ("IdentityLink", "LogLink"):
+        raise Unsupported(f"the link {name} has no ONNX form")
+    return raw if name == "IdentityLink" else graph.number("Exp", raw, width=raw.width)
