@@ -20,7 +20,8 @@ import numpy as np
 from lifecycle.command import LifecycleError
 
 OPSET = {"": 18, "ai.onnx.ml": 3}
-FILES = {"sklearn": ("columns", "models", "trees"), "imblearn": ("columns",)}  # others: the library's name
+# By library; that of any other library has its name.
+FILES = {"sklearn": ("sklearn", "trees"), "imblearn": ("sklearn",), "category_encoders": ("sklearn",)}
 MISSING = float("nan")
 
 
