@@ -1314,10 +1314,10 @@ def fit(case: Case, folder: Path) -> None:
     """Write model, data, and the original's answers to rows that a client might send."""
     folder.mkdir(parents=True, exist_ok=True)
     write(case.rows.assign(**{case.name: np.asarray(case.target)}), folder / f"train{case.suffix}")
-    asked = rows_to_ask(case.rows)
     original = case.answer or case.model
     if isinstance(original, Network):
         original.module.eval()
+    asked = pd.concat([rows_to_ask(case.rows), undecided(original, case)], ignore_index=True)
     answers = [answer(original, case, asked.iloc[[index]]) for index in range(len(asked))]
     document = {
         "target": case.name,
@@ -1359,6 +1359,22 @@ def rows_to_ask(rows: Frame) -> Frame:
         elif not isinstance(rows[name].dtype, pd.CategoricalDtype):
             parts.append(changed(whole, {name: STRANGER}))
     return pd.concat(parts, ignore_index=True).astype(rows.dtypes)
+
+
+def undecided(original: Any, case: Case) -> Frame:
+    """The rows whose label is nearest to another one, and some whose label is not the most probable."""
+    if not hasattr(original, "predict_proba"):
+        return case.rows[:0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = case.given(case.rows)
+        scores, labels = (
+            np.asarray(original.predict_proba(given)),
+            np.asarray(original.predict(given)).ravel(),
+        )
+    second, first = np.sort(scores, axis=1)[:, -2:].T
+    other = np.flatnonzero(np.asarray(original.classes_)[scores.argmax(axis=1)] != labels)
+    return case.rows.iloc[[*np.argsort(first - second)[:3], *other[:5]]]
 
 
 def changed(row: Frame, values: dict[str, Any]) -> Frame:
