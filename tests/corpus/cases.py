@@ -1430,8 +1430,10 @@ def as_json(frame: Frame) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    import field
+
     for name in sys.argv[2:]:
         sys.modules.pop("app.own.features", None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            fit(globals()[name](), Path(sys.argv[1], name))
+            fit((vars(field).get(name) or globals()[name])(), Path(sys.argv[1], name))

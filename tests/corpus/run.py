@@ -28,8 +28,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 DOCUMENT = ROOT / "docs" / "models.md"
 BIN = Path(".venv", "Scripts" if os.name == "nt" else "bin")
-SOURCE = (HERE / "cases.py").read_text("utf-8")
-CASES = re.findall(r'(?m)^def (\w+)\(\) -> Case:\n    """(.*)"""', SOURCE)
+CASES, FIELD = (
+    re.findall(r'(?m)^def (\w+)\(\) -> Case:\n    """(.*)"""', (HERE / name).read_text("utf-8"))
+    for name in ("cases.py", "field.py")
+)
 LIMIT = 300  # characters of a refusal
 
 
@@ -78,6 +80,8 @@ def try_case(base: Path, name: str, work: Path, libraries: str = "") -> Result:
     (model,), (data,) = case.glob("model.*"), case.glob("train.*")
     start = time.monotonic()
     given: list[str | Path] = ["--model", model, "--data", data, "--target", asked["target"]]
+    for held in case.glob("holdout.*"):
+        given += ["--holdout", held]
     ended = run(python, "-m", "lifecycle", "import-model", *given, cwd=service, **more)
     result = Result(name, "equal", "", seconds=time.monotonic() - start, output=ended.stdout)
     result.original = asked["rows_a_second"]
