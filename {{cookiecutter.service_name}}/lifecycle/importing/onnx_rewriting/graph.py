@@ -23,6 +23,7 @@ OPSET = {"": 18, "ai.onnx.ml": 3}
 # By library; that of any other library has its name.
 FILES = {"sklearn": ("sklearn", "trees"), "imblearn": ("sklearn",), "category_encoders": ("sklearn",)}
 MISSING = float("nan")
+NEIGHBOURS = ("KNeighborsClassifier", "KNeighborsRegressor", "KNNImputer")
 
 
 class Unsupported(LifecycleError):
@@ -246,23 +247,23 @@ class Graph:
         """A row of the table for each key, and its last row for anything else."""
         rows = np.asarray(rows, np.float64)
         if isinstance(column, Words):
-            if strange := [key for key in keys if not isinstance(key, str) and not _is_missing(key)]:
+            if strange := [key for key in keys if not isinstance(key, str) and not is_missing(key)]:
                 raise Unsupported(f"a category of text is {strange[0]!r}")
             places = {
                 key: at for at, key in enumerate(keys) if isinstance(key, str) and key not in column.meanings
             }
             by_meaning = {
-                "" if _is_missing(key) else f"={key}": at for at, key in reversed([*enumerate(keys)])
+                "" if is_missing(key) else f"={key}": at for at, key in reversed([*enumerate(keys)])
             }
             for word, meaning in column.meanings.items():
-                key = "" if _is_missing(meaning) else f"={meaning}"
+                key = "" if is_missing(meaning) else f"={meaning}"
                 places[word] = by_meaning.get(key, len(keys))
             code = self.node(
                 "LabelEncoder", column.tensor, domain="ai.onnx.ml", keys_strings=list(places),
                 values_int64s=list(places.values()), default_int64=len(keys),
             )  # fmt: skip
         else:
-            numbers = np.array([MISSING if _is_missing(key) else float(key) for key in keys])
+            numbers = np.array([MISSING if is_missing(key) else float(key) for key in keys])
             tensor, sentinel = column.tensor, np.finfo(np.float64).max
             if np.isnan(numbers).any():
                 tensor = self.node("Where", self.node("IsNaN", tensor), sentinel, tensor)
@@ -318,7 +319,8 @@ class Graph:
         return bytes(model.SerializeToString())
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether a value is None or NaN."""
     return value is None or value != value  # NaN
 
 
@@ -351,8 +353,9 @@ def foreign(
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
     from sklearn.base import is_classifier
 
-    name, why = type(estimator).__name__, ""
-    if not type(estimator).__module__.startswith("sklearn."):
+    name, failure = type(estimator).__name__, None
+    # Of two neighbours at the same distance, skl2onnx and scikit-learn choose different ones.
+    if not type(estimator).__module__.startswith("sklearn.") or name in NEIGHBOURS:
         raise Unsupported(f"{name} has no ONNX form")
     if any(isinstance(one, Words) for one in frame):
         raise Unsupported(f"{name} of text has no ONNX form")
@@ -364,7 +367,7 @@ def foreign(
             made = to_onnx(estimator, [("features", tensor([None, numbers.width]))], options)
             onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
         except Exception as error:  # both raise many types
-            why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+            failure = error
             continue
         taken = numbers.tensor if dtype is np.float64 else graph.cast(numbers.tensor, dtype)
         output = graph.cast(graph.include(onnx.load_from_string(made), taken)[-1], np.float64)
@@ -375,4 +378,4 @@ def foreign(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Numbers(output, estimator.transform(np.zeros((1, numbers.width))).shape[1])
-    raise Unsupported(f"{name} has no ONNX form ({why})")
+    raise Unsupported(f"{name} has no ONNX form") from failure

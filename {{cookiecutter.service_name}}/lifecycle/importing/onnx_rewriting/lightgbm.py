@@ -24,6 +24,7 @@ def _model(graph: Graph, model: Any, frame: Frame) -> Numbers:
     return booster(graph, model.booster_, frame)
 
 
+@converter("Booster")
 def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
     """Probabilities or values, by the booster's objective."""
     document = model.dump_model()

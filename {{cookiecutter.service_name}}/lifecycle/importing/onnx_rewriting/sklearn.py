@@ -21,6 +21,7 @@ from lifecycle.importing.onnx_rewriting.graph import (
     decision,
     foreign,
     inverse,
+    is_missing,
     transform,
     unwrapped,
 )
@@ -121,60 +122,32 @@ def _scaler_inverse(graph: Graph, step: Any, values: Numbers) -> Numbers:
 
 @converter("SimpleImputer", method="transform")
 def _imputer(graph: Graph, step: Any, frame: Frame) -> Frame:
+    # A column that had no value in training is left out.
+    kept = [at for at, value in enumerate(step.statistics_) if not is_missing(value)]
     made: Frame = []
-    statistics = list(step.statistics_)
-    indicated = set(step.indicator_.features_) if step.add_indicator else set()
-    indicators: Frame = []
-    for at, column in enumerate(graph.columns(frame, [index]) for index in range(len(statistics))):
-        (one,) = column
-        value, sought = statistics[at], step.missing_values
-        if at in indicated:
-            indicators.append(_is(graph, one, sought))
-        if not isinstance(value, str) and (value is None or np.isnan(float(value))):
-            continue  # it had no value in training, and is left out
-        if isinstance(one, Words):
+    place, sought = 0, step.missing_values
+    for part in graph.columns(frame, kept):
+        values = [step.statistics_[at] for at in kept[place : place + part.width]]
+        place += part.width
+        if isinstance(part, Words):
             meanings = {
-                word: value if _same(meaning, sought) else meaning for word, meaning in one.meanings.items()
+                word: values[0] if is_missing(meaning) and is_missing(sought) else meaning
+                for word, meaning in part.meanings.items()
             }
             if isinstance(sought, str):
-                meanings[sought] = value
-            made.append(Words(one.tensor, one.known, meanings))
-        else:
-            made.append(one)
-    numbers = [index for index, one in enumerate(made) if isinstance(one, Numbers)]
-    if numbers and len(numbers) == len(made):  # all of them at once
-        kept = [at for at, value in enumerate(statistics) if not np.isnan(float(value))]
-        found = graph.select(graph.matrix(frame), kept)
-        made = [_filled(graph, found, step.missing_values, np.array([float(statistics[at]) for at in kept]))]
-    else:
-        kept = [
-            at for at, value in enumerate(statistics) if isinstance(value, str) or not np.isnan(float(value))
-        ]
-        for index in numbers:
-            made[index] = _filled(graph, made[index], step.missing_values, float(statistics[kept[index]]))
-    return made + indicators
+                meanings[sought] = values[0]
+            made.append(Words(part.tensor, part.known, meanings))
+            continue
+        test = ["IsNaN", part.tensor] if is_missing(sought) else ["Equal", part.tensor, float(sought)]
+        made.append(graph.number("Where", graph.node(*test), np.array(values, float), part, width=part.width))
+    indicated = step.indicator_.features_ if step.add_indicator else []
+    return made + [graph.table(graph.columns(frame, [at])[0], [sought], [[1.0], [0.0]]) for at in indicated]
 
 
 @converter("MissingIndicator", method="transform")
 def _indicator(graph: Graph, step: Any, frame: Frame) -> Frame:
-    return [_is(graph, graph.columns(frame, [at])[0], step.missing_values) for at in step.features_]
-
-
-def _same(first: Any, second: Any) -> bool:
-    return bool(first == second) or (first != first and (second is None or second != second))
-
-
-def _is(graph: Graph, column: Any, sought: Any) -> Numbers:
-    """1 where the column holds the value, else 0."""
-    return graph.table(column, [sought], [[1.0], [0.0]])
-
-
-def _filled(graph: Graph, numbers: Any, sought: Any, value: Any) -> Numbers:
-    if sought is None or sought != sought:  # NaN
-        where = graph.node("IsNaN", numbers.tensor)
-    else:
-        where = graph.node("Equal", numbers.tensor, float(sought))
-    return graph.number("Where", where, value, numbers, width=numbers.width)
+    sought, shape = [step.missing_values], [[1.0], [0.0]]
+    return [graph.table(graph.columns(frame, [at])[0], sought, shape) for at in step.features_]
 
 
 # By NumPy's name: operators of ONNX one after the other, each with what it takes beside the numbers.
@@ -222,8 +195,8 @@ def applied(graph: Graph, function: Any, numbers: Numbers) -> Numbers:
 def _function(graph: Graph, step: Any, frame: Frame) -> Frame:
     if step.func is None:
         return frame
-    if step.kw_args:
-        raise Unsupported("a function with kw_args has no ONNX form")
+    if step.kw_args or any(isinstance(part, Words) for part in frame):
+        raise Unsupported(f"the function {getattr(step.func, '__name__', '')} has no ONNX form")
     return [applied(graph, step.func, graph.matrix(frame))]
 
 
@@ -355,7 +328,11 @@ def encoded(
     tables, owner = [], np.zeros(len(usual), int)
     for at, known in enumerate(keys):
         rows = asked(at, known) if len(known) else usual[None]
-        unseen = UNSEEN if words[at] else 1.0 + max((float(key) for key in known if key == key), default=0.0)
+        unseen = (
+            UNSEEN
+            if words[at]
+            else 1.0 + max((float(key) for key in known if not is_missing(key)), default=0.0)
+        )
         try:
             rows = np.vstack([rows, asked(at, [unseen])])
         except Exception:  # it refuses categories that it does not know, as the contract does
