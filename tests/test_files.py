@@ -86,8 +86,8 @@ def test_capabilities_never_touch_the_same_file() -> None:
 
 
 def test_the_base_knows_the_variables_of_each_capability() -> None:
-    """`VARIABLES` in app/capabilities.py names exactly what the capabilities' settings.py declare."""
-    base = (SERVICE / "app" / "capabilities.py").read_text(encoding="utf-8")
+    """`VARIABLES` in app/settings.py names exactly what the capabilities' settings.py declare."""
+    base = (SERVICE / "app" / "settings.py").read_text(encoding="utf-8")
     (table,) = re.findall(r"^VARIABLES = (\{.*?^\})", base, re.MULTILINE | re.DOTALL)
     declared = {}
     for name in CAPABILITIES:

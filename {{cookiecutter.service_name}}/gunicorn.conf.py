@@ -5,7 +5,6 @@ request deadline < uvicorn's graceful shutdown < gunicorn's graceful shutdown < 
 """
 
 import os
-from pathlib import Path
 
 # Before NumPy is imported: a process must have no threads when it forks.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -16,19 +15,19 @@ from server.fleet import (  # noqa: F401  # gunicorn finds its hooks by their na
     on_exit,
     on_reload,
     on_starting,
+    post_fork,
     pre_fork,
     prepare,
     when_ready,
-    worker_count,
 )
 from server.worker import Worker
 
-settings = prepare().settings
+fleet = prepare()
+settings = fleet.settings
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
-workers = worker_count(settings)
+workers = fleet.count
 worker_class = Worker
-worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # heartbeats must not wait for a disk
 timeout = 60
 graceful_timeout = settings.drain_seconds
 keepalive = settings.keep_alive_seconds

@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
-from app import capabilities
 from app.api.call import Service
 from app.api.errors import handle
 from app.api.middleware import CrossOrigin, ServiceMiddleware
@@ -24,7 +23,7 @@ from app.observability.metrics import Metrics, Recorder
 from app.rollout.fleet import FLEET, Fleet
 from app.rollout.models import Models
 from app.schemas.contract import contract_outputs, served_contract_sha256
-from app.settings import Settings, load_settings
+from app.settings import Settings, install, load_settings, project
 
 HANDLED = (HTTPException, RequestValidationError, ServiceError, Exception)
 
@@ -32,7 +31,7 @@ HANDLED = (HTTPException, RequestValidationError, ServiceError, Exception)
 def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
     """The ASGI application; without arguments that of the master's fleet, or else of the environment."""
     fleet = fleet or (Fleet(settings) if settings else FLEET.get(None) or Fleet(load_settings()))
-    settings, about, metrics = fleet.settings, capabilities.project()["project"], Metrics()
+    settings, about, metrics = fleet.settings, project()["project"], Metrics()
     on_drop = metrics.dropped_lines.inc
     log, request_line, writer = configure_logging(settings.log_level, settings.log_format, on_drop)
     labels, versions = contract_outputs()["labels"], tolerances(settings.artifacts_dir)
@@ -76,5 +75,5 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     app.middleware_stack = ServiceMiddleware(app.build_middleware_stack(), service)
     if settings.cors_origins:
         app.middleware_stack = CrossOrigin(app.middleware_stack, settings)
-    capabilities.install(app, service)
+    install(app, service)
     return app

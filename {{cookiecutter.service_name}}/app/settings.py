@@ -1,71 +1,143 @@
-"""Every `APP_` variable: name, type, default, and the rules between them.
+"""Every `APP_` variable: name, type, default, and the rules between them; and the capabilities there are.
 
-    init arguments > environment > .env > slo.toml > the defaults here
+    init arguments > environment > .env, read by `load_settings` alone > slo.toml > the defaults here
 
-A capability adds variables with a subclass of `Settings` in its settings.py. `docs/configuration.md` is the
-table for people. Nothing else in the service reads the environment.
+`docs/configuration.md` is the table for people. Nothing else in the service reads the environment. A
+capability is a folder that the template adds, named in `[tool.service]` of pyproject.toml: `app/<name>/` with
+`install(app, service)`, more variables in a subclass of `Settings` in its settings.py, and perhaps
+`local_folder(settings, version)` for artifacts that lie somewhere else.
 """
 
 import os
 import re
+import tomllib
+from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
 from functools import cache
 from hashlib import sha256
+from importlib import import_module
+from io import StringIO
+from ipaddress import ip_address
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
+from dotenv.variables import Variable, parse_variables
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     Field,
     IPvAnyNetwork,
     SecretStr,
     ValidationError,
-    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, TomlConfigSettingsSource
-
-from app import capabilities
+from pydantic_settings import BaseSettings, SettingsConfigDict, TomlConfigSettingsSource
 
 PREFIX = "APP_"
+ENV_FILE = Path(".env")
 SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
+PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
 GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
+# The variables of each capability there is, so that the settings can say which one a name belongs to.
+VARIABLES = {
+    "object-store": ("APP_ARTIFACTS_ALLOW_PRIVATE",),
+    "tracing": ("APP_TRACING_ENDPOINT",),
+}
+
 _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
-
-_STORAGES = r"memory://|rediss?://([^@/\s]*@)?([^@:/?#\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}([/?]\S*)?"
-
-Version = Annotated[str, Field(pattern=r"^v[0-9]{1,9}$")]
-# As browsers write it; with a path, a capital or no scheme it would never match.
-Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+)$")]
-HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+# What Kubernetes sets in every pod for a Service named app or app-something: `APP_REDIS_PORT=tcp://...` etc.
+_INJECTED = re.compile(
+    r"APP_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*"
+    r"|PORT=(tcp|udp|sctp)://.*)"
+)
+# Characters that some programs take for the end of a line, or of the text, and others do not.
+_NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class SettingsError(Exception):
     """A configuration the service must not start with; one line, never a value."""
 
 
+def _form(pattern: str, wanted: str) -> AfterValidator:
+    """A text of this form; the message says what to write instead of showing the pattern."""
+
+    def check(value: Any) -> Any:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"must be {wanted}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _split(value: Any) -> Any:
+    """The parts between commas; `","` has none, and must not mean that nobody needs a key."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise ValueError("is set, but lists nothing: leave it out, or list what is meant")
+    return parts
+
+
+def _host(value: str) -> str:
+    try:
+        ip_address(value)
+    except ValueError:
+        if not re.fullmatch(r"(?=.*[A-Za-z])[A-Za-z0-9.-]+", value):
+            raise ValueError("must be an address or a host name, such as 0.0.0.0, 127.0.0.1 or ::") from None
+    return value
+
+
+_UPPER, _LOWER = BeforeValidator(str.upper), BeforeValidator(str.lower)  # so that small letters will do
+_LIST = BeforeValidator(_split)
+Version = Annotated[str, _form("v[0-9]{1,9}", "a version such as v1")]
+HeaderName = Annotated[str, _form("[A-Za-z0-9_-]{1,64}", "the name of a header, such as X-Session-ID")]
+# As browsers write it; with a path, a capital or no scheme it would never match.
+Origin = Annotated[
+    str,
+    _form(
+        r"\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+",
+        "origins as browsers send them: https://shop.example, without path or / at its end, in small letters",
+    ),
+]
+PublicKey = Annotated[str, _form("[A-Za-z0-9+/]{43}=", "Ed25519 public keys, the base64 of 32 bytes each")]
+KeyHash = Annotated[SecretStr, _form("[0-9a-fA-F]{64}", "the sha256 of each key as 64 hex digits")]
+Storage = Annotated[
+    SecretStr,
+    _form(
+        r"memory://|rediss?://([^@/\s]*@)?([^@:/?#\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}([/?]\S*)?",
+        "memory:// or redis://host:port",
+    ),
+]
+Rate = Annotated[str, _form("[1-9][0-9]{0,5}/(second|minute|hour|day)", "such as 600/minute, at most 999999")]
+
+
 class Settings(BaseSettings):
     """Typed configuration. Durations are seconds, sizes bytes, unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
-    )
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
 
     addresses: ClassVar[str | None] = None  # a pattern: what APP_ARTIFACTS_DIR may be besides a folder
 
-    env: Literal["local", "staging", "production"] = "local"
-    host: str = "0.0.0.0"  # a container's service listens on every interface
+    env: Annotated[Literal["local", "staging", "production"], _LOWER] = "local"
+    host: Annotated[str, AfterValidator(_host)] = (
+        "0.0.0.0"  # a container's service listens on every interface
+    )
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["json", "console"] = "json"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _UPPER] = "INFO"
+    log_format: Annotated[Literal["json", "console"], _LOWER] = "json"
     artifacts_dir: Path | str = Path("artifacts")  # a text: an address
     model_version: Version | None = None
     fallback_version: Version | None = None
-    trusted_keys: Annotated[tuple[str, ...], NoDecode] = ()
+    trusted_keys: Annotated[tuple[PublicKey, ...], _LIST] = ()
     canary_header: HeaderName | None = None
-    lookup_on_miss: Literal["fail", "degrade"] = "fail"
+    lookup_on_miss: Annotated[Literal["fail", "degrade"], _LOWER] = "fail"
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
@@ -74,38 +146,20 @@ class Settings(BaseSettings):
     max_batch_items: Annotated[int, Field(ge=1)] = 256
     batch_max_rows: Annotated[int, Field(ge=1)] = 64
     batch_max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    api_keys: Annotated[tuple[KeyHash, ...], _LIST] = ()
     auth_disabled: bool = False
-    rate_limit: Annotated[str | None, Field(pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour|day)$")] = None
-    rate_limit_storage: SecretStr = SecretStr("memory://")
+    rate_limit: Rate | None = None
+    rate_limit_storage: Storage = SecretStr("memory://")
     review_threshold: Annotated[float | None, Field(ge=0, le=1)] = None
-    out_of_range: Literal["accept", "review", "reject"] = "review"
+    out_of_range: Annotated[Literal["accept", "review", "reject"], _LOWER] = "review"
     docs_enabled: bool | None = None
     metrics_enabled: bool = True
-    cors_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
-    cors_headers: Annotated[tuple[HeaderName, ...], NoDecode] = ()
-    root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = ""
+    cors_origins: Annotated[tuple[Origin, ...], _LIST] = ()
+    cors_headers: Annotated[tuple[HeaderName, ...], _LIST] = ()
+    root_path: Annotated[str, _form(r"(/[A-Za-z0-9._~-]+)*", "a path with / only before it: /iris")] = ""
     keep_alive_seconds: Annotated[int, Field(ge=1, le=86_400)] = 75  # more than the balancer's usual 60
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
-    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
-
-    @field_validator(
-        "api_keys", "cors_headers", "cors_origins", "trusted_keys", "trusted_proxies", mode="before"
-    )
-    @classmethod
-    def _split(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, str):
-            return value
-        # No key of signatures may be empty: "," must not mean that nothing has to be signed.
-        parts = [part.strip() for part in value.split(",")]
-        return [part for part in parts if part or info.field_name == "trusted_keys"]
-
-    @field_validator("trusted_keys")
-    @classmethod
-    def _public(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(re.fullmatch("[A-Za-z0-9+/]{43}=", key) for key in keys):
-            raise ValueError("each key must be an Ed25519 public key: the base64 of its 32 bytes")
-        return keys
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], _LIST] = ()
 
     @field_validator("artifacts_dir", mode="before")
     @classmethod
@@ -118,18 +172,9 @@ class Settings(BaseSettings):
             raise ValueError("must be a folder, or s3://, gs://, az:// or https:// with host and path alone")
         return str(value)
 
-    @field_validator("rate_limit_storage")
-    @classmethod
-    def _known_storage(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(_STORAGES, value.get_secret_value()):
-            raise ValueError("must be memory:// or redis://host:port")
-        return value
-
     @field_validator("api_keys")
     @classmethod
-    def _hashed(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if not all(re.fullmatch(r"[0-9a-fA-F]{64}", key.get_secret_value()) for key in keys):
-            raise ValueError("each key must be the sha256 of the key as 64 hex digits")
+    def _of_something(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if _NO_KEYS & {key.get_secret_value().lower() for key in keys}:
             raise ValueError("one of the keys is the sha256 of nothing: was the variable with the key empty?")
         return keys
@@ -160,36 +205,131 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[Any, ...]:
-        """The service level objectives are a source of their own, below everything a person sets."""
-        return (*sources.values(), TomlConfigSettingsSource(cls, SLO_FILE))
-
-
-@cache
-def _complete() -> type[Settings]:
-    """The settings of the base and of every installed capability in one class."""
-    added = [capabilities.part(name, "settings").Settings for name in capabilities.installed()]
-    return create_model("Settings", __base__=(*added, Settings)) if added else Settings
+        """Arguments, then the service level objectives; `load_settings` gives what the environment says."""
+        return sources["init_settings"], TomlConfigSettingsSource(cls, SLO_FILE)
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment; raises `SettingsError` with one line that names the variable."""
+    """Settings from the environment and `.env`; raises `SettingsError` with one line naming the variable."""
     complete = _complete()
     known = {PREFIX + name.upper() for name in complete.model_fields}
-    named = {name.upper() for name in (*os.environ, *dotenv_values(".env"))}
-    if unknown := sorted(name for name in named - known if name.startswith(PREFIX)):
+    environment = {
+        name: text for name, text in os.environ.items() if not _INJECTED.fullmatch(f"{name}={text}")
+    }
+    given = {
+        name.upper(): value
+        for source in (read_env_file(known), environment)
+        for name, value in source.items()
+        if name.upper().startswith(PREFIX) and (value or name.upper() not in known)  # empty: says nothing
+    }
+    if unknown := sorted(given.keys() - known):
         where = "docs/configuration.md lists the names"
-        for capability, variables in capabilities.VARIABLES.items():
+        for capability, variables in VARIABLES.items():
             if unknown[0] in variables:
                 where = f"it belongs to the capability {capability}, which this service does not have"
-        raise SettingsError(f"unknown setting {unknown[0]}; {where}")
+        raise SettingsError(f"unknown setting {unknown[0][:100]}; {where}")
+    values = {name.removeprefix(PREFIX).lower(): value for name, value in given.items()}
     try:
-        return complete(**overrides)
+        return complete(**values | overrides)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = f"{PREFIX}{str(first['loc'][0]).upper()}: " if first["loc"] else ""
         raise SettingsError(name + first["msg"].removeprefix("Value error, ")) from None
 
 
+def read_env_file(known: set[str]) -> dict[str, str]:
+    """The variables in `.env`; raises `SettingsError` for what cannot be read: it may be the keys."""
+    if not os.path.lexists(ENV_FILE):
+        return {}
+    try:
+        text = ENV_FILE.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{ENV_FILE} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{ENV_FILE} is not UTF-8 text: save it as UTF-8") from None
+    if strange := _NOT_TEXT.search(text):
+        line = text.count("\n", 0, strange.start()) + 1
+        raise SettingsError(f"{ENV_FILE}, line {line}: has a control character; save it as plain UTF-8 text")
+    found: dict[str, str] = {}
+    for binding in parse_stream(StringIO(text, newline="")):
+        name, value, original = binding.key, binding.value, binding.original
+        indent = original.string[: -len(original.string.lstrip()) or None]
+        line = original.line + indent.count("\n")
+        # Of a line that cannot be read only a known name is shown: the rest may be a key.
+        meant = re.match(r"\s*(?:export\s+)?(\w+)", original.string)
+        where = f"{ENV_FILE}, line {line}" + (f" ({meant[1]})" if meant and meant[1].upper() in known else "")
+        if name is None and not binding.error:  # a comment, or the end
+            continue
+        if name is None or value is None or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
+            raise SettingsError(f"{where}: cannot be read; write NAME=value, and close every quote")
+        own = name.upper().startswith(PREFIX)
+        if "\n" in value and (own or PREFIX in value):
+            raise SettingsError(f"{where}: a quote is not closed on its line")
+        if not own and _misspelt(name, known):
+            raise SettingsError(f"{where}: unknown name {name[:100]}; is {_misspelt(name, known)} meant?")
+        parts, variables = list(parse_variables(value)), {**os.environ, **found}
+        for part in parts:
+            if own and isinstance(part, Variable) and part.default is None and not variables.get(part.name):
+                raise SettingsError(f"{where}: refers to a variable that is not set")
+        value = "".join(part.resolve(variables) for part in parts)
+        key = name.upper() if own else name
+        if own and found.get(key, value) != value:
+            raise SettingsError(f"{where}: {key[:100]} is set twice, to different values")
+        found[key] = value
+    return found
+
+
+def _misspelt(name: str, known: set[str]) -> str:
+    """The setting that was probably meant by a name of another program; the bare name is not enough."""
+    near = get_close_matches(name.upper(), known, 1, 0.8)
+    bare = PREFIX + name.upper() in known and not name.upper().endswith("_KEYS")
+    return near[0] if near and not bare else ""
+
+
+@cache
+def _complete() -> type[Settings]:
+    """The settings of the base and of every installed capability in one class."""
+    added = [part(name, "settings").Settings for name in installed()]
+    return create_model("Settings", __base__=(*added, Settings)) if added else Settings
+
+
 def redacted(settings: Settings) -> dict[str, Any]:
     """The effective configuration as `APP_` names, secrets as asterisks."""
     return {PREFIX + name.upper(): value for name, value in settings.model_dump(mode="json").items()}
+
+
+@cache
+def project() -> dict[str, Any]:
+    """The content of pyproject.toml."""
+    return tomllib.loads(PROJECT_FILE.read_text("utf-8"))
+
+
+@cache
+def installed() -> tuple[str, ...]:
+    """The capabilities that this service was rendered with; none where it was not rendered at all."""
+    named = project().get("tool", {}).get("service", {}).get("capabilities", "").split()
+    return tuple(name for name in named if re.fullmatch("[a-z][a-z0-9-]*", name) and name != "none")
+
+
+def part(capability: str, name: str = "") -> ModuleType:
+    """The package of a capability, or a module of it."""
+    return import_module(f"app.{capability.replace('-', '_')}{name and f'.{name}'}")
+
+
+def local_folder(settings: Settings, version: str | None) -> AbstractContextManager[Path]:
+    """The folder to read artifacts from: APP_ARTIFACTS_DIR, or a copy of the served version while in use.
+
+    `version` is the one to copy, None for the one in release.json. Raises ArtifactError.
+    """
+    place = settings.artifacts_dir
+    if isinstance(place, Path):
+        return nullcontext(place)
+    opener = next(one for one in map(part, installed()) if hasattr(one, "local_folder"))
+    folder: AbstractContextManager[Path] = opener.local_folder(settings, version)
+    return folder
+
+
+def install(app: Any, service: Any) -> None:
+    """Let every installed capability add its part to the application."""
+    for name in installed():
+        part(name).install(app, service)

@@ -1,62 +1,79 @@
 """The fleet that gunicorn's master prepares before it forks, and gunicorn's hooks, which keep it current.
 
-    gunicorn.conf.py -> prepare() -> on_starting: verified artifact -> fork -> each worker reads FLEET
-    SIGHUP: gunicorn.conf.py again -> prepare(): the settings of now -> on_reload -> fork -> the others leave
+    gunicorn.conf.py -> prepare(): settings, verified artifact -> fork -> each worker reads FLEET
+    SIGHUP: gunicorn.conf.py again -> prepare(), or all stays as it was -> on_reload -> fork -> others leave
 
-The hooks bear the names that gunicorn looks for in gunicorn.conf.py.
+The hooks bear the names that gunicorn looks for in gunicorn.conf.py. Nothing that goes wrong for one worker
+may end the master while others are healthy.
 """
 
+import errno
 import gc
-import logging
-import multiprocessing
 import os
-import shutil
 import signal
+import socket
 import sys
-import tempfile
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gunicorn.config import Config
 from gunicorn.errors import HaltServer
-from prometheus_client import multiprocess, values
+from gunicorn.workers import base, workertmp
 
-from app import capabilities
 from app.core.errors import ArtifactError
 from app.core.store import Artifact
-from app.observability.metrics import METRICS_FOLDER
-from app.rollout.fleet import FLEET, Fleet, default_workers, read_usable
-from app.settings import Settings, SettingsError, load_settings
+from app.monitoring.feedback import SharedMemory, memory_file
+from app.rollout.fleet import FLEET, Fleet, default_workers, read_served, read_usable
+from app.settings import Settings, SettingsError, load_settings, project
+from server.metric_files import MetricFiles
 
 MAX_STACK_BYTES = 16_384
+PAUSE_SECONDS = 1.0  # before the next try when no process can be forked
+# What may be given to gunicorn itself; all else is what limits, quotas and drain depend on.
+HARMLESS = {
+    "args", "backlog", "chdir", "check_config", "config", "forwarded_allow_ips", "loglevel", "pidfile",
+    "print_config", "proc_name", "pythonpath", "timeout", "umask",
+}  # fmt: skip
+
+
+class Heartbeat(workertmp.WorkerTmp):  # type: ignore[misc]  # which has no types
+    """A worker's sign of life for the master, without a folder that may go away."""
+
+    def __init__(self, _cfg: Any) -> None:
+        self._tmp = memory_file()
 
 
 class ForkingFleet(Fleet):
     """What the master gives its workers by forking them.
 
-    A worker that starts later depends on no file that may have changed since: it could not start, and then
-    gunicorn would stop the healthy ones, too.
+    A worker that starts later depends on no file that may have changed since.
     """
 
-    def __init__(self, settings: Settings, workers: int) -> None:
+    def __init__(self, settings: Settings, workers: int, artifact: Artifact, problem: str) -> None:
         super().__init__(settings, workers)
-        self._loaded = multiprocessing.Value("i")  # workers that have loaded the model so far
-        self._serving = multiprocessing.Value("i")  # workers that have begun to take connections
-        self._wanted = multiprocessing.RawValue("i")  # how many must serve before replaced workers may leave
-        self._stopping = multiprocessing.RawValue("i")  # 1 once the whole service stops
-
-    def verify(self) -> None:
-        """Read the artifact once, before any worker is forked; raises ArtifactError."""
-        self._artifact, self._problem = read_usable(self.settings)
+        self.count = workers  # of now; `workers` is how many have to load before the first is ready
+        self.metric_files = MetricFiles()
+        self._artifact, self._problem = artifact, problem
+        self._shared = SharedMemory(4 * 8)
+        # Workers that have loaded the model so far; those that have begun to take connections; how many must
+        # have begun before replaced workers may leave; 1 once the whole service stops.
+        self._numbers = memoryview(self._shared.content).cast("q")
 
     def served(self) -> tuple[Artifact, str]:
         """The artifact as the master verified it, and what is wrong with the released version."""
         return self._artifact, self._problem
 
     @property
+    def loaded(self) -> bool:
+        """Whether any worker has loaded the model."""
+        return self._numbers[0] > 0
+
+    @property
     def all_loaded(self) -> bool:
-        """Whether as many workers as there are to be have loaded the model."""
-        return bool(self._loaded.value >= self.workers)
+        """Whether as many workers as there were to be at the start have loaded the model."""
+        return self._numbers[0] >= self.workers
 
     @property
     def replaces(self) -> bool:
@@ -66,30 +83,42 @@ class ForkingFleet(Fleet):
     @property
     def may_leave(self) -> bool:
         """Whether a worker that was told to end may stop serving: its successor serves, if it gets one."""
-        return self.stopping or bool(self._serving.value >= self._wanted.value)
+        return self.stopping or self._numbers[1] >= self._numbers[2]
 
     @property
     def stopping(self) -> bool:
         """Whether the whole service stops, not only a worker that is replaced."""
-        return bool(self._stopping.value)
+        return self._numbers[3] == 1
 
     def note_loaded(self) -> None:
         """This worker has loaded the model."""
-        with self._loaded:
-            self._loaded.value += 1
+        with self._shared.locked():
+            self._numbers[0] += 1
 
     def note_serving(self) -> None:
         """This worker takes connections."""
-        with self._serving:
-            self._serving.value += 1
+        with self._shared.locked():
+            self._numbers[1] += 1
 
     def replace(self, workers: int) -> None:
         """So many workers start now; those there are leave when these serve."""
-        self._wanted.value = self._serving.value + workers
+        self._numbers[2] = self._numbers[1] + workers
 
     def stop(self) -> None:
         """The whole service stops."""
-        self._stopping.value = 1
+        self._numbers[3] = 1
+
+    def renew(self, settings: Settings) -> None:
+        """Workers that start from now on have these settings; raises what says why not."""
+        for name in ("host", "port"):
+            if getattr(settings, name) != getattr(self.settings, name):
+                raise SettingsError(f"APP_{name.upper()} is taken at a restart only")
+        for name in ("api_keys", "trusted_keys"):
+            if getattr(self.settings, name) and not getattr(settings, name) and not settings.auth_disabled:
+                raise SettingsError(f"APP_{name.upper()} is empty now; a restart is needed to do without")
+        artifact, count = read_served(settings), worker_count(settings)
+        self.metric_files.prepare(settings.metrics_enabled)
+        self.settings, self.count, self._artifact, self._problem = settings, count, artifact, ""
 
 
 def forking_fleet() -> ForkingFleet:
@@ -100,19 +129,35 @@ def forking_fleet() -> ForkingFleet:
 
 
 def prepare() -> ForkingFleet:
-    """The fleet, with the settings of now: made at the start, kept at SIGHUP. Ends a start that is wrong."""
+    """The fleet, with the settings of now: made at the start, kept at SIGHUP. One line ends it otherwise."""
     try:
+        refuse_overrides()
         settings = load_settings()
-    except SettingsError as problem:
-        if FLEET.get(None) is None:
-            sys.exit(f"cannot start: {problem}")
-        logging.getLogger("gunicorn.error").error("the settings stay as they were: %s", problem)
-        return forking_fleet()
-    if FLEET.get(None) is None:
-        FLEET.set(ForkingFleet(settings, worker_count(settings)))
-    fleet = forking_fleet()
-    fleet.settings = settings
-    return fleet
+        if FLEET.get(None) is not None:
+            forking_fleet().renew(settings)
+        else:
+            project()  # read once, here
+            fleet = ForkingFleet(settings, worker_count(settings), *read_usable(settings))
+            fleet.metric_files.prepare(settings.metrics_enabled)
+            FLEET.set(fleet)
+    except (SettingsError, ArtifactError) as problem:
+        sys.exit(f"cannot start: {problem}")
+    except Exception as error:  # of whatever a file or a person can cause
+        sys.exit(f"cannot start: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return forking_fleet()
+
+
+def refuse_overrides() -> None:
+    """Raise SettingsError for arguments of gunicorn that would undo what gunicorn.conf.py relies on."""
+    config = Config()
+    parser = config.parser()
+    for given in (sys.argv[1:] if "gunicorn" in sys.argv[0] else [], config.get_cmd_args_from_env()):
+        named = {name for name, value in vars(parser.parse_args(given)).items() if value is not None}
+        if refused := sorted(named - HARMLESS):
+            raise SettingsError(
+                f"gunicorn's {refused[0]} cannot be set by its command line or GUNICORN_CMD_ARGS; use APP_ "
+                "variables: APP_WORKERS, APP_HOST, APP_PORT, APP_DRAIN_SECONDS, APP_KEEP_ALIVE_SECONDS"
+            )
 
 
 def worker_count(settings: Settings) -> int:
@@ -121,24 +166,68 @@ def worker_count(settings: Settings) -> int:
 
 
 def on_starting(server: Any) -> None:
-    """Verify the artifact once, before any worker is forked; the workers inherit the verified bytes."""
-    fleet = forking_fleet()
-    if server.cfg.workers != fleet.workers:  # quotas and readiness count on it
-        sys.exit("cannot start: APP_WORKERS says how many workers there are, not gunicorn's --workers")
+    """Refuse an address that cannot be had; then make the master outlive what befalls single workers."""
+    if "LISTEN_PID" not in os.environ and "GUNICORN_FD" not in os.environ:
+        refuse_address(server.cfg.address[0])
     # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
     sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
-    try:
-        fleet.verify()
-    except ArtifactError as problem:
-        sys.exit(f"cannot start: {problem}")
-    if fleet.settings.metrics_enabled:
-        # One folder per start, so that no old count survives.
-        os.environ[METRICS_FOLDER] = tempfile.mkdtemp(prefix="metrics-")
-        values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]  # as it is set when imported
+    outlive(server)
     import_module("app.main")  # here, so that its memory is shared by all workers
-    capabilities.project()
     gc.collect()
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
+
+
+def refuse_address(address: tuple[str, int]) -> None:
+    """End the start with one line if the address cannot be bound; gunicorn would try for five seconds."""
+    host, port = address
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        reason = {
+            errno.EADDRINUSE: f"APP_PORT: port {port} is in use; stop what uses it, or set another port",
+            errno.EACCES: f"APP_PORT: port {port} needs special rights; set one from 1024 on",
+        }.get(error.errno or 0, f"APP_HOST: this machine has no address {host} ({error.strerror})")
+        sys.exit(f"cannot start: {reason}")
+
+
+def outlive(server: Any) -> None:
+    """Keep gunicorn's master from ending while workers are healthy.
+
+    It would when one worker cannot boot, when no process can be forked, and when gunicorn.conf.py cannot be
+    read at SIGHUP.
+    """
+    reap, spawn, reload = server.reap_workers, server.spawn_worker, server.app.reload
+
+    def reap_workers() -> None:
+        if forking_fleet().loaded:  # from now on a worker that cannot boot is started again
+            server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = -1
+        reap()
+
+    def spawn_worker() -> Any:
+        try:
+            return spawn()
+        except OSError as error:
+            if not server.WORKERS:
+                raise
+            server.log.error("no worker could be started: %s", error.strerror)
+            time.sleep(PAUSE_SECONDS)
+            return None
+
+    def reload_settings() -> None:
+        config = server.app.cfg
+        try:
+            reload()
+        except (Exception, SystemExit) as end:
+            server.app.cfg = config
+            own = isinstance(end, SystemExit) and isinstance(end.code, str)
+            reason = str(end).removeprefix("cannot start: ") if own else "gunicorn.conf.py cannot be read"
+            server.log.error("the settings stay as they were: %s", reason)
+
+    base.WorkerTmp = Heartbeat
+    server.START_CTX["args"] = sys.orig_argv  # for SIGUSR2: after `python -m gunicorn`, sys.argv is another
+    server.reap_workers, server.spawn_worker, server.app.reload = reap_workers, spawn_worker, reload_settings
 
 
 def when_ready(server: Any) -> None:
@@ -160,9 +249,16 @@ def on_reload(server: Any) -> None:
     forking_fleet().replace(server.cfg.workers)
 
 
-def pre_fork(_server: Any, worker: Any) -> None:
-    """Give the worker a file for the stacks of its threads, which the master can read when it has died."""
-    worker.stacks = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker lives
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give the worker its slot, and memory for the stacks of its threads, which the master can read."""
+    taken = {one.slot for one in server.WORKERS.values()}
+    worker.slot = min(set(range(len(taken) + 1)) - taken)
+    worker.stacks = memory_file()
+
+
+def post_fork(_server: Any, worker: Any) -> None:
+    """Have the worker count in the files of its slot."""
+    forking_fleet().metric_files.begin(worker.slot)
 
 
 def child_exit(server: Any, worker: Any) -> None:
@@ -171,11 +267,9 @@ def child_exit(server: Any, worker: Any) -> None:
     if stacks := worker.stacks.read(MAX_STACK_BYTES).decode(errors="replace"):
         server.log.error("worker died", extra={"fields": {"pid": worker.pid, "stacks": stacks}})
     worker.stacks.close()
-    if METRICS_FOLDER in os.environ:
-        multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    forking_fleet().metric_files.end(worker.slot)
 
 
 def on_exit(_server: Any) -> None:
     """Remove this start's metric files."""
-    if folder := os.environ.get(METRICS_FOLDER):
-        shutil.rmtree(folder, ignore_errors=True)
+    forking_fleet().metric_files.remove()

@@ -76,6 +76,8 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """A new connection has to bring a head, in time."""
         super().connection_made(transport)
+        if self.client and self.client[0].startswith("::ffff:"):  # an IPv4 client of a socket for both kinds
+            self.client = self.client[0].removeprefix("::ffff:"), self.client[1]
         settings = self.app_state["service"].settings
         self._seconds: float = settings.header_timeout_seconds
         self._max_wire: int = MAX_HEAD_BYTES + WIRE_FACTOR * settings.max_body_bytes

@@ -34,6 +34,13 @@ async def accept_backlog(sockets: Any) -> None:
         await asyncio.sleep(0)  # let the loop accept them
 
 
+def mapped(network: Any) -> str:
+    """A network; one of IPv4 as IPv6 writes it, which is how some proxies do."""
+    return (
+        str(network) if network.version == 6 else f"::ffff:{network.network_address}/{96 + network.prefixlen}"
+    )
+
+
 class DrainingServer(Server):
     """Ends as the module says; `master` is the process id of gunicorn's master."""
 
@@ -46,6 +53,12 @@ class DrainingServer(Server):
         """Tell the others that this worker takes connections now."""
         await super().startup(sockets)
         self._fleet.note_serving()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; once a second, look after the files of the metrics."""
+        if counter % 10 == 0:
+            self._fleet.metric_files.restore()
+        return await super().on_tick(counter)
 
     async def main_loop(self) -> None:
         """Serve; and go on while successors are still loading."""
@@ -94,6 +107,7 @@ class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types
     def CONFIG_KWARGS(self) -> dict[str, Any]:  # read once, by the constructor
         """Arguments for uvicorn's Config, from the settings that the fleet has when the worker is made."""
         settings = forking_fleet().settings
+        proxies = settings.trusted_proxies
         return {
             "loop": "auto",
             "http": Protocol,
@@ -106,8 +120,11 @@ class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types
             "headers": [("cache-control", "no-store"), ("x-content-type-options", "nosniff")],
             # X-Forwarded-For is believed only from these. By default gunicorn and uvicorn believe their own
             # host.
-            "proxy_headers": bool(settings.trusted_proxies),
-            "forwarded_allow_ips": [str(network) for network in settings.trusted_proxies],
+            "proxy_headers": bool(proxies),
+            "forwarded_allow_ips": [
+                *map(str, proxies),
+                *(mapped(one) for one in proxies if one.version == 4),
+            ],
             "timeout_graceful_shutdown": settings.drain_seconds - GRACE_SECONDS + 1,  # `cut` comes first
         }
 

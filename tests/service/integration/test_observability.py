@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.capabilities import installed
+from app.settings import installed
 from tests.service.capabilities.collector import Collector, collecting
 from tests.service.conftest import (
     ANSWER,

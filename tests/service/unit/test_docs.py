@@ -19,12 +19,11 @@ import pytest
 import yaml
 from prometheus_client import Metric
 
-from app.capabilities import installed
 from app.core.errors import _STATUS as STATUS_BY_CODE
 from app.core.store import read_artifact
 from app.observability.metrics import Metrics
 from app.schemas.predict import Features
-from app.settings import Settings, load_settings, redacted
+from app.settings import installed, load_settings, redacted
 from lifecycle.operations.documents import anchor, api, broken, headings, prose
 from tests.service.conftest import (
     EXAMPLE,
@@ -495,11 +494,11 @@ def test_the_example_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None
     """Taking the comment marks out of `.env.example` changes nothing."""
     for variable in SETTINGS:
         monkeypatch.delenv(variable, raising=False)
-    defaults = Settings(_env_file=None)
+    defaults = load_settings()
     lines = re.findall(r"^#(APP_\w+)=(.+)$", (ROOT / ".env.example").read_text("utf-8"), re.MULTILINE)
     for variable, value in lines:
         monkeypatch.setenv(variable, value)
-    assert Settings(_env_file=None) == defaults
+    assert load_settings() == defaults
 
 
 def test_the_contract_lists_every_error() -> None:

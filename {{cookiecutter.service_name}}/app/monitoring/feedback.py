@@ -10,6 +10,7 @@ a table that the master makes and all workers share, which forgets the oldest wh
 """
 
 import mmap
+import os
 import re
 import struct
 import tempfile
@@ -23,11 +24,18 @@ from app.core.errors import ArtifactError, ServiceError
 from app.core.store import VERSION_PATTERN, read_manifest
 
 
+def memory_file() -> Any:
+    """A file without a name: in memory, where the system has that, so that no folder is needed."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("service"), "w+b")
+    return tempfile.TemporaryFile()
+
+
 class SharedMemory:
     """`size` bytes, zero at first, that one process at a time may change."""
 
     def __init__(self, size: int) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._file = memory_file()
         self._file.truncate(size)
         self.content = mmap.mmap(self._file.fileno(), 0)
 

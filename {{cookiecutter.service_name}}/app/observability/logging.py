@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from time import sleep
@@ -139,9 +140,11 @@ def describe(error: BaseException | None) -> str:
 
 
 def _write_now(line: bytes) -> None:
-    """For gunicorn's master, which must have no threads: write unless the reader is blocked."""
-    if select.select([], [STDOUT], [], 0)[1]:
-        os.write(STDOUT, line + b"\n")
+    """For gunicorn's master, which must have no threads: write unless the reader is blocked, full or gone."""
+    left = line + b"\n"
+    with suppress(OSError, ValueError):  # ValueError: standard output is closed
+        while left and select.select([], [STDOUT], [], 0)[1]:
+            left = left[os.write(STDOUT, left[: select.PIPE_BUF]) :]  # so much a pipe takes without blocking
 
 
 def _json(_logger: Any, level: str, fields: dict[str, Any]) -> bytes:

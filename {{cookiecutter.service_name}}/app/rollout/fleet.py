@@ -11,13 +11,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from app import capabilities
 from app.core.errors import ArtifactError
 from app.core.runtimes import import_libraries
 from app.core.store import Artifact, read_artifact, read_release
 from app.monitoring.feedback import Given
 from app.rollout.canary import Counts
-from app.settings import Settings
+from app.settings import Settings, local_folder
 
 WORKER_BYTES = 120 * 2**20  # a worker with the runtime and a tiny model, measured, rounded up
 MODEL_FACTOR = 4  # a loaded model takes up to this many times the size of its file
@@ -31,31 +30,46 @@ class Machine:
     memory: int
 
 
-def machine(cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:
-    """The processors and the memory that the limits of a container, if there are any, leave."""
+def machine(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Machine:
+    """The processors and the memory that control groups leave: this process's and those around it."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Version 2 of cgroups has both numbers in one file, version 1 in two.
-    quota = _numbers(cgroup / "cpu.max") or [
-        *_numbers(cgroup / "cpu/cpu.cfs_quota_us"),
-        *_numbers(cgroup / "cpu/cpu.cfs_period_us"),
-    ]
-    if len(quota) == 2:
-        cpus = max(1, min(cpus, quota[0] // quota[1]))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        memory = min(memory, *_numbers(cgroup / limit), memory)
+    for group in _groups(cgroups, membership):
+        # Version 2 of control groups has both numbers of the quota in one file, version 1 in two.
+        quota = _numbers(group / "cpu.max") or [
+            *_numbers(group / "cpu.cfs_quota_us"),
+            *_numbers(group / "cpu.cfs_period_us"),
+        ]
+        if len(quota) == 2:
+            cpus = max(1, min(cpus, quota[0] // quota[1]))
+        for limit in ("memory.max", "memory.limit_in_bytes"):
+            memory = min(memory, *_numbers(group / limit), memory)
     return Machine(cpus, memory)
 
 
-def default_workers(artifacts_dir: Path, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def default_workers(artifacts_dir: Path, cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """One worker per usable CPU, fewer where memory does not carry as many, at least one."""
-    there = machine(cgroup)
+    there = machine(cgroups)
     largest = max((path.stat().st_size for path in artifacts_dir.glob("v*/*") if path.is_file()), default=0)
     return max(1, min(there.cpus, there.memory // (WORKER_BYTES + MODEL_FACTOR * largest)))
 
 
+def _groups(cgroups: Path, membership: Path) -> set[Path]:
+    """The folders that may hold limits: /proc says where in each hierarchy this process is.
+
+    A container sees its own group as the root, or (version 1) a path that exists outside of it only.
+    """
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    found = {cgroups, cgroups / "cpu", cgroups / "memory"}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        group = cgroups / controllers / path.lstrip("/")
+        found |= {one for one in (group, *group.parents) if one.is_relative_to(cgroups)}
+    return found
+
+
 def _numbers(path: Path) -> list[int]:
-    """The positive numbers of a cgroup's file; `max` and -1 mean that there is no limit."""
+    """The positive numbers of a control group's file; `max` and -1 mean that there is no limit."""
     words = path.read_text().split() if path.is_file() else []
     return [int(word) for word in words if word.isdigit()]
 
@@ -93,7 +107,7 @@ class Fleet:
 def read_served(settings: Settings) -> Artifact:
     """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
     version = settings.model_version
-    with capabilities.local_folder(settings, version) as root:
+    with local_folder(settings, version) as root:
         artifact = read_artifact(root, version or read_release(root).serving, settings.trusted_keys)
     if settings.env == "production" and (missing := artifact.manifest.unpinned):
         raise ArtifactError(f"{artifact.manifest.version}/manifest.json: production needs {missing}")

@@ -1,0 +1,99 @@
+"""The folder in which workers share their metrics.
+
+    master: a folder per start, a slot per living worker -> worker: files named by its slot -> /metrics
+
+A slot is used again when its worker has ended: the successor counts on in the same files, so that their
+number is bounded. A folder that is removed while workers run is made again, with what they have counted.
+"""
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from prometheus_client import values
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from app.observability.metrics import METRICS_FOLDER
+from app.settings import SettingsError
+
+MEMORY = "/dev/shm"  # noqa: S108  # where no temporary folder can be written
+
+
+def sound(path: Path) -> bool:
+    """Whether a file of metrics can be read."""
+    try:
+        MultiProcessCollector.merge([str(path)])  # type: ignore[no-untyped-call]
+    except Exception:  # struct.error, UnicodeDecodeError, RuntimeError: whatever its bytes lead to
+        return False
+    return True
+
+
+class MetricFiles:
+    """The folder as master and workers see it; None while metrics are off."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._name = ""  # of this worker, in the names of its files
+
+    def prepare(self, enabled: bool) -> None:
+        """In the master: make a folder, once. One that the platform set is not touched: it is not ours."""
+        os.environ.pop("prometheus_multiproc_dir", None)
+        os.environ.pop(METRICS_FOLDER, None)
+        if not enabled:
+            return
+        if self._folder is None:
+            try:
+                place = tempfile.gettempdir()
+            except OSError:
+                place = MEMORY
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix="metrics-", dir=place))
+            except OSError:
+                raise SettingsError(
+                    "no folder for metrics can be written: mount a tmpfs at /tmp (docker run --tmpfs /tmp), "
+                    "or set TMPDIR, or APP_METRICS_ENABLED=false"
+                ) from None
+        os.environ[METRICS_FOLDER] = str(self._folder)
+
+    def begin(self, slot: int) -> None:
+        """In a worker, before it makes its metrics; without a folder it counts for itself alone."""
+        self._name = str(slot)
+        values.ValueClass = values.MutexValue
+        if METRICS_FOLDER in os.environ and self._folder:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self._folder).close()
+                for path in self._folder.glob(f"*_{slot}.db"):
+                    if not sound(path):  # the worker before was killed while it wrote, or the file was spoilt
+                        path.unlink()
+            except OSError:
+                del os.environ[METRICS_FOLDER]
+            else:
+                values.ValueClass = values.MultiProcessValue(lambda: self._name)  # type: ignore[no-untyped-call]
+
+    def restore(self) -> None:
+        """In a worker, now and then: if its files were removed, write their content to new ones."""
+        folder, own = self._folder, f"_{self._name}.db"
+        if METRICS_FOLDER not in os.environ or not folder or (folder / f"counter{own}").exists():
+            return
+        with suppress(OSError):  # the next look tries again
+            folder.mkdir(parents=True, exist_ok=True)
+            for opened in Path("/proc/self/fd").iterdir():
+                kind, found, rest = (opened.readlink().name if opened.is_symlink() else "").partition(own)
+                if found and rest in ("", " (deleted)"):
+                    shutil.copyfile(opened, folder / f"{kind}_{self._name}x.db")
+            self._name += "x"  # from now on prometheus_client opens the files of this name
+
+    def end(self, slot: int) -> None:
+        """In the master: the gauges of a worker that has ended are none any more."""
+        if self._folder:
+            for name in (f"{slot}", f"{slot}x*"):
+                with suppress(OSError):
+                    mark_process_dead(name, str(self._folder))  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        """In the master, at the end: remove the folder that this start made."""
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
