@@ -2,28 +2,53 @@
 
 COMMAND -> its module -> function with Typer's annotations -> LifecycleError -> one line, exit 1
                                                            -> a result with lines in `failed` -> exit 1
+anything else that goes wrong -> one line, and the whole story in build/COMMAND.log -> exit 1
 """
 
+import re
+import tempfile
+import traceback
+from contextlib import suppress
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from app.core.errors import ArtifactError
-from lifecycle.command import LifecycleError
+from lifecycle.command import ROOT, LifecycleError, write_file
 
-RELEASE = (
-    "evaluate", "promote", "rollback", "release-check", "new-key", "sign", "shadow", "canary", "compare",
-)  # fmt: skip
 MODULES = {  # by command; some import training libraries, which takes seconds
     "size": "operations.size",
     "sbom": "operations.sbom",
     **dict.fromkeys(("runbooks", "docs"), "operations.documents"),
     **dict.fromkeys(("drift", "quality"), "operations.monitor"),
-    **dict.fromkeys(RELEASE, "release"),
+    "evaluate": "release.evaluation",
+    **dict.fromkeys(("promote", "rollback", "release-check", "new-key", "sign"), "release.promotion"),
+    **dict.fromkeys(("shadow", "canary", "compare"), "release.rollout"),
     "import-model": "importing.importer",
 }
+LONGEST = 300  # characters of a line that says why
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """As Typer does; but options without a value are asked for, as make hands them over if unset."""
+        empty = [
+            one.rstrip("=").removeprefix("--").upper()
+            for one, after in pairwise([*args, "-"])
+            if one.startswith("--") and (one.endswith("=") or not after)
+        ]
+        if empty:
+            raise LifecycleError(_wanted(ctx.info_name, empty))
+        return super().parse_args(ctx, args)
+
+
+def _wanted(command: str | None, names: list[str]) -> str:
+    return f"give {', '.join(names)}: make {command} {' '.join(f'{name}=...' for name in names)}"
 
 
 class _Commands(TyperGroup):
@@ -34,26 +59,47 @@ class _Commands(TyperGroup):
         if cmd_name not in MODULES:
             return None
         module, own = import_module(f"lifecycle.{MODULES[cmd_name]}"), typer.Typer(add_completion=False)
-        own.command(cmd_name)(getattr(module, cmd_name.replace("-", "_")))
+        own.command(cmd_name, cls=_Command)(getattr(module, cmd_name.replace("-", "_")))
         return typer.main.get_command(own)
 
     def invoke(self, ctx: Any) -> Any:
-        # Typer itself ends with 130 on Ctrl-C.
+        status = 1
         try:
             found = super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # Typer ends: as asked, by Ctrl-C, quietly
+            raise
+        except TyperException as error:  # wrong words on the command line
+            reason, status = error.format_message(), getattr(error, "exit_code", 2)
+            if lacking := re.match(r"Missing \w+ '(?:--)?([\w-]+)", reason):
+                reason = _wanted(ctx.invoked_subcommand, [lacking[1].upper()])
         except (LifecycleError, ArtifactError) as error:
             reason = str(error)
-        except BrokenPipeError:  # the reader of the output went away; Typer ends quietly
-            raise
         except OSError as error:
             words = error.strerror or type(error).__name__
             reason = f"{error.filename}: {words}" if error.filename else words
+        except Exception as error:  # the boundary: a person gets no traceback
+            reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         else:
             if getattr(found, "failed", None):
                 raise typer.Exit(1)
             return found
-        typer.echo(f"{ctx.invoked_subcommand}: {reason}", err=True)
-        raise typer.Exit(1)
+        typer.echo(one_line(ctx.invoked_subcommand or "lifecycle", reason), err=True)
+        raise typer.Exit(status)
+
+
+def one_line(command: str, reason: str) -> str:
+    """The line that says why a command ends; the whole story goes to a file, if it is longer than a line."""
+    first, _, more = reason.strip().partition("\n")
+    line = f"{command}: {' '.join(first.split())}"
+    if not more and len(line) <= LONGEST:
+        return line
+    for folder in (ROOT / "build", Path(tempfile.gettempdir())):
+        log = folder / f"{command}.log"
+        with suppress(OSError):
+            write_file(log, f"{reason}\n".encode("utf-8", "replace"))
+            said = f"; the whole story: {log.relative_to(ROOT) if folder.parent == ROOT else log}"
+            return f"{line[: LONGEST - len(said)]}{said}"
+    return line[:LONGEST]
 
 
 commands = typer.Typer(

@@ -5,7 +5,8 @@ pandas takes a second to import, so the functions that need it import it.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ def sha256(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def door(package: str, name: str, modules: Mapping[str, str]) -> Any:
+    """A function of one of a package's modules, for the package's `__getattr__`."""
+    if name not in modules:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises LifecycleError where it is not UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise LifecycleError(f"{path.name}: is not UTF-8: save it as UTF-8") from None
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -187,7 +187,9 @@ def _csv(path: Path, text: Collection[str]) -> Iterator[Batch]:
         commas = {name: mark for name, mark in _commas(names, rows, delimiter).items() if name not in text}
         rest = _Rest(file)
         yield from _csv_batches(path, rest, names, delimiter, commas)
-    if rest.quotes % 2:  # rare, and then mostly a quote within a value; Arrow does not miss the end of another
+    if (
+        rest.quotes % 2
+    ):  # rare, and then mostly a quote within a value; Arrow does not miss the end of another
         with _text(path) as file:
             try:
                 for _ in csv.reader(file, delimiter=delimiter, strict=True):

@@ -30,7 +30,6 @@ from app.core.store import (
     Release,
     Training,
 )
-from app.monitoring.drift import ROWS_A_BIN
 from app.schemas.contract import contract_inputs, contract_outputs, label_key, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle.command import write_file
@@ -79,6 +78,8 @@ def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
     edges. Edges of a feature are its quantiles, fewer where they coincide; text, booleans and categories have
     a bin for each of the commonest values.
     """
+    from app.monitoring.drift import ROWS_A_BIN  # here: a rollback shall not wait for its libraries
+
     features = {}
     rows = len(answers)
     # Shares of bins that few rows fell in are noise, and noise on both sides looks like drift.

@@ -24,6 +24,7 @@ from app.core.store import read_artifact
 from app.schemas.contract import contract_inputs, contract_outputs
 from lifecycle.__main__ import MODULES, commands
 from lifecycle.command import LifecycleError, sha256
+from lifecycle.operations.documents import DOCUMENTS, documents
 from lifecycle.release import evaluate, promote, rollback
 from lifecycle.release.evaluation import Answers, Data, Thresholds, ask, judge, measure, parts, slices
 from lifecycle.release.promotion import CHECKLIST, parse
@@ -654,10 +655,46 @@ def test_a_rollback_to_what_cannot_serve_changes_nothing(
 def test_a_rollback_asks_nothing_of_git(place: Path) -> None:
     """Where the commit is refused the version before serves all the same, and a line says so."""
     hook(place)
-    done = run("rollback", root=place)
+    done = run("rollback", "--yes", root=place)
     assert done.exit_code == 0
     assert json.loads((place / "artifacts" / "release.json").read_bytes())["serving"] == "v0"
     assert done.stderr == "rollback: done, but not committed: git commit: not today\n"
+
+
+def test_a_rollback_to_a_stub_that_answers_all_alike_is_confirmed(place: Path) -> None:
+    """The stub of an import is no model: a rollback says so, and goes there only if that is meant."""
+    rewrite(place / "artifacts" / "v0", "rules.json", stub_of(place / "artifacts" / "v0" / "rules.json"))
+    before = contents(place)
+    assert "v0 is a stub without rules" in refused("rollback", root=place)
+    assert contents(place) == before
+    assert run("rollback", "--yes", root=place).exit_code == 0
+    assert json.loads((place / "artifacts" / "release.json").read_bytes())["serving"] == "v0"
+
+
+def stub_of(rules: Path) -> bytes:
+    """The same rules, without the first of them."""
+    return json.dumps(json.loads(rules.read_bytes()) | {"rules": []}).encode()
+
+
+def test_a_release_is_told_by_the_documents(evaluated: Path) -> None:
+    """README, contract, card and example speak of the version that serves, in the commit of its release."""
+    for name in DOCUMENTS:
+        shutil.copy(ROOT / name, evaluated / name)
+    git(evaluated, "add", ".")
+    git(evaluated, "commit", "--quiet", "--message=documents")
+    promote("v2", root=evaluated)
+    assert "| version | `v2`" in (evaluated / "docs/model_card.md").read_text("utf-8")
+    assert '"model_version": "v2"' in (evaluated / "README.md").read_text("utf-8")
+    assert documents(evaluated) == {name: (evaluated / name).read_text("utf-8") for name in DOCUMENTS}
+    (evaluated / "README.md").open("a").write("\nOf somebody.\n")
+    rollback(root=evaluated)
+    assert documents(evaluated) == {name: (evaluated / name).read_text("utf-8") for name in DOCUMENTS}
+    assert "| version | `v1`" in (evaluated / "docs/model_card.md").read_text("utf-8")
+    assert git(evaluated, "status", "--porcelain") == " M README.md\n"
+    (evaluated / "docs/model_card.md").write_bytes(b"\xff")
+    done = run("rollback", root=evaluated)
+    assert "not in the documents: model_card.md: is not UTF-8" in done.stderr
+    assert json.loads((evaluated / "artifacts" / "release.json").read_bytes())["serving"] == "v2"
 
 
 def test_a_rollback_waits_for_no_training_library() -> None:
@@ -665,7 +702,7 @@ def test_a_rollback_waits_for_no_training_library() -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from lifecycle.__main__ import commands;"
         "done = CliRunner().invoke(commands, ['rollback', '--help']);"
-        "slow = {'sklearn', 'skl2onnx', 'onnx', 'pyarrow', 'pandas', 'matplotlib'};"
+        "slow = {'sklearn', 'skl2onnx', 'onnx', 'pyarrow', 'pandas', 'matplotlib', 'structlog', 'httpx2'};"
         "print(done.exit_code, sorted(slow & sys.modules.keys()))"
     )
     done = subprocess.run(

@@ -155,8 +155,8 @@ def test_shadow_and_canary_change_the_release(artifacts: Path) -> None:
     assert lifecycle("canary", "--version=v0", "--percent=20", "--artifacts", artifacts)[0] == 0
     beside = {"shadow": "v0", "canary": "v0", "canary_percent": 20}
     assert json.loads((artifacts / "release.json").read_bytes()) == released | beside
-    assert lifecycle("shadow", "--version=", "--artifacts", artifacts)[0] == 0
-    assert lifecycle("canary", "--version=", "--artifacts", artifacts)[0] == 0
+    assert lifecycle("shadow", "--end", "--artifacts", artifacts)[0] == 0
+    assert lifecycle("canary", "--end", "--artifacts", artifacts)[0] == 0
     assert (artifacts / "release.json").read_bytes() == (ARTIFACTS / "release.json").read_bytes()
 
 

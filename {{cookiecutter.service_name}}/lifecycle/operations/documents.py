@@ -24,14 +24,15 @@ from typing import Annotated, Any
 import typer
 
 from app.core.pipeline import Pipeline
-from app.core.store import MANIFEST, RELEASE, Input, Manifest, read_artifact
+from app.core.store import Input, Manifest, read_artifact, read_manifest, read_release
 from app.schemas.contract import contract_outputs
 from app.schemas.predict import Features
-from lifecycle.command import ROOT
+from lifecycle.command import ROOT, LifecycleError, read_text
 
 SERVICE = "http://127.0.0.1:8000"
 POST = f"curl -s {SERVICE}/v1/predict -H 'content-type: application/json' -d "
 PREDICTION_ID = "3aad39cc0382cba9767711fcf2ff892a"
+DOCUMENTS = ("README.md", "docs/contract.md", "docs/model_card.md", "docs/example.json")
 LISTED = 20  # categories and labels that a table names
 TYPES = {"float64": "number", "int64": "whole number", "bool": "`true` or `false`", "string": "text"}
 BY_PEOPLE = {  # sections of the model card that only people can write
@@ -87,19 +88,18 @@ def runbooks(
     typer.echo(f"{output}: every link to a page of this project leads somewhere")
 
 
-def documents(root: Path = ROOT) -> dict[str, str]:
-    """Path below `root` and the text that it should have."""
-    serving = root / "artifacts" / json.loads((root / "artifacts" / RELEASE).read_bytes())["serving"]
-    manifest = Manifest.model_validate_json((serving / MANIFEST).read_bytes())
-    golden = [json.loads(line) for line in (serving / "golden.jsonl").read_bytes().splitlines()]
+def documents(root: Path = ROOT, version: str = "") -> dict[str, str]:
+    """Path below `root` and the text that it should have, about the served version or this one."""
+    folder = root / "artifacts" / (version or read_release(root / "artifacts").serving)
+    manifest = read_manifest(folder)
+    golden = [json.loads(line) for line in (folder / "golden.jsonl").read_bytes().splitlines()]
     example, *_ = _examples(manifest)
     row = next((row for row in golden if row["features"] == example), None)
     if row is None:  # the owner chose another example
         pipeline = Pipeline.offline(read_artifact(root / "artifacts", manifest.version))
         row = asdict(pipeline.answers([Features.model_validate(example)])[0])  # type: ignore[arg-type]  # it was loaded
     answer = _answer(manifest, row)
-    names = ("README.md", "docs/contract.md", "docs/model_card.md")
-    readme, contract, card = ((root / name).read_text("utf-8") for name in names)
+    readme, contract, card = (read_text(root / name) for name in DOCUMENTS[:3])
     block = f"```json\n{_json(answer)}\n```\n"
     readme = re.sub(r"```json\n.*?\n```\n", lambda _: block, readme, count=1, flags=re.DOTALL)
     for heading, text in api(manifest, example, answer).items():
@@ -111,7 +111,7 @@ def documents(root: Path = ROOT) -> dict[str, str]:
             card = replaced(card, heading, words)
     card = replaced(card, "Facts", _facts(manifest))
     texts = (readme, contract, card, _json(example) + "\n")
-    return dict(zip((*names, "docs/example.json"), texts, strict=True))
+    return dict(zip(DOCUMENTS, texts, strict=True))
 
 
 def replaced(text: str, heading: str, words: str) -> str:
@@ -121,7 +121,7 @@ def replaced(text: str, heading: str, words: str) -> str:
         pattern, lambda match: f"{match[1]}{words.strip()}\n\n", text, flags=re.MULTILINE | re.DOTALL
     )
     if found != 1:
-        raise ValueError(f"there must be one heading: ## {heading}")
+        raise LifecycleError(f"a document needs one heading `## {heading}`; write it again")
     return new.rstrip("\n") + "\n"
 
 

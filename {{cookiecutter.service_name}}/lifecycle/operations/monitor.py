@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx2
 import numpy as np
 import typer
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.store import read_artifact
-from app.monitoring.drift import settled
 from lifecycle.command import (
     BINS,
     ROOT,
@@ -99,6 +97,8 @@ def quality(
 
 def ask(address: str, query: str) -> list[tuple[dict[str, str], float]]:
     """The answer of Prometheus to an instant query: labels and value of each series."""
+    import httpx2  # here, because it takes a while
+
     try:
         answer = httpx2.get(f"{address.rstrip('/')}/api/v1/query", params={"query": query}, timeout=10)
         series = answer.raise_for_status().json()["data"]["result"]
@@ -196,6 +196,8 @@ class Moved:
 
 def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Moved]:
     """Every feature of `version`, and its predictions, beside the baseline."""
+    from app.monitoring.drift import settled  # here, because its libraries take a while
+
     expected = {name: baseline_counts(feature) for name, feature in baseline["features"].items()}
     values = baseline.get("values")  # a regressor's
     expected[PREDICTION] = baseline_counts(values) if values else Counter(baseline["labels"])

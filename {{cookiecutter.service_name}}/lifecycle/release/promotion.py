@@ -1,7 +1,7 @@
 """Which version serves: release one that was evaluated, or go back to the one before; sign it; its checklist.
 
-promote: verdict, files, golden set -> CHANGELOG.md, release.json -> one commit
-rollback: files -> CHANGELOG.md, release.json -> one commit
+promote: verdict, files, golden set -> CHANGELOG.md, documents, release.json -> one commit
+rollback: files -> CHANGELOG.md, documents, release.json -> one commit
 release_check: docs/release_checklist.md -> each command is run, the other lines are for a person
 new_key, sign: a private key -> artifacts/v2/manifest.sig, for services that run with APP_TRUSTED_KEYS
 
@@ -9,12 +9,13 @@ The running service follows release.json. No promotion and no rollback needs a n
 pushed. Without git the files are written all the same.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from pydantic import ValidationError
 
+from app.core.errors import ArtifactError
 from app.core.pipeline import Pipeline
 from app.core.store import (
     MANIFEST,
@@ -35,7 +37,8 @@ from app.core.store import (
     read_artifact,
     read_release,
 )  # fmt: skip
-from lifecycle.command import ROOT, LifecycleError, sha256, table, write_file
+from lifecycle.command import ROOT, LifecycleError, read_text, sha256, table, write_file
+from lifecycle.operations.documents import DOCUMENTS, documents
 from lifecycle.package import write_release
 from lifecycle.release.evaluation import THRESHOLDS, Root, Verdict, Version
 
@@ -60,29 +63,33 @@ def promote(
     ] = None,
     root: Root = ROOT,
 ) -> None:
-    """Let an evaluated version serve: release.json, a changelog entry, and a commit of them.
+    """Let an evaluated version serve: release.json, a changelog entry, documents, and a commit of them.
 
     Refused unless it passed an evaluation of these very files, thresholds and rows against what serves now;
     then, and if the commit fails, nothing is changed.
     """
     release = read_release(root / "artifacts")
     manifest, verdict = check(root, version, release)
-    in_git = has_git(root)
+    texts, in_git = told(root, version), has_git(root)
     if in_git:
-        paths = [f"artifacts/{RELEASE}", CHANGELOG, f"evaluation/{THRESHOLDS}"]
+        paths = [f"artifacts/{RELEASE}", CHANGELOG, f"evaluation/{THRESHOLDS}", *texts]
         if changed := git(root, "status", "--porcelain", "--", *paths).split():
             raise LifecycleError(f"{changed[1]} has changes that are not committed: commit them first")
     text = entry(manifest, verdict, release.serving, limits or known_limits(root))
-    with undone_on_failure(root / CHANGELOG, root / "artifacts" / RELEASE):
-        switch(root, Release(serving=version, previous=release.serving), text)
+    with undone_on_failure(root / CHANGELOG, root / "artifacts" / RELEASE, *(root / name for name in texts)):
+        switch(root, Release(serving=version, previous=release.serving), text, texts)
         if in_git:
             message = f"Release model {version} in place of {release.serving}"
-            commit(root, message, f"artifacts/{version}", f"evaluation/{version}.json")
+            commit(root, message, f"artifacts/{version}", f"evaluation/{version}.json", *texts)
     typer.echo(f"{version} serves in place of {release.serving} (make rollback goes back)")
     typer.echo(COMMITTED if in_git else WITHOUT_GIT)
 
 
-def rollback(*, root: Root = ROOT) -> None:
+def rollback(
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Also to a stub that answers all alike.")] = False,
+    root: Root = ROOT,
+) -> None:
     """Let the previous version serve again, at once: verified, but asked for nothing else.
 
     A commit that fails takes nothing back: what serves matters more than its record.
@@ -91,15 +98,29 @@ def rollback(*, root: Root = ROOT) -> None:
     now, before = release.previous, release.serving
     if now is None:
         raise LifecycleError(f"artifacts/{RELEASE} names no previous version")
-    read_artifact(root / "artifacts", now)
+    artifact = read_artifact(root / "artifacts", now)
+    if not yes and "rules.json" in artifact.files and not json.loads(artifact.files["rules.json"])["rules"]:
+        raise LifecycleError(
+            f"{now} is a stub without rules: it gives every request the same answer; if that is better than "
+            f"{before}: make rollback CONFIRM=yes"
+        )
+    try:
+        texts, untold = told(root, now), ""
+    except (LifecycleError, ArtifactError, OSError) as error:
+        texts, untold = {}, f"rollback: done, but not in the documents: {error}"
+    in_git = has_git(root)
+    # Other changes in a document are not for this commit.
+    own = [name for name in texts if in_git and not git(root, "status", "--porcelain", "--", name)]
     text = f"## Model {now} again, {today()}\n- Rolled back from `{before}`.\n"
-    switch(root, Release(serving=now, previous=before), text)
+    switch(root, Release(serving=now, previous=before), text, texts)
     typer.echo(f"{now} serves in place of {before} (make rollback again undoes this)")
-    if not has_git(root):
+    if untold:
+        typer.echo(untold, err=True)
+    if not in_git:
         typer.echo(WITHOUT_GIT)
         return
     try:
-        commit(root, f"Roll back to model {now} from {before}")
+        commit(root, f"Roll back to model {now} from {before}", *own)
         typer.echo(COMMITTED)
     except (LifecycleError, OSError) as error:
         typer.echo(f"rollback: done, but not committed: {error}", err=True)
@@ -147,7 +168,7 @@ def read_verdict(root: Path, version: str) -> Verdict:
 def known_limits(root: Path) -> str:
     """The section "Known limits" of the model card, in one line."""
     card = root / CARD
-    _, _, section = (card.read_text("utf-8") if card.is_file() else "").partition(f"\n{LIMITS}\n")
+    _, _, section = (read_text(card) if card.is_file() else "").partition(f"\n{LIMITS}\n")
     lines = section.partition("\n## ")[0].splitlines()
     return " ".join(line.lstrip("-* ").strip() for line in lines if line.strip()) or "none stated."
 
@@ -181,14 +202,24 @@ def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def switch(root: Path, release: Release, text: str) -> None:
-    """Put the entry above all others in the changelog, then write release.json; both, or neither."""
+def told(root: Path, version: str) -> dict[str, str]:
+    """The documents that say something else once `version` serves, and their text; raises LifecycleError."""
+    if not all((root / name).is_file() for name in DOCUMENTS):
+        return {}
+    texts = documents(root, version)
+    return {name: text for name, text in texts.items() if read_text(root / name) != text}
+
+
+def switch(root: Path, release: Release, text: str, texts: Mapping[str, str]) -> None:
+    """Put the entry above all others in the changelog, then write documents and release.json; all or none."""
     path = root / CHANGELOG
-    old = path.read_bytes().decode() if path.exists() else "# Changelog\n"
+    old = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else "# Changelog\n"
     head, found, rest = old.partition("\n## ")
     older = f"\n## {rest}" if found else ""
-    with undone_on_failure(path):
-        write_file(path, f"{head.rstrip()}\n\n{text}{older}".encode())
+    with undone_on_failure(path, *(root / name for name in texts)):
+        write_file(path, f"{head.rstrip()}\n\n{text}{older}".encode("utf-8", "surrogateescape"))
+        for name, words in texts.items():
+            write_file(root / name, words.encode())
         write_release(root / "artifacts", release)
 
 
@@ -264,7 +295,7 @@ def release_check(version: Version, *, root: Root = ROOT) -> None:
     """
     if not re.fullmatch(VERSION_PATTERN, version):
         raise LifecycleError(f"{version!r} is not a version name like v2")
-    document = (root / CHECKLIST).read_text("utf-8").replace("$VERSION", version)
+    document = read_text(root / CHECKLIST).replace("$VERSION", version)
     folder, copy, rows = root / "build" / f"release-check-{version}", document.splitlines(), []
     for number, command, text in parse(document):
         box, item = copy[number - 1][:5], copy[number - 1][6:]

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,37 +27,42 @@ COUNTERS = (
 CALLS, REQUESTS = "model_call_duration_seconds", "canary_duration_seconds"
 HISTOGRAMS = ("prediction_score", "prediction_value", "shadow_score", "shadow_value", CALLS, REQUESTS)
 AGREEMENTS = {"agree": "#4878a8", "disagree": "#d08030", "error": "#b03030", "dropped": "#dddddd"}
-Beside = Annotated[str | None, typer.Option(envvar="VERSION", help="The version, like v2; empty ends it.")]
+Beside = Annotated[str | None, typer.Option(help="The version, like v2.")]
+End = Annotated[bool, typer.Option("--end", help="End it.")]
 Artifacts = Annotated[Path, typer.Option(help="Folder of the versions and of release.json.")]
 Sample = tuple[str, dict[str, str], float]
 
 
-def shadow(version: Beside = None, *, artifacts: Artifacts = ROOT / "artifacts") -> None:
+def shadow(version: Beside = None, *, end: End = False, artifacts: Artifacts = ROOT / "artifacts") -> None:
     """Ask VERSION what clients ask, after they got their answer; clients never see its answers."""
-    _beside(artifacts, version, shadow=version or None)
-    typer.echo(f"shadow: {version or 'none'}; a running service follows within seconds")
+    chosen = _beside("shadow", artifacts, version, end=end)
+    typer.echo(f"shadow: {chosen}; a running service follows within seconds")
 
 
 def canary(
     version: Beside = None,
     percent: Annotated[int, typer.Option(envvar="PERCENT", min=0, max=100, help="Of the clients.")] = 10,
     *,
+    end: End = False,
     artifacts: Artifacts = ROOT / "artifacts",
 ) -> None:
     """Let VERSION answer PERCENT of the clients, until it does worse than the served version."""
-    share = percent if version else 0
-    _beside(artifacts, version, canary=version or None, canary_percent=share)
-    typer.echo(f"canary: {version or 'none'}, {share}% of clients; a running service follows within seconds")
+    share = 0 if end else percent
+    chosen = _beside("canary", artifacts, version, end=end, canary_percent=share)
+    typer.echo(f"canary: {chosen}, {share}% of clients; a running service follows within seconds")
 
 
-def _beside(root: Path, version: str | None, **change: Any) -> None:
+def _beside(role: str, root: Path, version: str | None, *, end: bool, **more: int) -> str:
     """Change release.json; raises ArtifactError or LifecycleError for a version that cannot be beside."""
     release = read_release(root)
+    if bool(version) == end:
+        raise LifecycleError(f"say which version: make {role} VERSION=v2; or end it: make {role} END=yes")
     if version:
         if version == release.serving:
             raise LifecycleError(f"{version} serves already")
         read_artifact(root, version)
-    write_release(root, Release(**release.model_dump() | change))
+    write_release(root, Release(**release.model_dump() | {role: version or None} | more))
+    return version or "none"
 
 
 @dataclass
