@@ -39,6 +39,7 @@ MAX_BINS = 10
 TOLERANCE = 1e-5  # how far a probability may be from the recorded one: float32 against float64
 
 Rows = NDArray[np.float64]  # [rows, features], in the order of `Features`
+Rule = Mapping[str, Any] | None  # the threshold of a manifest's outputs
 
 
 def feature_names() -> list[str]:
@@ -51,17 +52,29 @@ def labels() -> list[Any]:
     return list(contract_outputs()["labels"])
 
 
-def golden_set(rows: Sequence[Sequence[Any]], answers: Rows, tolerance: float = TOLERANCE) -> bytes:
+def chosen_labels(answers: Rows, rule: Rule = None) -> NDArray[np.int64]:
+    """The position of each answer's label: the most probable one's, unless there is a threshold."""
+    if rule:
+        at = labels().index(rule["label"])
+        return np.where(answers[:, at] >= rule["least"], at, 1 - at)
+    chosen: NDArray[np.int64] = answers.argmax(axis=1)
+    return chosen
+
+
+def golden_set(
+    rows: Sequence[Sequence[Any]], answers: Rows, tolerance: float = TOLERANCE, rule: Rule = None
+) -> bytes:
     """JSON lines: the features, and the answer that every later run must give again.
 
     `answers` is [rows, labels], or [rows, 1] of a regressor, from a source other than the serving runtime.
     """
     lines = []
-    for row, answer in zip(rows, answers.tolist(), strict=True):
+    chosen = chosen_labels(answers, rule).tolist()
+    for row, answer, at in zip(rows, answers.tolist(), chosen, strict=True):
         line: dict[str, Any] = {"features": dict(zip(feature_names(), row, strict=True))}
         if labels():
             keys = [label_key(label) for label in labels()]
-            line["label"] = labels()[int(np.argmax(answer))]
+            line["label"] = labels()[at]
             line["probabilities"] = dict(zip(keys, (round(one, 7) for one in answer), strict=True))
         else:
             (line["value"],) = answer
@@ -70,7 +83,7 @@ def golden_set(rows: Sequence[Sequence[Any]], answers: Rows, tolerance: float = 
     return "".join(lines).encode()
 
 
-def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
+def baseline(columns: Sequence[Sequence[Any]], answers: Rows, rule: Rule = None) -> bytes:
     """Training as counts per bin, for drift: of every feature and of the answers.
 
     `columns` has the values of each feature, missing ones as None or NaN. Bin `i` holds
@@ -96,7 +109,7 @@ def baseline(columns: Sequence[Sequence[Any]], answers: Rows) -> bytes:
             "missing": rows - sum(counted["counts"]) - counted.get("other", 0)
         }
     if labels():
-        chosen = answers.argmax(axis=1)
+        chosen = chosen_labels(answers, rule)
         counts = {label_key(label): int((chosen == index).sum()) for index, label in enumerate(labels())}
         scores = _histogram(answers.max(axis=1), np.linspace(0.1, 0.9, 9).round(1))
         return canonical_json({"rows": rows, "features": features, "labels": counts, "scores": scores})
@@ -145,14 +158,14 @@ def pack(
     name: str = NAME,
     training: Training | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
-    trusted_types: Sequence[str] = (),
     words: Mapping[str, dict[str, Any]] | None = None,
+    **more: Any,
 ) -> dict[str, bytes]:
     """The whole folder: `files` and the manifest that signs them.
 
     `outputs` holds the meaning of the answer and the review threshold, `ranges` the least and the greatest
     value in training; inputs and labels come from the contract in `app/schemas/predict.py`. `words` holds the
-    description and example of inputs whose words are not those of the contract.
+    description and example of inputs whose words are not those of the contract, `more` further fields.
     """
     ranges, words = ranges or {}, words or {}
     schema = Features.model_json_schema()
@@ -178,8 +191,8 @@ def pack(
         outputs=Outputs(labels=list(labels()), **outputs),
         training=training,
         libraries=libraries,
-        trusted_types=list(trusted_types),
         contract_sha256=served_contract_sha256(),
+        **more,
     )
     return files | {MANIFEST: canonical_json(manifest.model_dump(mode="json"))}
 

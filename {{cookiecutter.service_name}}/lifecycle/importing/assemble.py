@@ -1,11 +1,12 @@
 """Makes the files of an imported version, with the contract that they are for in place of the served one.
 
     repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, Assembly, Converted
-    -> golden set, baseline, manifest, v0 -> the service's own check of them -> openapi.json, documents
+    -> golden set, baseline, manifest, v0
+    -> the service's own check of them, with the packages of the image alone -> openapi.json, documents
     -> evaluation/: the thresholds of a new contract, and the rows given for it
 
 A process of its own, started in `repository`: there Python finds the `app` with the new contract, so that
-everything here is made for it.
+everything here is made for it. Its locale is that of the image, too.
 """
 
 import json
@@ -24,12 +25,15 @@ from app.core.pipeline import Pipeline
 from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
 from lifecycle.command import LifecycleError
+from lifecycle.importing.serving import Only
 from lifecycle.importing.steps import ANSWERS, SAMPLE, Assembly, Converted, step
 from lifecycle.operations.documents import documents, snapshot
 from lifecycle.package import (
     TOLERANCE,
+    Rule,
     baseline,
     canonical_json,
+    chosen_labels,
     golden_set,
     labels,
     pack,
@@ -48,7 +52,7 @@ def assemble(folder: Path) -> None:
     assembly, model = Assembly.read(folder), Converted.read(folder)
     root = folder / "repository"
     sample = read_sample(folder / SAMPLE)
-    content = (folder / model.file).read_bytes()
+    content = {name: (folder / name).read_bytes() for name in model.files}
     made = version_files(assembly, model, content, sample, np.load(folder / ANSWERS))
     for name, files in made.items():
         publish(root / "artifacts", name, files)
@@ -56,10 +60,11 @@ def assemble(folder: Path) -> None:
         (root / "artifacts" / RELEASE).unlink(missing_ok=True)
         start_release(root / "artifacts", serving=assembly.version, previous=STUB)
     try:
-        for name in made:
-            check(root / "artifacts", name)
-        for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
-            (root / path).write_text(text, "utf-8", newline="\n")
+        with Only(assembly.requirements):
+            for name in made:
+                check(root / "artifacts", name)
+            for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
+                (root / path).write_text(text, "utf-8", newline="\n")
     except (ArtifactError, ValueError) as error:  # a document may lack a heading
         raise LifecycleError(f"the version that was made is not fit to be served: {error}") from None
     prepare_evaluation(root, assembly, sample.column(assembly.target))
@@ -72,22 +77,22 @@ def check(root: Path, version: str) -> None:
 
 
 def version_files(
-    assembly: Assembly, model: Converted, content: bytes, sample: Any, answers: Any
+    assembly: Assembly, model: Converted, content: dict[str, bytes], sample: Any, answers: Any
 ) -> dict[str, dict[str, bytes]]:
     """The files of the new version, and of v0 where the contract is new."""
-    names = list(inputs())
-    chosen = golden_rows(sample, answers)
+    names, rule = list(inputs()), model.outputs.get("threshold")
+    chosen = golden_rows(sample, answers, rule)
     rows = [list(row.values()) for row in sample.select(names).take(chosen).to_pylist()]
-    outputs: dict[str, Any] = {"score": SCORE, "review_threshold": assembly.review_threshold}
+    outputs = {"score": SCORE, "review_threshold": assembly.review_threshold} | model.outputs
     if not labels():
         outputs = {
             "value": f"The model's estimate of {assembly.target}.",
             "feedback_tolerance": assembly.feedback_tolerance or float(f"{answers.std() / 10:.2g}"),
         }
     files = {
-        model.file: content,
-        "baseline.json": baseline([values(sample.column(name)) for name in names], answers),
-        "golden.jsonl": golden_set(rows, answers[chosen], model.tolerance),
+        **content,
+        "baseline.json": baseline([values(sample.column(name)) for name in names], answers, rule),
+        "golden.jsonl": golden_set(rows, answers[chosen], model.tolerance, rule),
     }
     made = {
         assembly.version: pack(
@@ -96,11 +101,10 @@ def version_files(
             runtime=model.runtime,
             files=files,
             outputs=outputs,
-            libraries=model.libraries,
             training=assembly.training,
             ranges=assembly.ranges,
-            trusted_types=model.trusted_types,
             words=assembly.words,
+            **model.manifest,
         )
     }
     if assembly.new_contract:
@@ -149,12 +153,12 @@ def values(column: Any) -> Sequence[Any]:
     return column.to_pylist()  # type: ignore[no-any-return]
 
 
-def golden_rows(sample: Any, answers: Any) -> list[int]:
+def golden_rows(sample: Any, answers: Any, rule: Rule = None) -> list[int]:
     """Which rows to hold every later run to: some of each answer, and the first with each peculiarity.
 
     Peculiar is a missing value of a column, and a category.
     """
-    strata = strata_of(answers)
+    strata = strata_of(answers, rule)
     groups = [np.flatnonzero(strata == one) for one in np.unique(strata)]
     share = max(1, GOLDEN_ROWS // len(groups))
     draw = np.random.default_rng(0)
@@ -171,10 +175,10 @@ def golden_rows(sample: Any, answers: Any) -> list[int]:
     return sorted(list(chosen)[:MAX_GOLDEN_ROWS])
 
 
-def strata_of(answers: Any) -> Any:
+def strata_of(answers: Any, rule: Rule = None) -> Any:
     """A number for each row: of the answer's label, or of the tenth of all values that it is in."""
     if labels():
-        return answers.argmax(axis=1)
+        return chosen_labels(answers, rule)
     values = answers[:, 0]
     return np.searchsorted(np.quantile(values, np.linspace(0.1, 0.9, 9)), values)
 
@@ -185,6 +189,8 @@ def prepare_evaluation(root: Path, assembly: Assembly, target: Any) -> None:
     text = path.read_text("utf-8") if path.is_file() else ""
     if assembly.rewritten:
         text = thresholds(text, assembly.target, target)
+    if assembly.rewritten and not assembly.holdout:
+        text = _replaced(text, "data", "file", '"holdout.csv"', comment=True)  # the rows of the old contract
     if assembly.holdout:
         held = root / assembly.holdout
         text = _replaced(text, "data", "file", json.dumps(held.name))

@@ -1,10 +1,11 @@
 """From a fitted model and its training data to a served version, or to one line that says why not.
 
-    data -> types, ranges, categories of all rows -> a sample        (lifecycle/tables.py)
-    model, sample -> ONNX or skops, the same answers as the original (convert.py, another process)
-    columns -> app/schemas/predict.py                                (contract_writer.py)
-    all of it -> artifacts/vN, v0, openapi.json, docs                (assemble.py, another process)
-    -> moved into the repository as a whole, or not at all           (steps.py)
+    data -> types, ranges, categories of all rows -> a sample         (lifecycle/tables.py)
+    model, sample -> its fastest form that answers as the original    (proof.py, another process)
+    columns -> app/schemas/predict.py                                 (contract_writer.py)
+    all of it -> artifacts/vN, v0, openapi.json, docs, loaded with the
+    packages of the image alone                                       (assemble.py, another process)
+    -> moved into the repository as a whole, or not at all            (steps.py)
 
 Everything is written into `.import` first, beside the files that it replaces. Nothing here reads the clock or
 the machine: the same inputs give the same bytes.
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,16 +25,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import typer
 
-from app.core.errors import ArtifactError
 from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training, read_manifest, read_release
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle import package
-from lifecycle.command import ROOT, LifecycleError, sha256
+from lifecycle.command import ROOT, LifecycleError, sha256, write_file
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source
+from lifecycle.importing.serving import LOCALE, RUNTIME_IN, add, lacking
 from lifecycle.importing.steps import (
     SAMPLE,
+    TEXT,
     WORK,
     Assembly,
     Conversion,
@@ -45,7 +48,7 @@ from lifecycle.importing.steps import (
     say,
     unstopped,
 )
-from lifecycle.tables import Column, Table, profile, read_sample, sample
+from lifecycle.tables import MAX_DISTINCT, Column, Table, profile, read_sample, sample
 
 ARTIFACTS, PREDICT = Path("artifacts"), Path("app/schemas/predict.py")
 DOCUMENTS = (
@@ -53,6 +56,7 @@ DOCUMENTS = (
     "evaluation/thresholds.toml",
 )  # fmt: skip
 HOLDOUT = "evaluation/holdout"
+STORY, MAX_LINE = Path("build/import-model.log"), 280
 REVIEW_THRESHOLD = 0.6
 MANY_ROWS = 20  # in fewer, all values of a column differ by chance
 LABEL_LIKE = re.compile(r"(?i)^(y|label|class|target|outcome|ground_?truth|prediction|y_.*)$")
@@ -75,24 +79,26 @@ class Request:
     model: Path
     data: Path
     target: str
-    runtime: Runtime = "onnx"
+    runtime: Runtime | None = None  # the fastest that is proven
     trust: Sequence[str] = ()  # types of your own that skops may load
     trust_listed: bool = False  # trust every type that the model is made of
     bounds: Bounds = field(default_factory=dict)
     review_threshold: float | None = None  # of the served version, else 0.6
     feedback_tolerance: float | None = None
     holdout: Path | None = None  # rows that training never saw
+    add_requirements: bool = False  # what the image lacks, to requirements/runtime.in
 
 
 def import_model(
     model: Annotated[
-        Path, typer.Option(help="A fitted estimator from joblib or pickle, a torch module, or an ONNX file.")
-    ],
-    data: Annotated[Path, typer.Option(help="Its training data: .csv, .parquet, .jsonl or .arrow.")],
-    target: Annotated[str, typer.Option(help="The column that the model predicts.")],
+        str, typer.Option(help="A fitted estimator from joblib or pickle, a torch module, or an ONNX file.")
+    ] = "",
+    data: Annotated[str, typer.Option(help="Its training data: .csv, .parquet, .jsonl or .arrow.")] = "",
+    target: Annotated[str, typer.Option(help="The column that the model predicts.")] = "",
     runtime: Annotated[
-        Runtime, typer.Option(help="`onnx`, or `skops`: scikit-learn itself, for what has no ONNX form.")
-    ] = "onnx",
+        Runtime | None,
+        typer.Option(help="`onnx` or `skops` alone; by default the fastest that is proven to be equal."),
+    ] = None,
     trust: Annotated[
         str, typer.Option(help="Types of your own that skops may load, by full name, with commas.")
     ] = "",
@@ -113,6 +119,9 @@ def import_model(
         Path | None,
         typer.Option(help="Rows with their truth that training never saw, for `make evaluate`."),
     ] = None,
+    add_requirements: Annotated[
+        bool, typer.Option("--add-requirements", help="Add what the image lacks to requirements/runtime.in.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if the repository differs.")
     ] = False,
@@ -121,17 +130,25 @@ def import_model(
     """Bring your own model: from MODEL, its training DATA and the TARGET column to a served version.
 
     The contract (names, types, missing values, categories, ranges) is inferred from all rows. The model is
-    converted to ONNX and has to give the answers of the original on the data. Then the next version folder
-    is written, with a golden set and a drift baseline, and the API description and documents follow.
+    taken in its fastest form that gives the answers of the original: ONNX, ONNX in part, or scikit-learn
+    itself. Then the next version folder is written, with a golden set and a drift baseline, and the API
+    description and documents follow.
 
     If the inputs or labels are new, app/schemas/predict.py is rewritten, v0 becomes a stub, and the version
     is released; otherwise `make promote` releases it. The same inputs give the same bytes, and any failure
     leaves the repository as it was.
     """
+    if lacking := [
+        name for name, value in (("MODEL", model), ("DATA", data), ("TARGET", target)) if not value
+    ]:
+        raise LifecycleError(
+            f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not given: "
+            "make import-model MODEL=model.joblib DATA=train.csv TARGET=column"
+        )
     own = [name for name in trust.split(",") if name]
     request = Request(
-        model, data, target, runtime, own, trust_listed, parsed_bounds(bounds or []), review_threshold,
-        feedback_tolerance, holdout,
+        Path(model), Path(data), target, runtime, own, trust_listed, parsed_bounds(bounds or []),
+        review_threshold, feedback_tolerance, holdout, add_requirements,
     )  # fmt: skip
     try:
         version, changes = run(request, check=check)
@@ -182,8 +199,6 @@ def run(request: Request, *, check: bool) -> tuple[str, list[str]]:
         with alone(ROOT):
             recover(ROOT)
             return _import(request, check=check)
-    except ArtifactError as error:
-        raise LifecycleError(str(error)) from None
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
@@ -203,24 +218,41 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
         rows = sample(table, work / SAMPLE, Progress(f"sampling {request.data.name}"))
         of_all = "all of them" if rows == table.rows else f"a sample of {rows:,}, drawn with seed 0"
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
-        made = convert(work, request, candidates)
+        if request.model.suffix != ".onnx":
+            say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
+        made = convert(work, request, table, candidates)
         assembly = prepare(work, request, table, made)
-        steps.run("assemble", work, cwd=work / "repository")
+        steps.run("assemble", work, cwd=work / "repository", environment=LOCALE | {"PYTHONPATH": str(ROOT)})
         changes = changed(work / "repository", assembly.version, check=check)
         changes += outdated(work / "repository") if request.holdout or assembly.rewritten else []
         point_out(table, made.names, request.target, read_sample(work / SAMPLE))
         compared = "labels equal, scores" if made.labels else "values"
         say(
             f"{made.described} as {made.form}: {compared} within {made.tolerance:.1g} of the original on "
-            f"{rows:,} rows (at most {made.gap:.1g} away)"
+            f"{rows:,} rows (at most {made.gap:.1g} away); {made.rate:,} rows a second here, one a call"
         )
+        if made.advice:
+            say(made.advice)
         if not check:
             announce(request, made, assembly, changes)
             apply(ROOT, work, changes)
         return assembly.version, [path.as_posix() for path in changes]
+    except LifecycleError as refusal:
+        raise LifecycleError(told_in_full(work, str(refusal))) from None
     finally:
         with unstopped():
             recover(ROOT)
+
+
+def told_in_full(work: Path, reason: str) -> str:
+    """The reason in a line for a terminal; the whole story is kept in build/."""
+    story = (work / steps.LOG).read_text("utf-8") if (work / steps.LOG).is_file() else ""
+    line = " ".join(reason.split())
+    if not story and len(line) <= MAX_LINE:
+        return line
+    write_file(ROOT / STORY, f"{story}\n{reason}\n".encode())
+    more = f" [all of it: {STORY}]"
+    return (line if len(line) <= MAX_LINE - len(more) else f"{line[: MAX_LINE - len(more) - 1]}…") + more
 
 
 def usable(table: Table, target: str) -> list[Column]:
@@ -234,10 +266,11 @@ def usable(table: Table, target: str) -> list[Column]:
     return [one for one in table.columns.values() if one.name != target]
 
 
-def convert(work: Path, request: Request, columns: Sequence[Column]) -> Converted:
-    """The model opened, converted and compared, in another process; raises LifecycleError."""
-    if request.model.suffix != ".onnx":
-        say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
+def convert(work: Path, request: Request, table: Table, columns: Sequence[Column]) -> Converted:
+    """The model opened, converted and compared, in another process; raises LifecycleError.
+
+    It may ask for columns to be read again as text, as the model knows them: codes like 08.
+    """
     Conversion(
         model=request.model.resolve(),
         target=request.target,
@@ -255,8 +288,18 @@ def convert(work: Path, request: Request, columns: Sequence[Column]) -> Converte
             if one.unusable or not one.dtype
         },
     ).write(work)
-    steps.run("convert", work)
-    return Converted.read(work)
+    steps.run("proof", work)
+    if not (work / TEXT).is_file():
+        return Converted.read(work)
+    names = (work / TEXT).read_text("utf-8").splitlines()
+    (work / TEXT).unlink()
+    say(f"read as text, because the model was fitted on such: {', '.join(map(repr, names))}")
+    for column in columns:
+        column.counts = Counter()
+        if column.name in names:
+            column.dtype, column.low, column.high = "string", None, None
+    sample(table, work / SAMPLE, Progress(f"sampling {table.path.name}"))
+    return convert(work, request, table, columns)
 
 
 def prepare(work: Path, request: Request, table: Table, made: Converted) -> Assembly:
@@ -264,7 +307,9 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
 
     The contract can be new without being rewritten: where a person changed a unit or a bound in predict.py.
     """
-    features = [feature(table.columns[name], request.bounds) for name in made.names]
+    features = [
+        feature(table.columns[name], request.bounds, closed=name in made.closed) for name in made.names
+    ]
     if unknown := sorted(request.bounds.keys() - set(made.names)):
         raise LifecycleError(f"--bounds: the model takes no column {unknown[0]!r}")
     for one in features:
@@ -312,6 +357,7 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
             one.name: one.model_dump(include={"description", "example"})
             for one in (earlier.inputs if earlier else ())
         },
+        requirements=lacking(made.manifest["libraries"]) if made.runtime == "skops" else [],
     )  # fmt: skip
     copy = copy_repository(work, version)
     if rewritten:
@@ -320,14 +366,27 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
             say(f"title, description and unit are kept as {PREDICT} had them: {', '.join(map(repr, kept))}")
         text = source(features, made.labels, examples(work, made.names), request.target)
         (copy / PREDICT).write_text(text, "utf-8", newline="\n")
+    if request.add_requirements and assembly.requirements:
+        (copy / RUNTIME_IN).parent.mkdir()
+        (copy / RUNTIME_IN).write_text(
+            add(assembly.requirements, f"artifacts/{version}"), "utf-8", newline="\n"
+        )
     if request.holdout and assembly.holdout:
         shutil.copyfile(request.holdout, copy / assembly.holdout)
     assembly.write(work)
     return assembly
 
 
-def feature(column: Column, bounds: Bounds) -> Feature:
-    """A column as the contract has it; the words and bounds that a person added to predict.py stay."""
+def feature(column: Column, bounds: Bounds, *, closed: bool) -> Feature:
+    """A column as the contract has it; the words and bounds that a person added to predict.py stay.
+
+    Text is `closed` where the model fails on a word that it does not know. Raises LifecycleError.
+    """
+    if closed and not column.counts:
+        raise LifecycleError(
+            f"column {column.name!r} has more than {MAX_DISTINCT:,} words, and the model fails on any other: "
+            "fit it with an encoder that takes unknown words (handle_unknown='ignore')"
+        )
     served = {entry["name"]: entry for entry in contract_inputs()}.get(column.name)
     fields = {field.alias or name: field for name, field in Features.model_fields.items()}
     words = fields.get(column.name)
@@ -335,7 +394,7 @@ def feature(column: Column, bounds: Bounds) -> Feature:
     minimum, maximum = bounds.get(column.name, (own["minimum"], own["maximum"]) if own else (None, None))
     categories = None
     few = len(column.counts or ()) <= min(MAX_CATEGORIES, column.present // ROWS_A_CATEGORY)
-    if column.dtype == "string" and column.counts and few:
+    if column.dtype == "string" and column.counts and (few or closed):
         categories = sorted(column.counts)
     if own and own["categories"] and categories and set(own["categories"]) == set(categories):
         categories = own["categories"]
@@ -430,10 +489,14 @@ def announce(request: Request, made: Converted, assembly: Assembly, changes: lis
         )
     elif new:
         say(f"the contract stays: {version} stands beside the served version until it is promoted")
+    if made.closed:
+        say(f"other words than the data's are refused (422), as the model fails on such: {', '.join(made.closed)[:80]}")
     if new and made.runtime == "skops":
-        wanted = [f"{name}=={number}" for name, number in made.libraries.items() if name != "numpy"]
-        say(f"the manifest trusts these types: {', '.join(made.trusted_types)}")
-        say(f"the image needs {', '.join(wanted)}: add them to requirements/runtime.in and run `make lock`")
+        say(f"the manifest trusts these types: {', '.join(made.manifest['trusted_types'])}")
+    if assembly.requirements:
+        how = "added to" if request.add_requirements else "repeat with --add-requirements, or add them to"
+        wanted = ", ".join(assembly.requirements)
+        say(f"the image needs {wanted}: {how} requirements/runtime.in; then run `make lock`")
     if assembly.rewritten and request.holdout is None:
         say("`make evaluate` needs rows that the model never saw: HOLDOUT=rows.csv, or later DATA=rows.csv")
 

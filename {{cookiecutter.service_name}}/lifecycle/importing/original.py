@@ -1,4 +1,4 @@
-"""A model as it was given: its task, labels and columns, and how to ask it.
+"""A model as it was given: its task, labels, columns and decision rule, and how to ask it.
 
     .joblib, .pkl -> an estimator, unpickled, which runs whatever code the file holds
     .onnx -> nothing to unpickle and nothing to convert, but a ZipMap is removed
@@ -9,11 +9,11 @@ Everything that makes it unfit for serving is a LifecycleError, in one line.
 """
 
 import hashlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +23,33 @@ from app.core.runtimes import OnnxRuntime
 from app.core.store import Input
 from lifecycle.command import LifecycleError
 from lifecycle.importing.steps import Progress
+from lifecycle.tables import spelling
 
 SCORE_TOLERANCE = 1e-5
 OPSET = {"": 18, "ai.onnx.ml": 3}
 ROWS_A_CALL = 8_192
+ROUNDING = 1e-7
 BOOSTERS = ("lightgbm", "xgboost")  # libraries of estimators that the ONNX converter has to be taught
+BARE = {  # what people save in place of an estimator
+    "lightgbm.basic.Booster": "LGBMClassifier or LGBMRegressor",
+    "xgboost.core.Booster": "XGBClassifier or XGBRegressor",
+}
+MOVE = (
+    "move it to app/own/features.py, import it from `app.own.features` where you fit the model, "
+    "fit and save it again"
+)
 
 Task = Literal["classification", "regression"]
 Answers = np.ndarray[Any, np.dtype[np.float64]]
 Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
+
+
+class Unanswered(LifecycleError):
+    """The model itself has no answer to a row."""
+
+
+class AsText(Exception):
+    """Columns that the model knows as text, where the file was read as numbers: codes like 08."""
 
 
 @dataclass
@@ -46,33 +64,182 @@ class Original:
     libraries: set[str]  # packages whose versions decide on the answers
     estimator: Any = None
     forms: Sequence[Form] = ()  # ONNX forms, of models that are no estimators
+    outputs: dict[str, Any] = field(default_factory=dict)  # threshold and classes, as a manifest has them
+    takes: dict[str, Any] = field(default_factory=dict)  # takes and dtypes, as a manifest has them
+
+    def chosen(self, scores: Answers) -> Any:
+        """The position of each row's label: by the threshold, or the most probable one."""
+        if rule := self.outputs.get("threshold"):
+            at = self.labels.index(rule["label"])
+            return np.where(scores[:, at] >= rule["least"], at, 1 - at)
+        return scores.argmax(axis=1)
+
+    def undecided(self, scores: Answers) -> Any:
+        """Rows of which rounding decides the label; of equal scores it does not, the first label wins."""
+        if rule := self.outputs.get("threshold"):
+            apart = np.abs(scores[:, self.labels.index(rule["label"])] - rule["least"])
+        else:
+            apart = np.subtract(*np.sort(scores, axis=1)[:, [-1, -2]].T)
+        return (apart > 0) & (apart < ROUNDING)
 
 
-def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -> Original:
-    """A pickled or joblib-dumped estimator; raises LifecycleError."""
+def open_model(
+    path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
+) -> Original:
+    """A pickled or joblib-dumped estimator; raises LifecycleError, or AsText."""
     estimator = unpickle(path)
     from sklearn.base import is_classifier, is_regressor
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
-    kind = type(estimator).__name__
+    kind = type(estimator)
+    if instead := BARE.get(f"{kind.__module__}.{kind.__name__}"):
+        raise LifecycleError(f"{path.name}: holds a bare {kind.__name__}: save the fitted {instead} itself")
     if not hasattr(estimator, "predict"):
-        raise LifecycleError(f"{path.name}: holds a {kind}, not an estimator with `predict`")
+        raise LifecycleError(f"{path.name}: holds a {kind.__name__}, not an estimator with `predict`")
     try:
         check_is_fitted(estimator)
     except (NotFittedError, TypeError):
-        raise LifecycleError(f"{path.name}: the {kind} is not fitted") from None
+        raise LifecycleError(f"{path.name}: the {kind.__name__} is not fitted") from None
     if not is_classifier(estimator) and not is_regressor(estimator):
         raise LifecycleError(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
-    task: Task = "classification" if is_classifier(estimator) else "regression"
-    if task == "classification" and not hasattr(estimator, "predict_proba"):
-        raise LifecycleError(
-            f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; wrap it "
-            "in CalibratedClassifierCV and fit again"
-        )
-    named = getattr(estimator, "feature_names_in_", None)
-    names = [str(name) for name in named] if named is not None else list(inputs)
-    if lacking := [name for name in names if name in unusable] if named is not None else list(unusable):
+    named = fitted_names(estimator, inputs)
+    text = fitted_on_text(estimator, named or list(inputs)) & inputs.keys()
+    if numbers := sorted(name for name in text if inputs[name].dtype != "string"):
+        raise AsText(*numbers)
+    names, takes = how_it_takes(estimator, inputs, named, table)
+    _check_columns(path, estimator, names, named, inputs, unusable)
+    columns = [inputs[name] for name in names]
+    outputs, labels, classes = {}, [], []  # type: dict[str, Any], list[Any], list[Any]
+    if is_classifier(estimator):
+        if not hasattr(estimator, "predict_proba"):
+            raise LifecycleError(
+                f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; "
+                "wrap it in CalibratedClassifierCV and fit again"
+            )
+        found = getattr(estimator, "classes_", None)
+        if found is None or isinstance(found, list):
+            raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
+        classes = np.asarray(found).tolist()
+        labels = as_words(path, as_labels(path, classes), table.column(target), target)
+        if labels != classes:
+            outputs["classes"] = as_labels(path, classes)
+        if rule := threshold(path, estimator, dict(zip(classes, labels, strict=True))):
+            outputs["threshold"] = rule
+    packages = {"scikit-learn", *(name for name in BOOSTERS if name in sys.modules)}
+    original = Original(
+        "classification" if labels else "regression",
+        labels,
+        names,
+        describe(estimator),
+        lambda part: answers(path, original, classes, asked(part, columns, takes, named=named is not None)),
+        packages,
+        estimator,
+        outputs=outputs,
+        takes=takes,
+    )
+    return original
+
+
+def fitted_names(estimator: Any, inputs: dict[str, Input]) -> list[str] | None:
+    """The columns that it was fitted on, as the data calls them; None where it knows no names."""
+    named = getattr(estimator, "feature_names_in_", getattr(estimator, "feature_names_", None))  # CatBoost's
+    if named is None or [*map(str, named)] == [*map(str, range(len(named)))]:
+        return None
+    # LightGBM has its own way to write names with spaces.
+    plainly = {re.sub(r"\W", "_", name): name for name in inputs}
+    return [name if name in inputs else plainly.get(name, name) for name in map(str, named)]
+
+
+def fitted_on_text(estimator: Any, names: Sequence[str]) -> set[str]:
+    """Columns of which an encoder knows words."""
+    if (columns := getattr(estimator, "_transformer_to_input_indices", None)) is not None:
+        parts = [
+            fitted_on_text(inner, [names[at] for at in columns[name]])
+            for name, inner, _ in estimator.transformers_
+            if columns.get(name) and max(columns[name]) < len(names)
+        ]
+        return set().union(*parts)
+    for step in [one for _, one in getattr(estimator, "steps", ())]:
+        if found := fitted_on_text(step, names):
+            return found
+    for name in ("best_estimator_", "estimator_", "regressor_"):
+        if hasattr(estimator, name):
+            return fitted_on_text(getattr(estimator, name), names)
+    known = getattr(estimator, "categories_", ())
+    if len(known) != len(names):
+        return set()
+    return {
+        name for name, one in zip(names, known, strict=True) if any(isinstance(word, str) for word in one)
+    }
+
+
+def how_it_takes(
+    estimator: Any, inputs: dict[str, Input], named: list[str] | None, table: Any
+) -> tuple[list[str], dict[str, Any]]:
+    """Its columns, and `takes` and `dtypes` of the manifest, which are left out where serving knows them.
+
+    An estimator without names may take an array, a frame, or a Series of text: it is tried with two rows.
+    """
+    everything, text = list(inputs), [name for name, one in inputs.items() if one.dtype == "string"]
+    if named is not None:
+        entries = [inputs[name] for name in named if name in inputs]
+        if kinds := pandas_categories(estimator, entries, table):
+            return named, {"takes": "frame", "dtypes": kinds}
+        if len(entries) < len(named) or any(one.dtype != "float64" for one in entries):
+            return named, {}
+        return named, {} if _predicts(estimator, plain(table.slice(0, 2), entries)) else {"takes": "frame"}
+    attempts: list[tuple[list[str], dict[str, Any]]] = [
+        (everything, {"takes": "array"} if text else {}), (everything, {"takes": "frame"})
+    ]  # fmt: skip
+    if not hasattr(estimator, "n_features_in_") and len(text) == 1:
+        attempts.insert(0, (text, {"takes": "column"}))
+    for names, takes in attempts:
+        entries = [inputs[name] for name in names]
+        if _predicts(estimator, asked(table.slice(0, 2), entries, takes, named=False)):
+            return names, takes
+    return attempts[0]
+
+
+def _predicts(estimator: Any, rows: Any) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            estimator.predict(rows)
+        except Exception:  # an estimator may raise anything about rows it does not like
+            return False
+    return True
+
+
+def pandas_categories(estimator: Any, entries: Sequence[Input], table: Any) -> dict[str, list[Any]]:
+    """The categories of columns that a booster was fitted on as pandas' type `category`, in its order."""
+    estimator = getattr(estimator, "best_estimator_", estimator)
+    known = iter(getattr(getattr(estimator, "booster_", None), "pandas_categorical", None) or ())
+    kinds = (
+        getattr(estimator.get_booster(), "feature_types", None) if hasattr(estimator, "get_booster") else None
+    )
+    found: dict[str, list[Any]] = {}
+    wanted = next(known, None)
+    for at, entry in enumerate(entries):
+        values = {one for one in table.column(entry.name).unique().to_pylist() if one is not None}
+        if wanted is not None and values <= set(wanted):
+            found[entry.name], wanted = list(wanted), next(known, None)
+        elif kinds and kinds[at] == "c":
+            found[entry.name] = sorted(values)
+    return found
+
+
+def _check_columns(
+    path: Path,
+    estimator: Any,
+    names: list[str],
+    named: list[str] | None,
+    inputs: dict[str, Input],
+    unusable: dict[str, str],
+) -> None:
+    """Raise LifecycleError where the data lacks a column, or has others than the model takes."""
+    lacking = [name for name in names if name in unusable] if named is not None else list(unusable)
+    if lacking and len(names) > len(inputs) - 1:
         raise LifecycleError(f"column {lacking[0]!r} {unusable[lacking[0]]}")
     if missing := [name for name in names if name not in inputs]:
         raise LifecycleError(
@@ -84,30 +251,62 @@ def open_model(path: Path, inputs: dict[str, Input], unusable: dict[str, str]) -
             f"model and data columns differ: the model takes {count} columns without names, and the data has "
             f"{len(names)} beside the target: {quoted(names)}"
         )
-    labels: list[Any] = []
-    if task == "classification":
-        classes = getattr(estimator, "classes_", None)
-        if classes is None or isinstance(classes, list):
-            raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
-        labels = as_labels(path, np.asarray(classes).tolist())
-    columns = [inputs[name] for name in names]
 
-    def answer(part: Any) -> Answers:
-        rows = frame(part, columns) if named is not None else plain(part, columns)
-        if task == "regression":
-            values = np.asarray(estimator.predict(rows), np.float64)
-            if values.size != len(values):
-                raise LifecycleError(
-                    f"{path.name}: predicts {values.shape[1]} values a row; one can be served"
-                )
-            return values.reshape(-1, 1)
-        scores = np.asarray(estimator.predict_proba(rows), np.float64)
-        _same_choice(path, estimator, rows, scores)
-        return scores
 
-    providers = metadata.packages_distributions()
-    packages = {"scikit-learn"} | {providers[name][0] for name in BOOSTERS if name in sys.modules}
-    return Original(task, labels, names, describe(estimator), answer, packages, estimator)
+def threshold(path: Path, estimator: Any, labels: dict[Any, Any]) -> dict[str, Any] | None:
+    """The rule of a classifier that has a threshold of its own; `labels` by class. Raises LifecycleError."""
+    while type(estimator).__name__ not in ("TunedThresholdClassifierCV", "FixedThresholdClassifier"):
+        frozen = estimator.estimator if type(estimator).__name__ == "FrozenEstimator" else None
+        inner = getattr(estimator, "best_estimator_", getattr(estimator, "final_estimator_", frozen))
+        estimator = estimator.steps[-1][1] if hasattr(estimator, "steps") else inner
+        if estimator is None:
+            return None
+    inner = getattr(estimator, "estimator_", estimator.estimator)
+    if estimator.response_method == "decision_function" or not hasattr(inner, "predict_proba"):
+        raise LifecycleError(
+            f"{path.name}: {type(estimator).__name__} has its threshold on decision_function, and answers "
+            "have probabilities: fit it with response_method='predict_proba'"
+        )
+    least: Any = getattr(estimator, "best_threshold_", getattr(estimator, "threshold", None))
+    scorer = getattr(estimator, "_curve_scorer", None)
+    positive = scorer._get_pos_label() if scorer else estimator.pos_label  # as its own `predict` asks
+    label = list(labels.values())[1] if positive is None else labels[positive]
+    return {"label": label, "least": 0.5 if least == "auto" else float(least)}
+
+
+def as_words(path: Path, labels: list[Any], truth: Any, target: str) -> list[Any]:
+    """The target's own words for labels that LabelEncoder made of them; raises LifecycleError."""
+    values = sorted({spelling(one): one for one in truth.drop_null().unique().to_pylist()}.items())
+    if {spelling(one) for one in labels} & {key for key, _ in values}:
+        return labels
+    words = [value for _, value in values]
+    if labels != list(range(len(words))) or not all(isinstance(word, str) for word in words):
+        raise LifecycleError(
+            f"{path.name}: its labels are {quoted(labels)}, and {target!r} holds {quoted(words)}: give the "
+            "data with the labels that the model was fitted on"
+        )
+    return words
+
+
+def answers(path: Path, original: Original, classes: list[Any], rows: Any) -> Answers:
+    """Values [rows, 1], or probabilities; raises LifecycleError where `predict` chooses another label."""
+    estimator = original.estimator
+    if not original.labels:
+        values = np.asarray(estimator.predict(rows), np.float64)
+        if values.size != len(values):
+            raise LifecycleError(f"{path.name}: predicts {values.shape[1]} values a row; one can be served")
+        return values.reshape(-1, 1)
+    scores = np.asarray(estimator.predict_proba(rows), np.float64)
+    own = [classes[at] for at in original.chosen(scores).tolist()]
+    predicted = np.asarray(estimator.predict(rows)).ravel().tolist()
+    differ = np.array([one != other for one, other in zip(own, predicted, strict=True)])
+    if differing := int((differ & ~original.undecided(scores)).sum()):
+        raise LifecycleError(
+            f"{path.name}: `predict` and `predict_proba` of {_final(estimator)} choose different labels in "
+            f"{differing:,} of {len(scores):,} rows; a service answers with the most probable one. Fit it so "
+            "that they agree (for SVC: CalibratedClassifierCV in place of probability=True)"
+        )
+    return scores
 
 
 def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target: str) -> Original:
@@ -132,6 +331,9 @@ def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target: str) -> 
         names = [one.name for one in taken]
         if missing := [name for name in names if name not in inputs]:
             raise LifecycleError(f"model and data columns differ: the data lacks {quoted(missing)}")
+    elif not isinstance(taken[0].shape[-1], int):  # any number of columns
+        model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value = len(names)
+        content = bytes(model.SerializeToString())
     elif taken[0].shape[-1] != len(names):
         raise LifecycleError(
             f"model and data columns differ: the model takes {taken[0].shape[-1]} columns, and the data has "
@@ -191,20 +393,26 @@ def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
             f"scikit-learn=={made} here, or fit and save the model again with {here}"
         ) from None
     except ModuleNotFoundError as error:
+        if error.name == "cloudpickle":
+            raise LifecycleError(
+                f"{path.name}: was saved by cloudpickle, so it holds code of a notebook or script: {MOVE} "
+                "with joblib.dump"
+            ) from None
         raise LifecycleError(
-            f"{path.name}: needs the module {error.name}: install what provides it, or name its folder in "
-            "PYTHONPATH"
+            f"{path.name}: needs the module {error.name!r}, which is not installed here: install the package "
+            f"that has it; if it is your own code, {MOVE}"
         ) from None
     except AttributeError as error:
-        name = str(error).partition("attribute ")[2].split(" on ")[0] or str(error)
+        name = str(error).partition("attribute ")[2].split(" on ")[0] or str(error)[:80]
         raise LifecycleError(
-            f"{path.name}: is made of {name}, which is not where it was when the model was saved; a class or "
-            "function from a notebook has to move into a module that can be imported here"
+            f"{path.name}: is made of {name}, which is not where it was when the model was saved: if it is "
+            f"your own code, {MOVE}"
         ) from None
     except Exception as error:  # unpickling a broken file can raise anything
         saved_by = "torch" if load else "joblib or pickle"
         raise LifecycleError(
-            f"{path.name}: cannot be read as a model saved by {saved_by} ({type(error).__name__})"
+            f"{path.name}: cannot be read as a model saved by {saved_by} ({type(error).__name__}); for an "
+            "estimator, joblib.dump(model, 'model.joblib') writes one"
         ) from None
 
 
@@ -220,19 +428,6 @@ def as_labels(path: Path, labels: list[Any]) -> list[Any]:
     if len(labels) < 2:
         raise LifecycleError(f"{path.name}: knows only the label {labels[0]!r}")
     return labels
-
-
-def _same_choice(path: Path, estimator: Any, rows: Any, scores: Answers) -> None:
-    """Raise LifecycleError where `predict` is not the most probable label: clients get the latter."""
-    classes = np.asarray(estimator.classes_)
-    chosen = np.searchsorted(classes, np.asarray(estimator.predict(rows)).ravel())
-    own = scores[np.arange(len(scores)), chosen]
-    if differing := int((scores.max(axis=1) - own > SCORE_TOLERANCE).sum()):
-        raise LifecycleError(
-            f"{path.name}: `predict` and `predict_proba` of {_final(estimator)} choose different labels in "
-            f"{differing:,} of {len(scores):,} rows; a service answers with the most probable one. Fit it so "
-            "that they agree (for SVC: CalibratedClassifierCV in place of probability=True)"
-        )
 
 
 def _final(estimator: Any) -> str:
@@ -260,10 +455,10 @@ def quoted(names: Sequence[str]) -> str:
 # --- asking ----------------------------------------------------------------------------------------------
 
 
-def parts(table: Any) -> Iterator[Any]:
-    """A table in pieces of ROWS_A_CALL rows."""
-    for start in range(0, table.num_rows, ROWS_A_CALL):
-        yield table.slice(start, ROWS_A_CALL)
+def parts(table: Any, rows: int = ROWS_A_CALL) -> Iterator[Any]:
+    """A table in pieces of so many rows."""
+    for start in range(0, table.num_rows, rows):
+        yield table.slice(start, rows)
 
 
 def column(part: Any, entry: Input) -> Any:
@@ -276,12 +471,19 @@ def column(part: Any, entry: Input) -> Any:
     return (array.cast("float64") if entry.nullable else array).to_numpy()
 
 
-def frame(part: Any, entries: Sequence[Input]) -> Any:
-    """Rows as a DataFrame."""
+def asked(part: Any, entries: Sequence[Input], takes: dict[str, Any], *, named: bool) -> Any:
+    """Rows as the estimator takes them: a Series of text, an array, or a DataFrame."""
     import pandas as pd
 
+    if takes.get("takes") == "column":
+        return pd.Series(part.column(entries[0].name).fill_null("").to_pylist(), dtype=object)
+    if not named and takes.get("takes") != "frame":
+        return plain(part, entries)
+    kinds = {name: pd.CategoricalDtype(one) for name, one in takes.get("dtypes", {}).items()}
     columns = {entry.name: column(part, entry) for entry in entries}
-    return pd.DataFrame({name: pd.Series(one, dtype=one.dtype) for name, one in columns.items()})
+    return pd.DataFrame(
+        {name: pd.Series(one, dtype=kinds.get(name, one.dtype)) for name, one in columns.items()}
+    )
 
 
 def plain(part: Any, entries: Sequence[Input]) -> Any:
@@ -313,13 +515,13 @@ def original_answers(original: Original, table: Any, entries: Sequence[Input]) -
         except Exception as error:  # an estimator may raise anything about rows it does not like
             kinds = ", ".join(f"{one.name} ({one.dtype})" for one in entries[:5])
             words = " ".join(str(error).split())[:160]
-            raise LifecycleError(
+            raise Unanswered(
                 f"the model cannot predict the data's own rows: {type(error).__name__}: {words} "
                 f"[columns: {kinds}{', ...' if len(entries) > 5 else ''}]"
             ) from None
         if not np.isfinite(found[-1]).all():
             row = int(np.flatnonzero(~np.isfinite(found[-1]).all(axis=1))[0])
             before = sum(map(len, found[:-1]))
-            raise LifecycleError(f"the model answers row {before + row + 1} with something that is no number")
+            raise Unanswered(f"the model answers row {before + row + 1} with something that is no number")
         progress(sum(map(len, found)))
     return np.concatenate(found)

@@ -1,6 +1,6 @@
 """How an import runs: its processes, the documents that they exchange, and the move into the repository.
 
-importer -> Conversion -> convert  -> Converted, answers.npy, model.*
+importer -> Conversion -> proof    -> Converted, answers.npy, model.*; or text.txt, columns to read as text
 importer -> Assembly   -> assemble -> repository/
 either step -> refusal.txt, if it found a reason to stop
 .import/repository/ (made) -> .import/backup/ (the old files), journal.json -> moved, file by file
@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,8 +26,12 @@ from app.core.errors import ArtifactError
 from app.core.store import Input, Training
 from lifecycle.command import ROOT, LifecycleError
 
-ANSWERS, SAMPLE = "answers.npy", "sample.arrow"  # the original's answers to the rows of the sample
-WORK, JOURNAL, REFUSAL = ".import", "journal.json", "refusal.txt"
+ANSWERS, SAMPLE, TEXT = (
+    "answers.npy",
+    "sample.arrow",
+    "text.txt",
+)  # the original's answers to the rows of the sample
+WORK, JOURNAL, REFUSAL, LOG = ".import", "journal.json", "refusal.txt", "log.txt"
 SECONDS_A_LINE = 5
 Runtime = Literal["onnx", "skops"]
 
@@ -49,7 +54,7 @@ class Conversion(_Document):
 
     model: Path
     target: str
-    runtime: Runtime
+    runtime: Runtime | None  # None: the fastest that is proven
     trust: list[str]
     trust_listed: bool
     inputs: list[Input]
@@ -65,15 +70,14 @@ class Converted(_Document):
     described: str
     runtime: Runtime
     form: str
+    advice: str  # which change of the model would make it ONNX
+    files: list[str]
     tolerance: float
     gap: float  # the largest difference from the original's answers
-    trusted_types: list[str]
-    libraries: dict[str, str]
-
-    @property
-    def file(self) -> str:
-        """Name of the converted model."""
-        return f"model.{self.runtime}"
+    rate: int  # rows a second on this machine, at one row a call
+    closed: list[str]  # columns of text of which the model takes no word that it does not know
+    outputs: dict[str, Any]  # threshold and classes, as the manifest has them
+    manifest: dict[str, Any]  # its libraries, trusted_types, code, takes, dtypes, stages
 
 
 class Assembly(_Document):
@@ -90,14 +94,16 @@ class Assembly(_Document):
     feedback_tolerance: float
     holdout: str | None  # path in the repository
     words: dict[str, dict[str, Any]]  # by input, where an earlier making of the version said others
+    requirements: list[str]  # what the image lacks for it
 
 
-def run(name: str, folder: Path, cwd: Path = ROOT) -> None:
+def run(name: str, folder: Path, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
     """Run a step and wait for its end; raises LifecycleError if it refuses or fails."""
     own = {key: value for key, value in os.environ.items() if not key.upper().startswith("APP_")}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The converter iterates over sets, whose order would otherwise differ each time, and with it the bytes.
     own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
+    own |= environment or {}
     command = [sys.executable, "-m", f"lifecycle.importing.{name}", str(folder)]
     # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the step.
     with subprocess.Popen(  # noqa: S603  # this package's own steps
@@ -125,6 +131,15 @@ def step(function: Callable[[Path], None]) -> None:
         (folder / REFUSAL).write_text(str(error), "utf-8")
     except MemoryError:
         (folder / REFUSAL).write_text("there is not enough memory for this model", "utf-8")
+    except Exception as error:  # whatever a model's own code or a library may raise
+        log(traceback.format_exc())
+        (folder / REFUSAL).write_text(f"{type(error).__name__}: {error}; nothing was changed", "utf-8")
+
+
+def log(words: str) -> None:
+    """Keep what is too long for a line of progress; the step runs in the import's folder of work."""
+    with Path(sys.argv[1], LOG).open("a", encoding="utf-8") as file:
+        file.write(words.rstrip() + "\n")
 
 
 def say(words: str) -> None:
