@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -211,7 +210,7 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
     if request.holdout and sha256(request.holdout) == sha256(request.data):
         raise LifecycleError(f"{request.holdout.name}: has the training rows, on which any model looks good")
     table = profile(request.data, Progress(f"reading {request.data.name}"))
-    candidates = usable(table, request.target)
+    check_target(table, request.target)
     work = ROOT / WORK
     work.mkdir()
     try:
@@ -220,7 +219,7 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
         if request.model.suffix != ".onnx":
             say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
-        made = convert(work, request, table, candidates)
+        made = convert(work, request, table)
         assembly = prepare(work, request, table, made)
         steps.run("assemble", work, cwd=work / "repository", environment=LOCALE | {"PYTHONPATH": str(ROOT)})
         changes = changed(work / "repository", assembly.version, check=check)
@@ -255,22 +254,24 @@ def told_in_full(work: Path, reason: str) -> str:
     return (line if len(line) <= MAX_LINE - len(more) else f"{line[: MAX_LINE - len(more) - 1]}…") + more
 
 
-def usable(table: Table, target: str) -> list[Column]:
-    """The columns that a model could take; raises LifecycleError where the data lacks the target."""
+def check_target(table: Table, target: str) -> None:
+    """Raise LifecycleError where the data lacks the target, or what stands there cannot be one."""
     if target not in table.columns:
         close = ", ".join(map(repr, list(table.columns)[:8]))
         more = " and more" if len(table.columns) > 8 else ""
         raise LifecycleError(f"{table.path.name}: has no column {target!r}, only {close}{more}")
-    if table.columns[target].dtype is None:
-        raise LifecycleError(f"{table.path.name}: the target {target!r} has no value in any row")
-    return [one for one in table.columns.values() if one.name != target]
+    found = table.columns[target]
+    if found.unusable or found.dtype is None:
+        why = found.unusable or "has no value in any row"
+        raise LifecycleError(f"{table.path.name}: the target {target!r} {why}")
 
 
-def convert(work: Path, request: Request, table: Table, columns: Sequence[Column]) -> Converted:
+def convert(work: Path, request: Request, table: Table) -> Converted:
     """The model opened, converted and compared, in another process; raises LifecycleError.
 
     It may ask for columns to be read again as text, as the model knows them: codes like 08.
     """
+    columns = [one for one in table.columns.values() if one.name != request.target]
     Conversion(
         model=request.model.resolve(),
         target=request.target,
@@ -294,12 +295,10 @@ def convert(work: Path, request: Request, table: Table, columns: Sequence[Column
     names = (work / TEXT).read_text("utf-8").splitlines()
     (work / TEXT).unlink()
     say(f"read as text, because the model was fitted on such: {', '.join(map(repr, names))}")
-    for column in columns:
-        column.counts = Counter()
-        if column.name in names:
-            column.dtype, column.low, column.high = "string", None, None
-    sample(table, work / SAMPLE, Progress(f"sampling {table.path.name}"))
-    return convert(work, request, table, columns)
+    again = profile(request.data, Progress(f"reading {request.data.name}"), dict.fromkeys(names, "string"))
+    table.columns.update(again.columns)
+    sample(table, work / SAMPLE, Progress(f"sampling {request.data.name}"))
+    return convert(work, request, table)
 
 
 def prepare(work: Path, request: Request, table: Table, made: Converted) -> Assembly:
