@@ -123,7 +123,7 @@ def check_words(original: Original, answers: Answers, truth: Any, target: str) -
     if (counts.argmax(axis=1) != np.arange(len(counts)))[counts.any(axis=1)].any():
         raise LifecycleError(
             f"the model's labels are {quoted(original.outputs['classes'])}, and the words of {target!r} in "
-            "their order are not what it means by them: fit it on the words, or give the data with its numbers"
+            "their order are not what it means by them: fit it on the words, or give data with its numbers"
         )
 
 
