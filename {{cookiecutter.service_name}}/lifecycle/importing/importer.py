@@ -490,7 +490,8 @@ def announce(request: Request, made: Converted, assembly: Assembly, changes: lis
         say(f"the contract stays: {version} stands beside the served version until it is promoted")
     if made.closed:
         say(
-            f"other words than the data's are refused (422), as the model fails on such: {', '.join(made.closed)[:80]}"
+            f"other words than the data's are refused (422), as the model fails on them: "
+            f"{', '.join(made.closed)}"
         )
     if new and made.runtime == "skops":
         say(f"the manifest trusts these types: {', '.join(made.manifest['trusted_types'])}")
