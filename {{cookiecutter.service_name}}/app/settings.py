@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     request_deadline_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     header_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     max_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
-    max_queue: Annotated[int, Field(ge=0, le=100_000)] = 256
+    max_queue: Annotated[int | None, Field(ge=0, le=100_000)] = None
     max_body_bytes: Annotated[int, Field(ge=1)] = 1_048_576
     max_batch_items: Annotated[int, Field(ge=1)] = 256
     batch_max_rows: Annotated[int, Field(ge=1)] = 64

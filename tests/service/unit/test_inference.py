@@ -17,9 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, create_model
 
-from app.core.batcher import Admission, Batch, Batcher, Observer, Row
+from app.core.batcher import (
+    BODY_FACTOR,
+    MAX_BYTES,
+    REQUEST_BYTES,
+    Admission,
+    Batch,
+    Batcher,
+    Observer,
+    Pace,
+    Row,
+)
 from app.core.errors import ArtifactError, ServiceError
-from app.core.pipeline import Costs, Execution, Pipeline, Policy, choose_execution, rows_of_a_call
+from app.core.pipeline import Costs, Execution, Pipeline, Policy, choose_execution, pace_of, rows_of_a_call
 from app.core.runtimes import Matrix, Runtime
 from app.core.store import Artifact, Input, Manifest, Outputs, read_artifact
 from app.schemas.predict import Features, Prediction
@@ -111,7 +121,9 @@ class Mirror:
 
 def batcher_of(run: Mirror, seen: Seen, *, max_rows: int = 64, threaded: bool = True) -> Batcher:
     """A batcher as the pipeline makes it."""
-    return Batcher(run, seen, max_rows=max_rows, max_wait_seconds=0.0, threaded=threaded)
+    return Batcher(
+        run, seen, max_rows=max_rows, max_wait_seconds=0.0, threaded=threaded, pace=Pace(0.0, 1e-4)
+    )
 
 
 @pytest.fixture
@@ -518,51 +530,138 @@ async def test_null_reaches_the_model_as_missing() -> None:
 
 
 def test_one_too_many_is_refused_at_once() -> None:
-    """As many as the limit may be inside; the next is told to come back, and every way out frees a slot."""
-    admission = Admission(2, 10)
-    with suppress(ZeroDivisionError), admission, admission:
-        for enter in (admission.check, admission.__enter__):
-            with pytest.raises(ServiceError, match="overloaded") as refused:
-                enter()
-            assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
-        assert admission.inside == 2
-        raise ZeroDivisionError
-    assert admission.inside == 0
-    admission.check()
+    """With a bound so many may be inside; the next is told to come back, and every way out frees a place."""
+    admission = Admission(10, 2)
+    for _ in range(2):
+        admission.enter(0.0, 100)
+    for refuse in (admission.check, lambda wait: admission.enter(wait, 100)):
+        with pytest.raises(ServiceError, match="overloaded") as refused:
+            refuse(0.0)
+        assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
+    assert admission.inside == 2
+    for _ in range(2):
+        admission.leave(100)
+    assert (admission.inside, admission.bytes) == (0, 0)
+    admission.check(0.0)
 
 
-def test_work_that_goes_on_without_a_client_keeps_its_slot() -> None:
+def test_work_that_goes_on_without_a_client_keeps_its_place() -> None:
     """A request that was answered while its rows still run counts until they have."""
     running = [None]
-    admission = Admission(2, 10, lambda: len(running))
-    with admission, pytest.raises(ServiceError, match="overloaded"):
-        admission.check()
+    admission = Admission(10, 2, lambda: len(running))
+    admission.enter(0.0, 0)
+    with pytest.raises(ServiceError, match="overloaded"):
+        admission.check(0.0)
     running.clear()
-    with admission, admission:
-        pass
+    admission.enter(0.0, 0)
 
 
-@given(limit=st.integers(1, 10_000), cost=st.floats(0, 100), deadline=st.floats(0.001, 600))
-def test_no_more_are_let_in_than_can_be_answered_in_time(limit: int, cost: float, deadline: float) -> None:
-    """The measured cost of a row lowers the limit to what half the deadline can answer, never below one."""
-    admission = Admission(limit, deadline)
-    admission.learn(cost, 1)
-    assert 1 <= admission.limit <= limit
-    assert admission.limit == 1 or admission.limit * cost <= deadline / 2 * (1 + 1e-9)
-    assert admission.limit == limit or (admission.limit + 1) * max(cost, 1e-9) >= deadline / 2 * (1 - 1e-9)
+@given(deadline=st.floats(0.001, 600), wait=st.floats(0, 1000), inside=st.integers(0, 5000))
+def test_time_decides_and_not_a_number(deadline: float, wait: float, inside: int) -> None:
+    """Without a bound a request is refused if, and only if, it would wait beyond half of the deadline."""
+    admission = Admission(deadline)
+    for _ in range(inside):
+        admission.enter(0.0, 50)
+    if wait <= deadline / 2:
+        admission.check(wait)
+        return
+    with pytest.raises(ServiceError, match="overloaded") as refused:
+        admission.check(wait)
+    assert int(refused.value.headers["retry-after"]) >= wait  # by then those before it have been answered
 
 
-def test_the_limit_follows_the_pace_of_the_model() -> None:
-    """Slowed by neighbours or by large requests, a model gets fewer of them until that is over."""
-    admission = Admission(300, 10)
-    admission.learn(0.02, 1)
-    assert admission.limit == 250
+@given(sizes=st.lists(st.integers(0, 2_000_000), max_size=200))
+def test_what_waits_is_bounded_in_bytes(sizes: list[int]) -> None:
+    """However large bodies are, those inside hold at most the bound and one more; small ones find room."""
+    admission, inside = Admission(10), []
+    for size in sizes:
+        with suppress(ServiceError):
+            admission.enter(0.0, size)
+            inside.append(size)
+    largest = REQUEST_BYTES + BODY_FACTOR * max(sizes, default=0)
+    assert admission.bytes <= MAX_BYTES + largest
+    assert len(inside) == len(sizes) or admission.bytes > MAX_BYTES
+    for size in inside:
+        admission.leave(size)
+    assert (admission.inside, admission.bytes) == (0, 0)
+
+
+def test_calls_at_rest_say_how_fast_full_ones_are() -> None:
+    """A model that takes 20 ms for one row and 26 ms for 64 answers 2,400 rows a second, however idle."""
+    pace = pace_of(Costs(0.02, 0.026 / 64), 64, 0.0)
     for _ in range(50):
-        admission.learn(0.16, 4)
-    assert 120 <= admission.limit <= 130
+        pace.learn(0.02, 1, 1)
+    assert pace.seconds(64) == pytest.approx(0.026, rel=0.01)
+
+
+def test_the_pace_follows_the_model() -> None:
+    """Slowed by neighbours, calls are expected to take longer until that is over; one call changes little."""
+    pace = pace_of(Costs(0.02, 0.02), 64, 0.0)
     for _ in range(50):
-        admission.learn(0.01, 1)
-    assert admission.limit == 300
+        pace.learn(0.16, 4, 4)
+    assert pace.seconds(1) == pytest.approx(0.04, rel=0.05)
+    for _ in range(50):
+        pace.learn(0.01, 1, 1)
+    assert pace.seconds(1) == pytest.approx(0.01, rel=0.1)
+    pace.learn(0.05, 1, 1)
+    assert pace.seconds(1) < 0.02
+
+
+@given(fixed=st.floats(0, 10), each=st.floats(0, 10), rows=st.integers(1, 1000))
+def test_a_cost_of_any_kind_makes_a_pace(fixed: float, each: float, rows: int) -> None:
+    """Whatever warm-up measured, calls of one row and full ones are expected to take what they took."""
+    pace = pace_of(Costs(fixed + each, (fixed + each * rows) / rows), rows, 0.0)
+    assert pace.seconds(rows) >= pace.seconds(1) > 0
+    assert pace.seconds(rows) == pytest.approx(fixed + each * rows, rel=1e-3, abs=1e-5)
+
+
+@on_a_loop
+async def test_the_wait_is_that_of_the_rows_before(run: Mirror) -> None:
+    """The queue's rows count while their callers are there, the present call once it is late."""
+    batcher = Batcher(run, Seen(), max_rows=10, max_wait_seconds=0.0, threaded=True, pace=Pace(0.0, 1.0))
+    assert batcher.wait == 0
+    held = await run.hold(batcher, ("first",), soon())
+    assert batcher.wait == 0
+    waiting = [asyncio.create_task(batcher.submit([(at,), (at,)], soon())) for at in range(5)]
+    await asyncio.sleep(0)
+    assert batcher.wait == 10
+    waiting[1].cancel()
+    waiting[2].cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert batcher.wait == 6
+    run.let.set()
+    await outcomes(held, *waiting)
+    assert batcher.wait == 0
+
+
+@on_a_loop
+async def test_a_model_that_hangs_is_noticed_before_its_call_ends(run: Mirror) -> None:
+    """The longer a call is late, the longer a request has to wait; nothing of it stays when it ends."""
+    batcher = Batcher(run, Seen(), max_rows=10, max_wait_seconds=0.0, threaded=True, pace=Pace(0.0, 1e-6))
+    held = await run.hold(batcher, ("hangs",), soon())
+    while batcher.wait < 0.05:  # no event tells
+        await asyncio.sleep(0.001)
+    run.let.set()
+    await held
+    assert batcher.wait == 0
+
+
+@BOTH
+@on_a_loop
+async def test_nobody_is_counted_twice(run: Mirror, threaded: bool) -> None:
+    """However requests end (answered, late, given up, failed), no row of theirs is waited for afterwards."""
+    batcher = batcher_of(run, Seen(), max_rows=3, threaded=threaded)
+    rows: list[list[Row]] = [[(at,)] * (at % 5 + 1) for at in range(30)] + [[("raise",)]]
+    tasks = [
+        asyncio.create_task(batcher.submit(one, soon(0 if at % 7 == 3 else PATIENCE_SECONDS)))
+        for at, one in enumerate(rows)
+    ]
+    await asyncio.sleep(0)
+    for task in tasks[::4]:
+        task.cancel()
+    await outcomes(*tasks)
+    assert (batcher.wait, batcher.waiting) == (0, 0)
 
 
 def test_calls_are_as_long_as_pays() -> None:

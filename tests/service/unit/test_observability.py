@@ -7,7 +7,7 @@ import os
 from collections import Counter as Tally
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -119,14 +119,16 @@ def test_levels_are_read_when_metrics_are_written() -> None:
     metrics, log = Metrics(), CapturingLogger()
     settings = Settings(max_concurrency=64, max_queue=256)
     models = Models(Fleet(settings), metrics, log, Feedback(["yes"], {}, "c" * 64))
-    batcher: Any = SimpleNamespace(waiting=3, abandoned=0)
+    batcher: Any = SimpleNamespace(waiting=3, abandoned=0, requests_per_second=1e6)
     models.serving = SimpleNamespace(batcher=batcher)  # type: ignore[assignment]
-    with ExitStack() as inside:
-        for _ in range(5):
-            inside.enter_context(models.admission)
-        Recorder(models.write).flush()
+    for _ in range(5):
+        models.admission.enter(0.0, 100)
+    Recorder(models.write).flush()
     gauges = ("inference_in_flight", "inference_queue_depth", "inference_admission_limit")
     assert [samples(metrics.registry)[name,] for name in gauges] == [5, 3, 320]
+    batcher.requests_per_second = 20.0  # of which half of the deadline, 5 s, has a hundred
+    Recorder(models.write).flush()
+    assert [samples(metrics.registry)[name,] for name in gauges] == [5, 3, 100]
 
 
 class Log:

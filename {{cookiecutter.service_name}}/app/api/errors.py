@@ -1,6 +1,5 @@
 """The one place where a failure becomes an answer: ServiceError -> problem document (RFC 9457)."""
 
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -21,20 +20,6 @@ _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413:
 
 def problem(error: ServiceError, request_id: str) -> bytes:
     """The body of the answer to `error`; `request_id` has been checked, or made here."""
-    if error.errors:
-        return _rendered(error, request_id)
-    before, after = _around_request_id(error.code, error.detail)
-    return before + request_id.encode() + after
-
-
-@lru_cache(maxsize=256)
-def _around_request_id(code: str, detail: str) -> tuple[bytes, bytes]:
-    """A document without violations, split at its id: under overload most answers are of this kind."""
-    before, _, after = _rendered(ServiceError(code, detail), "?").partition(b'"?"')
-    return before + b'"', b'"' + after
-
-
-def _rendered(error: ServiceError, request_id: str) -> bytes:
     document = Problem(
         type=f"urn:problem:{error.code}",
         title=error.title,

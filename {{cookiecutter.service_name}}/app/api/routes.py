@@ -45,12 +45,16 @@ class JSONRoute(APIRoute):
         """The response body; raises ServiceError, or ClientDisconnect."""
         if call.content_type != b"application/json" or call.content_encoding:
             _check_media_type(call)
-        models = call.service.models
-        models.admission.check()
+        models, client = call.service.models, call.session or call.client
+        admission = models.admission
+        admission.check(models.wait_for(client))  # before the body is read; again once it is here
         call.body = body = await _read(call, scope, receive)
-        with models.admission:
+        admission.enter(models.wait_for(client), len(body))
+        try:
             work = self.endpoint(self._validate(body), call)
             return orjson.dumps(await (_unless_gone(work, receive) if models.threaded else work))
+        finally:
+            admission.leave(len(body))
 
     def _validate(self, body: bytes) -> Any:
         try:
@@ -89,18 +93,23 @@ async def _read(call: Call, scope: Scope, receive: Receive) -> bytes:
 
 async def _receive(call: Call, receive: Receive, limit: int) -> bytes:
     """The body as ASGI gives it, until it exceeds `limit`; ServiceError at the deadline of the request."""
-    body, more = bytearray(), True
+    body, more, admission = bytearray(), True, call.service.models.admission
     try:
         async with asyncio.timeout(call.deadline - perf_counter()):
             while more and len(body) <= limit:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                body += message.get("body", b"")
+                part = message.get("body", b"")
+                body += part
+                admission.bytes += len(part)
+                admission.check(0.0)
                 more = message.get("more_body", False)
     except TimeoutError:
         call.service.recorder.count(call.service.metrics.shed, "deadline")
         raise ServiceError("model_timeout", "the body did not arrive in time") from None
+    finally:
+        admission.bytes -= len(body)
     return bytes(body)
 
 

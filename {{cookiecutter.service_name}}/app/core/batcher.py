@@ -11,49 +11,83 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import ceil
 from time import perf_counter
 from typing import Any
 
 from app.core.errors import ServiceError
 
-PACE_WEIGHT = 0.1  # of the latest call in the moving average
+MAX_BYTES = 128 * 2**20  # of the requests inside, per worker
+REQUEST_BYTES, BODY_FACTOR = 16_384, 10  # a request holds this, and its body and what is read from it
+MEMORY = 0.9  # how much of its calls so far the pace of a model keeps at each further one
+HTTP_SECONDS = 1e-4  # of the event loop for a request, where it runs the model too
 
 Row = tuple[Any, ...]
 
 
 class Admission:
-    """Counts the requests inside, and refuses the one too many in microseconds: `with admission: ...`.
+    """Refuses in microseconds what could not be answered in half of the deadline, or held in memory.
 
-    `lingering` says how many requests were answered at their deadline while their rows still run.
+    `bound`: with APP_MAX_QUEUE, the most requests inside. `lingering` says how many requests were answered
+    at their deadline while their rows still run; those keep their places.
     """
 
-    def __init__(self, limit: int, deadline_seconds: float, lingering: Callable[[], int] = lambda: 0) -> None:
-        self.limit, self.inside, self._lingering = limit, 0, lingering
-        self._most, self._budget = limit, deadline_seconds / 2  # the other half is a reserve
-        self._seconds = 0.0  # of the model, for a request
+    def __init__(
+        self, deadline_seconds: float, bound: int | None = None, lingering: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.budget = deadline_seconds / 2  # the other half is a reserve
+        self.most = min(bound or MAX_BYTES, MAX_BYTES // REQUEST_BYTES)
+        self.limit = self.most  # requests that may be inside at the present pace, for people
+        self.inside = self.bytes = 0
+        self._bound, self._lingering = bound, lingering
 
-    def expect(self, seconds: float) -> None:
-        """Start again for a model that needs so many seconds for a request."""
-        self._seconds = 0.0
-        self.learn(seconds, 1)
+    def check(self, wait: float) -> None:
+        """Raise ServiceError when a request would wait too long, or has no place; takes none.
 
-    def learn(self, seconds: float, requests: int) -> None:
-        """Admit as many as can be answered in time at the recent pace of the model."""
-        latest = seconds / requests
-        self._seconds += (latest - self._seconds) * (PACE_WEIGHT if self._seconds else 1)
-        self.limit = max(1, min(self._most, int(self._budget / max(self._seconds, 1e-9))))
+        `wait` is the estimate in seconds until the model turns to it.
+        """
+        full = self._bound is not None and self.inside + self._lingering() >= self._bound
+        if full or wait > self.budget or self.bytes > MAX_BYTES:
+            error = ServiceError("overloaded", "too many requests are waiting")
+            error.headers["retry-after"] = str(max(1, ceil(wait)))  # until those have been answered
+            raise error
 
-    def check(self) -> None:
-        """Raise ServiceError when there is no slot; takes none, so that a slow sender holds none."""
-        if self.inside + self._lingering() >= self.limit:
-            raise ServiceError("overloaded", "too many requests are waiting")
-
-    def __enter__(self) -> None:
-        self.check()
+    def enter(self, wait: float, body_bytes: int) -> None:
+        """Take a place, and give it back with `leave`; raises ServiceError like `check`."""
+        self.check(wait)
         self.inside += 1
+        self.bytes += REQUEST_BYTES + BODY_FACTOR * body_bytes
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self, body_bytes: int) -> None:
+        """Give back what `enter` took."""
         self.inside -= 1
+        self.bytes -= REQUEST_BYTES + BODY_FACTOR * body_bytes
+
+
+class Pace:
+    """How long calls of a model take now: its cost at warm-up, times how much slower its calls have been.
+
+    A call is `fixed` seconds and `each` for a row. Recent calls count more than older ones.
+    """
+
+    def __init__(self, fixed: float, each: float) -> None:
+        self._fixed, self._each = fixed, each
+        self._expected = self._taken = self.expected(1)
+        self.rows_per_request = 1.0
+
+    def expected(self, rows: int) -> float:
+        """Seconds of a call at warm-up."""
+        return self._fixed + self._each * rows
+
+    def seconds(self, rows: int) -> float:
+        """Seconds of a call now."""
+        return self.expected(rows) * self._taken / self._expected
+
+    def learn(self, seconds: float, rows: int, requests: int) -> None:
+        """A call with so many rows, of so many requests, took so long."""
+        self._expected = MEMORY * self._expected + self.expected(rows)
+        self._taken = MEMORY * self._taken + seconds
+        self.rows_per_request += (1 - MEMORY) * (rows / requests - self.rows_per_request)
 
 
 @dataclass(slots=True)
@@ -84,13 +118,15 @@ class _Job:
     future: asyncio.Future[list[Any]]
     queued: float
     deadline: float
+    waits: bool = True  # counted as such; no longer once it is run, or its caller has gone
+
+
+def _rows_in(jobs: Sequence[_Job]) -> int:
+    return sum(len(job.rows) for job in jobs)
 
 
 class Batcher:
-    """Joins rows of concurrent requests; `threaded` keeps a slow model off the event loop.
-
-    `on_call` is told the seconds of each call in the thread, and the number of requests in it.
-    """
+    """Joins rows of concurrent requests; `threaded` keeps a slow model off the event loop."""
 
     def __init__(
         self,
@@ -100,14 +136,15 @@ class Batcher:
         max_rows: int,
         max_wait_seconds: float,
         threaded: bool,
-        on_call: Callable[[float, int], None] | None = None,
+        pace: Pace,
     ) -> None:
-        self._run, self._observer, self._on_call = run, observer, on_call
+        self._run, self._observer, self._pace = run, observer, pace
         self._max_rows, self._max_wait = max_rows, max_wait_seconds
         self._executor = ThreadPoolExecutor(1, "inference") if threaded else None
         self._queue: deque[_Job] = deque()
+        self._rows = 0  # in the queue, whose callers are still there
         self._running: list[_Job] = []  # in the thread now
-        self._began = 0.0  # when they got there
+        self._began = 0.0  # when they got there; on the loop: when the last call ended, if more waited then
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
         self._retired = False
 
@@ -115,6 +152,19 @@ class Batcher:
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a request that comes now is run: the queue's, and by how many a call is late."""
+        late = 0.0
+        if self._running:
+            late = max(0.0, self.busy_seconds - self._pace.seconds(_rows_in(self._running)))
+        return late + self._rows / self._max_rows * self._pace.seconds(self._max_rows)
+
+    @property
+    def requests_per_second(self) -> float:
+        """What full calls answer at the present pace."""
+        return self._max_rows / self._pace.seconds(self._max_rows) / self._pace.rows_per_request
 
     @property
     def abandoned(self) -> int:
@@ -131,6 +181,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         job = _Job(rows, loop.create_future(), perf_counter(), deadline)
         self._queue.append(job)
+        self._rows += len(rows)
         if self._draining is None:
             if self._executor is not None:
                 self._draining = loop.create_task(self._drain_in_thread(loop, self._executor))
@@ -138,13 +189,15 @@ class Batcher:
                 self._draining = loop.call_later(self._max_wait, self._drain_here)
             else:  # after everything that is ready on the loop now, so that its requests join
                 self._draining = loop.call_soon(self._drain_here)
-        if self._executor is None:
-            return await job.future
-        try:  # the loop is free while the model works, so a deadline is met on time
-            async with asyncio.timeout(deadline - job.queued):
+        try:
+            if self._executor is None:
+                return await job.future
+            async with asyncio.timeout(deadline - job.queued):  # the loop is free while the model works
                 return await job.future
         except TimeoutError:
             raise self._expired() from None
+        finally:
+            self._count_out(job)
 
     def retire(self) -> None:
         """Answer the requests that are here, then end: another model takes the next ones."""
@@ -162,6 +215,9 @@ class Batcher:
         if jobs := self._take():
             started = perf_counter()
             self._finish(jobs, started, self._call(jobs))
+            # Between two calls the loop reads and answers requests: that is a part of the pace.
+            began, self._began = self._began or started, perf_counter() if self._queue else 0.0
+            self._pace.learn(perf_counter() - began, _rows_in(jobs), len(jobs))
         self._draining = asyncio.get_running_loop().call_soon(self._drain_here) if self._queue else None
         if self._retired and self._draining is None:
             self.close()
@@ -173,8 +229,7 @@ class Batcher:
             self._running = jobs
             batches = await loop.run_in_executor(executor, self._call, jobs)
             self._running = []
-            if self._on_call is not None:
-                self._on_call(perf_counter() - started, len(jobs))
+            self._pace.learn(perf_counter() - started, _rows_in(jobs), len(jobs))
             self._finish(jobs, started, batches)
         self._draining = None
         if self._retired:
@@ -188,12 +243,18 @@ class Batcher:
             job = self._queue.popleft()
             if job.future.done():  # its caller has gone
                 continue
+            self._count_out(job)
             if job.deadline > now:
                 jobs.append(job)
                 rows += len(job.rows)
             elif self._executor is None:  # otherwise its own timeout answers
                 job.future.set_exception(self._expired())
         return jobs
+
+    def _count_out(self, job: _Job) -> None:
+        if job.waits:
+            job.waits = False
+            self._rows -= len(job.rows)
 
     def _call(self, jobs: Sequence[_Job]) -> list[Batch]:
         rows = [row for job in jobs for row in job.rows]

@@ -8,7 +8,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, Self
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from app.core.batcher import Batch, Batcher, Observer, Row
+from app.core.batcher import HTTP_SECONDS, Batch, Batcher, Observer, Pace, Row
 from app.core.errors import ArtifactError, ServiceError
 from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact
@@ -275,17 +275,17 @@ def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
     return max(1, min(max_rows, int(MAX_CALL_SECONDS / max(seconds_per_row, 1e-9))))
 
 
+def pace_of(costs: Costs, max_rows: int, http_seconds: float) -> Pace:
+    """What calls take, from those with one row and with `max_rows`, which cost so much."""
+    full = costs.per_row * max_rows
+    each = max(0.0, (full - costs.per_call) / (max_rows - 1)) if max_rows > 1 else costs.per_row
+    return Pace(max(1e-6, costs.per_call - each), each + http_seconds)
+
+
 class Pipeline:
     """A model behind one `async predict(instances)`. Made by `load` or `offline`."""
 
-    def __init__(
-        self,
-        model: Model,
-        policy: Policy,
-        costs: Costs,
-        observer: Observer,
-        on_call: Callable[[float, int], None] | None = None,
-    ) -> None:
+    def __init__(self, model: Model, policy: Policy, costs: Costs, observer: Observer) -> None:
         self.model, self.artifact, self.version = model, model.artifact, model.version
         self.costs, self._max_rows, self._observer = costs, policy.batch_max_rows, observer
         self.execution = policy.execution or choose_execution(costs, policy.batch_max_rows)
@@ -295,7 +295,7 @@ class Pipeline:
             max_rows=rows_of_a_call(costs.per_row, policy.batch_max_rows),
             max_wait_seconds=policy.batch_max_wait_seconds,
             threaded=self.execution == "thread",
-            on_call=on_call,
+            pace=pace_of(costs, policy.batch_max_rows, 0.0 if self.execution == "thread" else HTTP_SECONDS),
         )
 
     @classmethod
@@ -305,16 +305,15 @@ class Pipeline:
         observer: Observer,
         policy: Policy,
         runtime: Runtime | None = None,
-        on_call: Callable[[float, int], None] | None = None,
     ) -> Self:
         """Load a verified version, warm it up and replay its golden set; raises ArtifactError.
 
-        `on_call` is told of every call in the model's thread. Takes up to a second of the calling thread.
+        Takes up to a second of the calling thread.
         """
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         costs = model.warm_up(policy.batch_max_rows)
         model.replay()
-        return cls(model, policy, costs, observer, on_call)
+        return cls(model, policy, costs, observer)
 
     @classmethod
     def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:

@@ -194,7 +194,7 @@ class _Workers(multiprocess.MultiProcessCollector):
 
 
 def scrape(own: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """The text in the format that `accept` asks for, and its media type; of all workers if there are several."""
+    """The text in the format that `accept` asks for, and its media type; of all workers if several."""
     encode, media_type = choose_encoder(accept)
     several = Path(os.environ.get(METRICS_FOLDER, "none")).is_dir()  # one that was removed is made again
     return encode(_Workers(None) if several else own), media_type  # type: ignore[no-untyped-call]

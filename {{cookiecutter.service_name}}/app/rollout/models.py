@@ -70,8 +70,8 @@ class Models:
     def __init__(self, fleet: Fleet, metrics: Metrics, log: Logger, feedback: Feedback) -> None:
         settings = self._settings = fleet.settings
         self._fleet, self._metrics, self._log, self._feedback = fleet, metrics, log, feedback
-        most = settings.max_concurrency + settings.max_queue
-        self.admission = Admission(most, settings.request_deadline_seconds, self._lingering)
+        bound = None if settings.max_queue is None else settings.max_concurrency + settings.max_queue
+        self.admission = Admission(settings.request_deadline_seconds, bound, self._lingering)
         self.serving: Pipeline | None = None  # None until the first version is loaded and warm
         self.canary: Canary | None = None
         self.shadow: Shadow | None = None
@@ -100,6 +100,10 @@ class Models:
         if canary is None or not client:
             return pipeline, None
         return canary.pipeline if canary.takes(client) else pipeline, canary
+
+    def wait_for(self, client: str) -> float:
+        """Estimated seconds until the model turns to a request of this client that comes now."""
+        return self.pipeline_for(client)[0].batcher.wait if self.serving is not None else 0.0
 
     def check_ready(self) -> None:
         """Raise ServiceError with the failing check until every worker can answer."""
@@ -162,6 +166,9 @@ class Models:
             self.shadow.offer([one for one in batches if one.version == self.serving.version])
         self._metrics.in_flight.set(self.admission.inside)
         self._metrics.queue_depth.set(sum(one.batcher.waiting for one in self._answering()))
+        if self.serving is not None:
+            in_time = self.admission.budget * self.serving.batcher.requests_per_second
+            self.admission.limit = max(1, min(self.admission.most, int(in_time)))
         self._metrics.admission_limit.set(self.admission.limit)
 
     def close(self) -> None:
@@ -195,8 +202,7 @@ class Models:
 
     def _build(self, artifact: Artifact, role: Role) -> Pipeline:
         """Load, warm up and replay a version, in any thread; raises ArtifactError."""
-        learn = self.admission.learn if role == "serving" else None
-        pipeline = Pipeline.load(artifact, self._calls, self._policy, on_call=learn)
+        pipeline = Pipeline.load(artifact, self._calls, self._policy)
         if role != "shadow" and self._settings.metrics_enabled:  # a shadow answers no client
             self._calls.know(artifact)
         return pipeline
@@ -228,7 +234,6 @@ class Models:
         self._show(pipeline, 1)
         metrics.model_load.set(seconds)
         metrics.fallback.set(want is None)
-        self.admission.expect(pipeline.costs.per_row)
         self._expect_feedback(pipeline)
         self.serving, self._wanted["serving"] = pipeline, want
         self.write(everything=False)  # the levels, before the first request
