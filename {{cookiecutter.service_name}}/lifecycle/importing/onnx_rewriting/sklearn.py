@@ -378,7 +378,7 @@ def _gradient_descent(graph: Graph, model: Any, frame: Frame) -> Numbers:
         raise Unsupported(f"SGDClassifier of loss {model.loss} has no ONNX form")
     raw = decision(graph, model, frame)
     scores = graph.number("Sigmoid", raw, width=raw.width)
-    return graph.both(scores) if raw.width == 1 else graph.normalised(scores)
+    return graph.both(scores) if raw.width == 1 else graph.normalised(scores, otherwise=1 / raw.width)
 
 
 @converter("LinearModel", "BaseSGDRegressor")
