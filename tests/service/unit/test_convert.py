@@ -1,4 +1,4 @@
-"""Models of every kind as ONNX: equal to the original on gaps, extremes, ties, every category and unseen words."""
+"""Models of every kind as ONNX, equal to the original on gaps, extremes, every category and unseen words."""
 
 import importlib
 import warnings
@@ -174,10 +174,12 @@ def prove(estimator: Any, frame: pd.DataFrame) -> OnnxRuntime:
 
 
 def prepared(encoder: Any, numbers: Any = None) -> Any:
+    """Words by an encoder, numbers by an imputer or another step."""
     return ColumnTransformer([("words", encoder, WORDS), ("numbers", numbers or SimpleImputer(), NUMBERS)])
 
 
 def imputed(strategy: str, **settings: Any) -> Any:
+    """Words imputed, then encoded."""
     return make_pipeline(SimpleImputer(strategy=strategy, **settings), OneHotEncoder(handle_unknown="ignore"))
 
 
