@@ -1,4 +1,4 @@
-"""Commands of the service: python -m app config | predict [FILE].
+"""Commands of the service: python -m app config | address | predict [FILE].
 
 `predict` is the golden path: the same artifact, validation and pipeline as the server, without the server.
 """
@@ -12,16 +12,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.api.errors import from_validation, problem
 from app.core.errors import ArtifactError, ServiceError
-from app.core.pipeline import OFFLINE, Pipeline
-from app.rollout.fleet import read_served
-from app.schemas.service import Instances
 from app.settings import Settings, SettingsError, load_settings, redacted
 
 
 def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
     """Predictions for an instance or for `instances`, as JSON; raises ServiceError or ArtifactError."""
+    # Here, because the commands about settings need none of it.
+    from app.api.errors import from_validation
+    from app.core.pipeline import OFFLINE, Pipeline
+    from app.rollout.fleet import read_served
+    from app.schemas.service import Instances
+
     body = content if b'"instances"' in content else b'{"instances":[' + content + b"]}"
     try:
         instances = Instances.model_validate_json(body).instances
@@ -38,11 +40,18 @@ def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
     return predictions
 
 
+def address(settings: Settings) -> str:
+    """Where a person on this machine finds the documentation."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    return f"docs: http://{f'[{host}]' if ':' in host else host}:{settings.port}/docs   stop: Ctrl-C"
+
+
 def main() -> int:
     """Run the command line; 0 when it worked, 1 with one line when it did not."""
     parser = argparse.ArgumentParser(prog="python -m app", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("config", help="print the effective configuration, secrets redacted")
+    commands.add_parser("address", help="say where the service will be found")
     ask = commands.add_parser("predict", help="without a server: JSON in, a line of JSON an instance out")
     ask.add_argument("file", nargs="?", type=Path, help="a JSON document; standard input if absent")
     arguments = parser.parse_args()
@@ -51,10 +60,15 @@ def main() -> int:
         if arguments.command == "config":
             print(json.dumps(redacted(settings), indent=2))
             return 0
+        if arguments.command == "address":
+            print(address(settings))
+            return 0
         content = arguments.file.read_bytes() if arguments.file else sys.stdin.buffer.read()
         for prediction in predict(content, settings):
             print(json.dumps(prediction, ensure_ascii=False))
     except ServiceError as error:
+        from app.api.errors import problem
+
         print(problem(error, "local").decode(), file=sys.stderr)
         return 1
     except (SettingsError, ArtifactError, OSError) as error:

@@ -10,6 +10,7 @@ capability is a folder that the template adds, named in `[tool.service]` of pypr
 
 import os
 import re
+import sys
 import tomllib
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
@@ -93,6 +94,10 @@ def _host(value: str) -> str:
     return value
 
 
+def _log_format() -> str:
+    return "console" if sys.stdout is not None and sys.stdout.isatty() else "json"
+
+
 _UPPER, _LOWER = BeforeValidator(str.upper), BeforeValidator(str.lower)  # so that small letters will do
 _LIST = BeforeValidator(_split)
 Version = Annotated[str, _form("v[0-9]{1,9}", "a version such as v1")]
@@ -131,7 +136,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _UPPER] = "INFO"
-    log_format: Annotated[Literal["json", "console"], _LOWER] = "json"
+    log_format: Annotated[Literal["json", "console"], _LOWER] = Field(default_factory=_log_format)
     artifacts_dir: Path | str = Path("artifacts")  # a text: an address
     model_version: Version | None = None
     fallback_version: Version | None = None
@@ -263,6 +268,8 @@ def read_env_file(known: set[str]) -> dict[str, str]:
         if name is None or value is None or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
             raise SettingsError(f"{where}: cannot be read; write NAME=value, and close every quote")
         own = name.upper().startswith(PREFIX)
+        if own and not value and "#" in original.string:
+            raise SettingsError(f"{where}: a comment stands where the value should; leave the line out")
         if "\n" in value and (own or PREFIX in value):
             raise SettingsError(f"{where}: a quote is not closed on its line")
         if not own and _misspelt(name, known):

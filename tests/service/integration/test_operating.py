@@ -285,6 +285,40 @@ def test_a_server_file_that_is_gone_ends_nothing(tmp_path: Path) -> None:
             assert httpx2.post(f"{url}/v1/predict", json=EXAMPLE).status_code == 200
 
 
+FLAKY = """
+import os
+import app.main
+
+def create_app():
+    if os.path.exists("broken"):
+        raise SystemExit(int(open("broken").read()))
+    return app.main.create_app()
+"""
+
+
+@pytest.mark.parametrize("code", [3, 4, 1])
+def test_a_replacement_that_cannot_start_ends_no_other(start: Start, tmp_path: Path, code: int) -> None:
+    """Whatever a successor ends with, the healthy workers go on, and it is tried again."""
+    (tmp_path / "own.py").write_text(FLAKY)
+    service = start(app="own:create_app()", workers=2)
+    (tmp_path / "broken").write_text(str(code))
+    os.kill(service.workers()[0], signal.SIGKILL)
+    until(lambda: len(events(service, f"exited with code {code}")) > 1, "two failed replacements")
+    for _ in range(10):
+        assert service.predict().status_code == 200
+    (tmp_path / "broken").unlink()
+    until(lambda: ready(service) == 3, "a replacement")
+    assert service.stop() == 0
+
+
+def test_make_prints_the_port_that_is_used(tmp_path: Path) -> None:
+    """`make run` asks the service's own reader of settings."""
+    (tmp_path / ".env").write_text("APP_PORT=22021\n")
+    done = run(tmp_path, "app", "address")
+    assert done.stdout.startswith("docs: http://127.0.0.1:22021/docs")
+    assert run(tmp_path, "app", "address", host="::1").stdout.startswith("docs: http://[::1]:22021/")
+
+
 # ---- disks and logs
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.rollout.fleet import default_workers
+from app.rollout.fleet import default_workers, machine
 from app.settings import GRACE_SECONDS, SLO_FILE, SettingsError, load_settings, redacted
 
 SECRET = "s3cr3t"  # noqa: S105  # stands for what somebody put into the wrong variable
@@ -174,3 +174,26 @@ def test_the_first_version_of_control_groups_counts_too(tmp_path: Path) -> None:
     assert default_workers(tmp_path, tmp_path) == 1
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
     assert default_workers(tmp_path, tmp_path) == CPUS
+
+
+@pytest.mark.parametrize(
+    ("membership", "limited"),
+    [
+        ("0::/system.slice/iris.service\n", "system.slice"),  # on the slice around it
+        ("0::/system.slice/iris.service\n", "system.slice/iris.service"),
+        ("12:cpu,cpuacct:/docker/abc\n0::/\n", "cpu,cpuacct/docker"),  # the first version, of one hierarchy
+        ("0::/../elsewhere\n", "."),  # a container sees its own group as the root
+    ],
+)
+def test_limits_are_found_where_the_kernel_says(tmp_path: Path, membership: str, limited: str) -> None:
+    """The group of this process and every one around it counts, wherever in the hierarchy it is."""
+    (tmp_path / "membership").write_text(membership)
+    folder = tmp_path / "groups" / limited
+    folder.mkdir(parents=True)
+    if "cpuacct" in membership:
+        (folder / "cpu.cfs_quota_us").write_text("100000\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    else:
+        group(folder, cpu_max="100000 100000", memory_max=str(2**28))
+        assert machine(tmp_path / "groups", tmp_path / "membership").memory == 2**28
+    assert machine(tmp_path / "groups", tmp_path / "membership").cpus == 1
