@@ -94,7 +94,7 @@ def _host(value: str) -> str:
     return value
 
 
-def _log_format() -> str:
+def _log_format() -> Literal["json", "console"]:
     return "console" if sys.stdout is not None and sys.stdout.isatty() else "json"
 
 

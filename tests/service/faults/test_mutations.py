@@ -39,7 +39,7 @@ APP_MAX_QUEUE = 100
 REDIS_PASSWORD=secret#1
 APP_CORS_ORIGINS=https://shop.example,https://other.example
 """
-STRANGE = [
+STRANGE: list[str] = [
     *"\"'#:= \n\r\t\0\\\ufeff\u2028\xa0\u200bé\x0b,-0b`$|", "${X}", "APP_", "\x1b[31m", " #",
 ]  # fmt: skip
 VALUES = [

@@ -52,8 +52,8 @@ def test_a_key_is_replaced_without_a_restart(start: Start, tmp_path: Path) -> No
 
 def test_no_key_and_a_wrong_one_are_401(guarded: Service) -> None:
     """Both say with WWW-Authenticate what would be accepted; only a key that was sent is `invalid_token`."""
-    wrong = {"x-api-key": KEYS[0] + "x"}, {"x-api-key": ""}, {"authorization": "Basic Zmlyc3Qga2V5"}
-    wrong += {"authorization": "Bearer nonsense"}, {"authorization": "bearer"}
+    wrong = [{"x-api-key": KEYS[0] + "x"}, {"x-api-key": ""}, {"authorization": "Basic Zmlyc3Qga2V5"}]
+    wrong += [{"authorization": "Bearer nonsense"}, {"authorization": "bearer"}]
     for path in ("/v1/predict", "/v1/predict/batch"):
         for headers, shown in zip(({}, *wrong), (False, True, False, False, True, False), strict=True):
             answer = guarded.client.post(path, content=b"{", headers=headers)
@@ -126,7 +126,7 @@ def test_a_word_is_no_key(guarded: Service) -> None:
 
 def test_a_client_has_one_name_however_its_address_is_written() -> None:
     """IPv4 over a socket of IPv6 is the same client, another one is not; IPv6 counts by its /64."""
-    guard = Guard(Settings(_env_file=None), Any, int)  # type: ignore[call-arg, arg-type]
+    guard = Guard(Settings(_env_file=None), Any, int)  # type: ignore[arg-type]
 
     def names(*addresses: str) -> int:
         return len({guard.identify(None, b"", address)[0] for address in addresses})

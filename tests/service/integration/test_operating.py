@@ -266,9 +266,10 @@ def test_a_reload_takes_a_setting_or_says_why_not(start: Start, tmp_path: Path) 
 def test_an_address_is_taken_at_a_restart_only(name: str) -> None:
     """The sockets are those of the start; a reload says so, and changes nothing."""
     before = Settings()
+    change = {name: {"host": "::1", "port": 1}[name]}
     fleet = ForkingFleet(before, 1, *read_usable(Settings(artifacts_dir=ARTIFACTS)))
     with pytest.raises(SettingsError, match=f"APP_{name.upper()}"):
-        fleet.renew(Settings(**{name: {"host": "::1", "port": 1}[name]}))
+        fleet.renew(before.model_copy(update=change))
     assert fleet.settings is before
 
 
