@@ -223,6 +223,6 @@ def test_decisions_are_on_record_without_their_inputs(tmp_path: Path) -> None:
         key for written in (line, *audit, feedback_line) for key in written
     }
     done = run(tmp_path, "lifecycle", "quality", "--logs", str(service.log), "--pictures", ".")
-    assert f"{SERVED}: 1 predictions with a label" in done.stdout
+    assert f"{SERVED}: 1 predictions with a {'label' if LABELS else 'true value'}" in done.stdout
     done = run(tmp_path, "lifecycle", "drift", "--logs", str(service.log), "--pictures", ".")
     assert "too few rows" in done.stdout
