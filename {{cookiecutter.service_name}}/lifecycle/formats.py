@@ -100,7 +100,10 @@ def _untaken(path: Path, suffix: str, why: str = "") -> LifecycleError:
 
 
 def format_of(path: Path) -> str:
-    """The suffix that tells the format, below that of a compression."""
+    """The suffix that tells the format, below that of a compression; without one, what the file begins with."""
+    if not path.suffix and path.is_file():
+        with path.open("rb") as file:
+            return ".jsonl" if file.read(1) == b"{" else ".csv"
     name = Path(path.name.lower())
     return name.with_suffix("").suffix if name.suffix in OPENERS else name.suffix
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -539,6 +540,29 @@ def test_quality_is_printed_and_drawn(
     assert ["0.8", "to", "0.9", "10", "0.850", "0.800"] in [cells(line) for line in first.splitlines()]
     assert ["no", "0", "2"] in [cells(line) for line in first.splitlines()]
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"quality-v1.svg", "quality-v2.svg"}
+
+
+@pytest.mark.parametrize(("made", "label"), [(1, 1.0), ("01", "01"), (True, True), ("1", 1)])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "tsv.gz"])
+def test_labels_are_the_same_from_every_format(
+    made: Any, label: Any, suffix: str, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A label is known again in whole floats, with leading zeros and as text, whatever holds it."""
+    one = {"prediction_id": "007", "label": made, "score": 0.9}
+    line = {"event": "request", "model_version": "v1", "thresholds": {}, "predictions": [one]}
+    (tmp_path / "log").write_text(json.dumps(line) + "\n")
+    frame, path = (
+        pd.DataFrame({"other": [[1]], "prediction_id": ["007"], "label": [label]}),
+        tmp_path / f"t.{suffix}",
+    )
+    if suffix == "parquet":
+        frame.to_parquet(path)
+    elif suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if "tsv" in suffix else ",")
+    done = run("quality", "--logs", "log", "--labels", str(path), "--pictures", "pictures")
+    assert "accuracy 1.000" in done.stdout, done.stderr
 
 
 def test_errors_of_a_regressor_are_printed_and_drawn(run: Callable[..., Result], tmp_path: Path) -> None:

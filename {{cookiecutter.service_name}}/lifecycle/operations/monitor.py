@@ -5,8 +5,8 @@ predictions in the log + true labels by prediction_id -> by version, of labels a
 confusion, of values errors -> tables, pictures
 """
 
-import csv
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -265,23 +265,25 @@ def judged(logs: Path, labels: Path | None) -> dict[Any, "pd.DataFrame"]:
     """
     import pandas as pd
 
+    from lifecycle.tables import spelling
+
     made: dict[str, dict[str, Any]] = {}
     truths: dict[str, str] = {}
     for line in log_lines(logs):
         for one in line.get("predictions", []) if isinstance(line.get("thresholds"), dict) else []:
             made[one["prediction_id"]] = {"version": line["model_version"], **one}
         if line.get("news"):
-            truths[line["prediction_id"]] = _label(line["feedback"])
+            truths[line["prediction_id"]] = spelling(line["feedback"])
     if not made:
         raise LifecycleError(f"{logs}: no predictions in this log; they are logged at APP_LOG_LEVEL=INFO")
     if labels is not None:
-        truths = dict(_labels(labels))
+        truths = _labels(labels, text=any(isinstance(one.get("label"), str) for one in made.values()))
     known = pd.DataFrame([one | {"truth": truths[id_]} for id_, one in made.items() if id_ in truths])
     if known.empty:
         source = labels or "feedback"
         raise LifecycleError(f"none of the {len(made)} predictions in {logs} has a label from {source}")
     if "label" in known:
-        known["label"] = known.label.map(_label)
+        known["label"] = known.label.map(spelling)
     else:
         known["truth"] = pd.to_numeric(known.truth, errors="coerce")
         for wrong in known.prediction_id[known.truth.isna()]:
@@ -289,26 +291,26 @@ def judged(logs: Path, labels: Path | None) -> dict[Any, "pd.DataFrame"]:
     return dict([*known.groupby("version")])
 
 
-def _labels(path: Path) -> Iterator[tuple[str, str]]:
-    """prediction_id and label, from JSON lines or from CSV with these columns; the last of an id counts."""
-    content = _read(path)
-    lines, in_json = content.splitlines(), content.lstrip().startswith("{")
-    for number, row in enumerate(lines, 1) if in_json else enumerate(csv.DictReader(lines), 2):
-        if isinstance(row, str) and not row.strip():
-            continue
-        try:
-            found = json.loads(row) if isinstance(row, str) else row
-            prediction_id, label = found["prediction_id"].strip(), found["label"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            label = None
-        if label in (None, ""):
-            raise LifecycleError(f"{path}:{number}: needs prediction_id and label, as CSV or JSON lines")
-        yield prediction_id, _label(label)
+def _labels(path: Path, *, text: bool) -> dict[str, str]:
+    """Label by prediction_id, from any data file with these columns; the last of an id counts."""
+    from lifecycle.formats import TEXT, format_of  # here, because pyarrow takes a second
+    from lifecycle.tables import read_table, spelling
 
-
-def _label(label: Any) -> str:
-    """A label as text, the same from CSV and from JSON: 1 is 1 and true is true."""
-    return label.strip() if isinstance(label, str) else json.dumps(label)
+    columns = ("prediction_id", "label")
+    wanted = dict.fromkeys(columns if text else columns[:1], "string")
+    try:
+        table = read_table(path, wanted, columns)
+        bad = 0 if {*columns} <= {*table.column_names} else 1
+    except LifecycleError as error:
+        if not (ragged := re.search(r"Row #(\d+)", str(error))):
+            raise
+        bad = int(ragged[1])
+    pairs = [] if bad else [*zip(*(table.column(name).to_pylist() for name in columns), strict=True)]
+    first = 2 if format_of(path) in TEXT else 1  # a header is a row, too
+    bad = bad or next((row for row, pair in enumerate(pairs, first) if None in pair), 0)
+    if bad:
+        raise LifecycleError(f"{path}:{bad}: needs prediction_id and label, as CSV or JSON lines")
+    return {id_.strip(): spelling(label) for id_, label in pairs}
 
 
 def _classified(version: str, known: "pd.DataFrame") -> str:
