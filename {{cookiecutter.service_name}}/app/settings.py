@@ -63,7 +63,7 @@ class SettingsError(Exception):
     """A configuration the service must not start with; one line, never a value."""
 
 
-def _form(pattern: str, wanted: str) -> AfterValidator:
+def form(pattern: str, wanted: str) -> AfterValidator:
     """A text of this form; the message says what to write instead of showing the pattern."""
 
     def check(value: Any) -> Any:
@@ -100,26 +100,26 @@ def _log_format() -> Literal["json", "console"]:
 
 _UPPER, _LOWER = BeforeValidator(str.upper), BeforeValidator(str.lower)  # so that small letters will do
 _LIST = BeforeValidator(_split)
-Version = Annotated[str, _form("v[0-9]{1,9}", "a version such as v1")]
-HeaderName = Annotated[str, _form("[A-Za-z0-9_-]{1,64}", "the name of a header, such as X-Session-ID")]
+Version = Annotated[str, form("v[0-9]{1,9}", "a version such as v1")]
+HeaderName = Annotated[str, form("[A-Za-z0-9_-]{1,64}", "the name of a header, such as X-Session-ID")]
 # As browsers write it; with a path, a capital or no scheme it would never match.
 Origin = Annotated[
     str,
-    _form(
+    form(
         r"\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+",
         "origins as browsers send them: https://shop.example, without path or / at its end, in small letters",
     ),
 ]
-PublicKey = Annotated[str, _form("[A-Za-z0-9+/]{43}=", "Ed25519 public keys, the base64 of 32 bytes each")]
-KeyHash = Annotated[SecretStr, _form("[0-9a-fA-F]{64}", "the sha256 of each key as 64 hex digits")]
+PublicKey = Annotated[str, form("[A-Za-z0-9+/]{43}=", "Ed25519 public keys, the base64 of 32 bytes each")]
+KeyHash = Annotated[SecretStr, form("[0-9a-fA-F]{64}", "the sha256 of each key as 64 hex digits")]
 Storage = Annotated[
     SecretStr,
-    _form(
+    form(
         r"memory://|rediss?://([^@/\s]*@)?([^@:/?#\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}([/?]\S*)?",
         "memory:// or redis://host:port",
     ),
 ]
-Rate = Annotated[str, _form("[1-9][0-9]{0,5}/(second|minute|hour|day)", "such as 600/minute, at most 999999")]
+Rate = Annotated[str, form("[1-9][0-9]{0,5}/(second|minute|hour|day)", "such as 600/minute, at most 999999")]
 
 
 class Settings(BaseSettings):
@@ -161,7 +161,7 @@ class Settings(BaseSettings):
     metrics_enabled: bool = True
     cors_origins: Annotated[tuple[Origin, ...], _LIST] = ()
     cors_headers: Annotated[tuple[HeaderName, ...], _LIST] = ()
-    root_path: Annotated[str, _form(r"(/[A-Za-z0-9._~-]+)*", "a path with / only before it: /iris")] = ""
+    root_path: Annotated[str, form(r"(/[A-Za-z0-9._~-]+)*", "a path with / only before it: /iris")] = ""
     keep_alive_seconds: Annotated[int, Field(ge=1, le=86_400)] = 75  # more than the balancer's usual 60
     drain_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], _LIST] = ()

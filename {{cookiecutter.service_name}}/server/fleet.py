@@ -130,6 +130,9 @@ def forking_fleet() -> ForkingFleet:
 
 def prepare() -> ForkingFleet:
     """The fleet, with the settings of now: made at the start, kept at SIGHUP. One line ends it otherwise."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file would get the log's number
+        pass
+    os.close(spare)
     try:
         refuse_overrides()
         settings = load_settings()
@@ -137,9 +140,7 @@ def prepare() -> ForkingFleet:
             forking_fleet().renew(settings)
         else:
             project()  # read once, here
-            fleet = ForkingFleet(settings, worker_count(settings), *read_usable(settings))
-            fleet.metric_files.prepare(settings.metrics_enabled)
-            FLEET.set(fleet)
+            FLEET.set(ForkingFleet(settings, worker_count(settings), *read_usable(settings)))
     except (SettingsError, ArtifactError) as problem:
         sys.exit(f"cannot start: {problem}")
     except Exception as error:  # of whatever a file or a person can cause
@@ -167,8 +168,13 @@ def worker_count(settings: Settings) -> int:
 
 def on_starting(server: Any) -> None:
     """Refuse an address that cannot be had; then make the master outlive what befalls single workers."""
-    if "LISTEN_PID" not in os.environ and "GUNICORN_FD" not in os.environ:
-        refuse_address(server.cfg.address[0])
+    fleet = forking_fleet()
+    try:
+        if "LISTEN_PID" not in os.environ and "GUNICORN_FD" not in os.environ:
+            check_address(*server.cfg.address[0])
+        fleet.metric_files.prepare(fleet.settings.metrics_enabled)
+    except SettingsError as problem:
+        sys.exit(f"cannot start: {problem}")
     # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
     sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
     outlive(server)
@@ -177,19 +183,19 @@ def on_starting(server: Any) -> None:
     gc.freeze()  # a collection in a worker would write to, and so copy, every shared page
 
 
-def refuse_address(address: tuple[str, int]) -> None:
-    """End the start with one line if the address cannot be bound; gunicorn would try for five seconds."""
-    host, port = address
+def check_address(host: str, port: int) -> None:
+    """Raise SettingsError if the address cannot be bound; gunicorn would try for five seconds."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        reason = {
+        reasons = {
             errno.EADDRINUSE: f"APP_PORT: port {port} is in use; stop what uses it, or set another port",
             errno.EACCES: f"APP_PORT: port {port} needs special rights; set one from 1024 on",
-        }.get(error.errno or 0, f"APP_HOST: this machine has no address {host} ({error.strerror})")
-        sys.exit(f"cannot start: {reason}")
+        }
+        other = f"APP_HOST: this machine has no address {host[:100]} ({error.strerror})"
+        raise SettingsError(reasons.get(error.errno or 0, other)) from None
 
 
 def outlive(server: Any) -> None:

@@ -133,6 +133,7 @@ def outcome_of_a_start() -> str:
     """What a start comes to: `open`, `locked`, or the line that refuses it; it leaves no folder behind."""
     try:
         fleet = copy_context().run(prepare)
+        fleet.metric_files.prepare(fleet.settings.metrics_enabled)
     except SystemExit as refusal:
         return str(refusal.code)
     fleet.metric_files.remove()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from hashlib import sha256
@@ -155,11 +156,13 @@ def test_a_refusal_says_what_to_write(tmp_path: Path, settings: dict[str, object
     assert "^" not in line
 
 
-def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
+def test_a_port_in_use_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, without trying for seconds; whoever has the port goes on."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
         line = refusal(tmp_path, workers=1, port=port)
+    assert list(tmp_path.iterdir()) == []
     assert "APP_PORT" in line
     assert "in use" in line
 
@@ -395,14 +398,14 @@ def test_a_spoilt_metric_file_stops_no_replacement(
 
 @contextmanager
 def logging_to(
-    folder: Path, output: Any, config: str = GUNICORN[2]
+    folder: Path, output: Any, config: str = GUNICORN[2], program: tuple[str, ...] = (sys.executable, "-m")
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A service whose standard output and error go there, and its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     variables = environment(host="127.0.0.1", port=port, workers=2)
     command = ("gunicorn", "--config", config, GUNICORN[3])
-    process = begin(folder, *command, env=variables, stdout=output, stderr=output)
+    process = begin(folder, *command, program=program, env=variables, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: answers(url), "/ready")
@@ -427,14 +430,19 @@ def pids_of(process: subprocess.Popen[bytes]) -> set[int]:
     return {int(pid) for pid in children}
 
 
-@pytest.mark.parametrize("gone", ["reader", "full", "closed"])
+@pytest.mark.parametrize("gone", ["reader", "full", "never there"])
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, gone: str) -> None:
     """The reader of the log ends, the disk is full: dead workers are replaced, and SIGHUP works."""
     if gone == "full":
         output = os.open("/dev/full", os.O_WRONLY)
     else:
         source, output = os.pipe()
-    with logging_to(tmp_path, output) as (process, url):
+    close = (
+        "import os, sys; os.close(1); os.close(2);"
+        "os.execv(sys.executable, [sys.executable, '-m', *sys.argv[1:]])"
+    )
+    program = (sys.executable, *(("-c", close) if gone == "never there" else ("-m",)))
+    with logging_to(tmp_path, output, program=program) as (process, url):
         os.close(output)
         if gone != "full":
             os.close(source)

@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import Field
-
 from app import settings
+
+_URL = settings.form(r"https?://[^/@\s]+(/\S*)?", "a URL such as http://collector:4318, without a password")
 
 
 class Settings(settings.Settings):
     """Where the spans go."""
 
     # No user and password: those would be credentials, in a value that is shown and logged.
-    tracing_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^/@\s]+(/\S*)?$")] = None
+    tracing_endpoint: Annotated[str, _URL] | None = None
