@@ -1,10 +1,13 @@
 # Each recipe is a command you can also type. On Windows the environment's programs are in .venv/Scripts.
-PYTHON ?= python3
-OPTIONS ?=
-ARGS ?=
+# What is typed after `make` counts, and not what a shell has exported: there these names are other programs'.
+PYTHON := python3
+OPTIONS :=
+ARGS :=
+TESTS :=
+UPGRADE :=
 
 IN_PLACE := {{cookiecutter.service_name}}
-SERVICE ?= $(IN_PLACE)
+SERVICE := $(IN_PLACE)
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # uv where there is one, because it is quicker; pip does the same.
 INSTALL := $(if $(shell command -v uv),uv pip install --python .venv,$(BIN)/python -m pip install) --require-hashes
@@ -84,14 +87,16 @@ lock: .venv/dev.stamp ## requirements/*.in to hashed *.txt; newer releases with 
 setup: .venv/dev.stamp ## the template's environment, in .venv
 
 # Rendering needs a third of what the tests do, so `make demo` does not wait for the rest.
-.venv/render.stamp: requirements/render.txt | .venv/pyvenv.cfg
+.venv/render.stamp: requirements/render.txt | .venv/made.stamp
 	$(INSTALL) --requirement requirements/render.txt
 	@touch $@
 
-.venv/dev.stamp: requirements/dev.txt | .venv/pyvenv.cfg
+.venv/dev.stamp: requirements/dev.txt | .venv/made.stamp
 	$(INSTALL) --requirement requirements/dev.txt
 	@touch $@ .venv/render.stamp
 
-.venv/pyvenv.cfg:
+# Not pyvenv.cfg: that is there also where making the environment stopped half-way.
+.venv/made.stamp:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, for example: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
+	@touch $@

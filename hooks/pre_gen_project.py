@@ -1,15 +1,20 @@
-"""Refuses answers that cannot be used, before any file is written.
+"""Refuses answers that cannot be used, before any file is written; copies aside what an owner may want kept.
 
 answers as JSON -> the first problem -> one line that says what to type instead, a command to paste, exit 1
 """
+
+import sys
+
+# Hooks run from the folder for temporary files: anybody's module there would be imported first.
+sys.path.pop(0)
 
 import difflib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +34,7 @@ SENTENCE = r"(?=.{1,200}$)[^\s{}]([^{}]*[^\s{}])?"
 TEAM = r"(?=.{1,60}$)@?\w([\w .@/&-]*\w)?"
 ADDRESS = r"(?=.{1,200}$)https://[A-Za-z0-9-]+([.][A-Za-z0-9-]+)*(:[0-9]+)?(/[A-Za-z0-9._~%+@-]+)*"
 GRAFANA = ADDRESS.replace("https", "https?")
+SWAPPED = "service-name-refused"  # what cookiecutter.json puts in the place of a name that is no folder name
 # A default may refer to another answer; any other template text in an answer would run as code.
 REFERENCE = r"\{\{ cookiecutter\.(\w+) \}\}"
 TEMPLATE_TEXT = r"\{[{%#]"
@@ -124,29 +130,45 @@ def rules(answers: dict[str, Any]) -> dict[str, Rule]:
     }
 
 
-def unknown_names(known: list[str]) -> Iterator[Problem]:
-    """Yields the `name=value` words of the command line that are no question.
-
-    Cookiecutter drops them without a word, and the wrong service comes out. Only Linux tells a hook the
-    command that started it; elsewhere nothing is found.
-    """
+def command_line() -> list[str]:
+    """Gives what was typed after `cookiecutter`. Only Linux tells a hook; elsewhere it is empty."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return
+        return []
     programs = [Path(word).name for word in words]
-    arguments = words[programs.index("cookiecutter") + 1 :] if "cookiecutter" in programs else []
-    for name, equals, value in (word.partition("=") for word in arguments):
-        if equals and name.isidentifier() and name not in known:
+    return words[programs.index("cookiecutter") + 1 : -1] if "cookiecutter" in programs else []
+
+
+def typed_answers(words: list[str]) -> dict[str, str]:
+    """Gives the `name=value` words of a command line."""
+    pairs = (word.partition("=") for word in words)
+    return {name: value for name, equals, value in pairs if equals and name.isidentifier()}
+
+
+def unknown_names(given: dict[str, Any], known: list[str]) -> Iterator[Problem]:
+    """Yields the given answers that no question asks for: cookiecutter drops them without a word."""
+    for name, value in given.items():
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            yield Problem(name, f"the questions are {', '.join(known)}", dict.fromkeys(near, value))
+            yield Problem(name, f"the questions are {', '.join(known)}", dict.fromkeys(near, str(value)))
+
+
+def altered(answers: dict[str, Any], shipped: dict[str, Any]) -> Iterator[Problem]:
+    """Yields the template's own entries that a replay file has in another form: rules could be weaker."""
+    for name, value in shipped.items():
+        if re.match("_[^_]", name) and name in answers and answers[name] != value:
+            yield Problem(name, "it is not this template's; delete it from the replay file", {})
 
 
 def unusable(answers: dict[str, Any], typed: dict[str, Any]) -> Iterator[Problem]:
     """Yields the answers that break their rule."""
     for name, rule in rules(answers).items():
-        answer, raw = str(answers[name]), str(typed.get(name, ""))
-        if re.search(TEMPLATE_TEXT, re.sub(REFERENCE, "", raw)):
+        given, raw = answers.get(name), str(typed.get(name, ""))
+        answer = "" if given is None else str(given)
+        if not isinstance(typed.get(name, ""), str | list) or not isinstance(given, str | None):
+            advice = "leave it out, or write a text in quotes"
+        elif re.search(TEMPLATE_TEXT, re.sub(REFERENCE, "", raw)):
             answer, advice = raw, "write it without curly braces, which would run as template code"
         elif not re.fullmatch(rule.pattern, answer) or not answer.isprintable():
             advice = rule.advice
@@ -158,14 +180,12 @@ def unusable(answers: dict[str, Any], typed: dict[str, Any]) -> Iterator[Problem
 
 def corrected_command(answers: dict[str, Any], typed: dict[str, Any], instead: dict[str, str]) -> str:
     """Gives the command that asks for the same service with usable answers."""
-    # The defaults are out of reach when the template was named by a relative path: then all are repeated.
-    shipped = Path(answers.get("_repo_dir", ""), "cookiecutter.json")
-    defaults = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
-    chosen = {}
+    defaults, chosen = shipped_with(answers), {}
     for name in rules(answers):
-        raw = str(typed.get(name, ""))
-        derived = re.sub(REFERENCE, lambda reference: str(answers[reference[1]]), raw)
-        if answers[name] != defaults.get(name) and (raw == derived or answers[name] != derived):
+        raw, default = str(typed.get(name, "")), defaults.get(name)
+        derived = re.sub(REFERENCE, lambda reference: str(answers.get(reference[1])), raw)
+        usual = default[0] if isinstance(default, list) else default
+        if answers.get(name) not in (None, usual) and (raw == derived or answers[name] != derived):
             chosen[name] = str(answers[name])
     for problem in unusable(answers, typed):
         chosen.update({name: value for name, value in problem.instead.items() if name in chosen})
@@ -174,18 +194,58 @@ def corrected_command(answers: dict[str, Any], typed: dict[str, Any], instead: d
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def main() -> int:
-    """Says what is wrong with the first unusable answer, if there is one."""
+def shipped_with(answers: dict[str, Any]) -> dict[str, Any]:
+    """Gives cookiecutter.json; nothing where it is out of reach, as with cruft and relative paths."""
+    file = Path(str(answers.get("_repo_dir", "")), "cookiecutter.json")
+    questions: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return questions
+
+
+def refuse(problems: list[Problem], answers: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Ends with the first problem in one line, and a command to paste."""
+    if problems:
+        print(f"{problems[0].what} cannot be used: {problems[0].advice}.", file=sys.stderr)
+        print(f"Try: {corrected_command(answers, typed, problems[0].instead)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def keep(answers: dict[str, Any]) -> None:
+    """Copies aside the files that are there and that rendering would write.
+
+    Cookiecutter overwrites some of them, and overlays do, also with --skip-if-file-exists: then the hook
+    after rendering brings them back.
+    """
+    overlays = Path("_overlays")
+    shutil.rmtree(overlays, ignore_errors=True)
+    base = Path(str(answers.get("_repo_dir", "")), "{{cookiecutter.service_name}}")
+    if not any(Path().iterdir()) or not base.is_dir():
+        return
+    layers = [base, *(base / overlays).glob("*_*"), *(base / overlays / "capabilities").glob("*")]
+    for layer in layers:
+        for path in layer.rglob("*"):
+            file = path.relative_to(layer)
+            if file.is_file() and file.parts[0] not in ("_overlays", ".venv", ".git"):
+                (overlays / "kept" / file.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, overlays / "kept" / file)
+    if overlays.is_dir():
+        (overlays / "kept.txt").write_text("kept\n", encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Checks the answers that cookiecutter has, however they came: typed, configured, replayed."""
     answers, typed = json.loads(ANSWERS), json.loads(TYPED)
-    # cookiecutter.json swaps a name that could not be a folder for one that can, until this has refused it.
-    answers["service_name"] = answers["__answered_service_name"]
-    found = [*unknown_names(list(rules(answers))), *unusable(answers, typed)]
-    if found:
-        print(f"{found[0].what} cannot be used: {found[0].advice}.", file=sys.stderr)
-        print(f"Try: {corrected_command(answers, typed, found[0].instead)}", file=sys.stderr)
-    return 1 if found else 0
+    if answers["service_name"] == SWAPPED and not re.fullmatch(SLUG, answers["__answered_service_name"]):
+        answers["service_name"] = answers["__answered_service_name"]
+    shipped = shipped_with(answers)
+    problems = list(altered(answers, shipped))
+    answers.update({name: value for name, value in shipped.items() if name.startswith("_")})
+    known = list(rules(answers))
+    given = typed | typed_answers(command_line())
+    problems += [*unknown_names(given, known), *unusable(answers, typed)]
+    refuse(problems, answers, typed)
+    keep(answers)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
 # {% endraw %}

@@ -2,14 +2,16 @@
 
 import json
 import shlex
+import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import Bake, Render, contents
+from tests.conftest import ENVIRONMENT, Bake, Render, contents
 
 DESCRIPTIONS = {
     "quotes": """Says "yes" or 'no', or neither: \"\"\" ''' `""",
@@ -171,3 +173,138 @@ def check_that_all_files_parse(folder: Path) -> None:
             tomllib.loads(content.decode("utf-8"))
         elif name.endswith((".yml", ".yaml")):
             list(yaml.safe_load_all(content))
+
+
+def cookiecutter(
+    template: Path, into: Path, *words: str, typed: str = "", config: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs cookiecutter with what a person types at its questions and has in a configuration file."""
+    home = into.parent / f"{into.name}-home"
+    home.mkdir(exist_ok=True)
+    (home / "config.yaml").write_text(f"replay_dir: {home.as_posix()}\n{config}", "utf-8")
+    command: list[str | Path] = [sys.executable, "-m", "cookiecutter", template, *words, "--output-dir", into]
+    return subprocess.run(
+        [*command, "--config-file", home / "config.yaml"],
+        cwd=home,
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "utf-8"} | variables,
+        input=typed,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
+
+
+def test_choices_are_asked_as_choices(template: Path, bake: Bake, tmp_path: Path) -> None:
+    """At the prompt a choice is a number; another answer is asked for again, at once and not at the end."""
+    asked = cookiecutter(template, tmp_path / "out", typed="\n\n\nstrikt\n2\n\n\n\n\n\n")
+    assert asked.returncode == 0, asked.stdout
+    assert "Please select one of the available options" in asked.stdout
+    assert contents(tmp_path / "out" / "iris-classifier") == contents(bake(slo="strict"))
+
+
+# What a configuration file says of the answers -> the correction.
+CONFIGURED = {
+    "a blank team": ("owner_team:", "owner_team=ml-platform"),
+    "a blank name": ("service_name:", "service_name=service"),
+    "a team that YAML reads as a number": ("owner_team: 007", "owner_team=7"),
+    "a team that YAML reads as true": ("owner_team: yes", "owner_team=True"),
+    "a list": ("description: [a, b]", "description=['a', 'b']"),
+    "a choice that is none": ("slo: strickt", "slo=strict"),
+    "a blank choice": ("ci:", "ci=github"),
+}
+
+
+@pytest.mark.parametrize(("line", "correction"), CONFIGURED.values(), ids=CONFIGURED)
+def test_configured_answers_are_held_to_the_same_rules(
+    template: Path, tmp_path: Path, line: str, correction: str
+) -> None:
+    """What the user's configuration leaves blank, or YAML reads as no text, is refused in one line."""
+    refused = cookiecutter(template, tmp_path / "out", "--no-input", config=f"default_context:\n  {line}\n")
+    assert refused.returncode != 0
+    complaint, command = refused.stdout.splitlines()[:2]
+    assert complaint.startswith(correction.partition("=")[0])
+    assert " cannot be used: " in complaint
+    assert shlex.split(command)[-1] == correction
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def replay_file(folder: Path, **changes: object) -> Path:
+    """What cookiecutter wrote down of the render before, with changes; None takes a line out."""
+    (written,) = (folder / "out-home").glob("*.json")
+    document = json.loads(written.read_text("utf-8"))
+    document["cookiecutter"].update(changes)
+    document["cookiecutter"] = {
+        name: value for name, value in document["cookiecutter"].items() if value is not None
+    }
+    edited = folder / "edited.json"
+    edited.write_text(json.dumps(document), "utf-8")
+    return edited
+
+
+@pytest.fixture
+def replayed(template: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`replayed(**changes)`: a render, and one more from the edited file that the first left."""
+    first = cookiecutter(template, tmp_path / "out", "--no-input")
+    assert first.returncode == 0, first.stdout
+
+    def again(**changes: object) -> subprocess.CompletedProcess[str]:
+        file = replay_file(tmp_path, **changes)
+        return cookiecutter(template, tmp_path / "again", "--replay-file", str(file))
+
+    return again
+
+
+# Edits of a replay file -> what the refusal begins with.
+EDITED: dict[str, tuple[dict[str, object], str]] = {
+    "a name that leads out": ({"service_name": "../escaped"}, "service_name '../escaped'"),
+    "an absolute name": ({"service_name": "/escaped"}, "service_name '/escaped'"),
+    "a name of several folders": ({"service_name": "a/b"}, "service_name 'a/b'"),
+    "a name that is refused": ({"service_name": "Churn!"}, "service_name 'Churn!'"),
+    "a choice that is none": ({"slo": "../capabilities/tracing"}, "slo '../capabilities/tracing'"),
+    "rules of its own": ({"slo": "mine", "_choices": {"slo": ["mine"], "ci": ["github"]}}, "slo 'mine'"),
+    "template code": ({"description": "{{ 7 * 7 }}"}, "description '{{ 7 * 7 }}'"),
+    "a blank": ({"owner_team": ""}, "owner_team ''"),
+    "no text": ({"owner_team": 7}, "owner_team '7'"),
+    "other files to copy": ({"_copy_without_render": []}, "_copy_without_render"),
+    "a question that is none": ({"servicename": "churn"}, "servicename"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said"), EDITED.values(), ids=EDITED)
+def test_a_replay_file_is_held_to_the_same_rules(
+    replayed: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    changes: dict[str, object],
+    said: str,
+) -> None:
+    """An edited replay file is validated as if it was typed, and nothing is written, least of all outside."""
+    before = sorted(path for path in tmp_path.iterdir())
+    refused = replayed(**changes)
+    assert refused.returncode != 0
+    assert said in refused.stdout.splitlines()[0]
+    assert " cannot be used: " in refused.stdout.splitlines()[0]
+    left = {path for path in tmp_path.iterdir() if path not in before} - {tmp_path / "edited.json"}
+    assert {path.name for path in left} <= {"again", "again-home"}
+    assert not [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert not Path("/escaped").exists()
+
+
+def test_a_replay_file_with_usable_answers_is_followed(
+    replayed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, bake: Bake
+) -> None:
+    """An edited name, description and capability come out as if they were typed: nothing derived is stale."""
+    answers = {
+        "service_name": "churn-model",
+        "description": 'Says "no" \\ yes',
+        "capabilities": "tracing object-store",
+        "slo": "strict",
+    }
+    addresses = {
+        "repo_url": "https://git.example.com/iris-classifier",
+        "runbook_base_url": "https://git.example.com/iris-classifier/blob/main/docs/runbooks",
+    }
+    again = replayed(**answers)
+    assert again.returncode == 0, again.stdout
+    assert contents(tmp_path / "again" / "churn-model") == contents(bake(**answers, **addresses))

@@ -3,16 +3,20 @@
 import ast
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.render import ROOT, SERVICE
-from tests.conftest import Bake, Render, contents
+from tests.conftest import ENVIRONMENT, Bake, Render, commit, contents, run
 
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
 CHOICES = {option: list(choices) for option, choices in QUESTIONS["_choices"].items()}
-OTHER_CHOICES = [(o, c) for o, choices in CHOICES.items() for c in choices if c != QUESTIONS[o]]
+OTHER_CHOICES = [(option, choice) for option, choices in CHOICES.items() for choice in choices[1:]]
 CAPABILITIES: list[str] = QUESTIONS["_capabilities"]
 RENDERED = "pyproject.toml"  # names the capabilities
 ADDED = SERVICE / "_overlays" / "capabilities"
@@ -99,7 +103,7 @@ def test_the_base_knows_the_variables_of_each_capability() -> None:
 
 def test_overlays_are_choices() -> None:
     """Every overlay belongs to a choice, and every choice but the defaults has its file list."""
-    overlays = {folder.name for folder in (SERVICE / "_overlays").iterdir()} - {"capabilities"}
+    overlays = {folder.name for folder in (SERVICE / "_overlays").iterdir()} - {"capabilities", "kept.txt"}
     assert overlays <= {f"{option}_{choice}" for option, choices in CHOICES.items() for choice in choices}
     assert sorted(folder.name for folder in (SERVICE / "_overlays/capabilities").iterdir()) == CAPABILITIES
     lists = {"default", *(f"{option}_{choice}" for option, choice in OTHER_CHOICES)}
@@ -107,11 +111,13 @@ def test_overlays_are_choices() -> None:
     assert {file.stem for file in LISTS.iterdir()} == lists
 
 
-def test_default_answers_are_choices() -> None:
-    """Every question has a prompt in plain words, and every default is one of the choices."""
+def test_questions_have_words() -> None:
+    """Every question and choice has a prompt in plain words, and the menu is the list that is checked."""
     questions = {name for name in QUESTIONS if not name.startswith("_")}
     assert set(QUESTIONS["__prompts__"]) == questions
-    assert all(QUESTIONS[option] in choices for option, choices in CHOICES.items())
+    for option, choices in CHOICES.items():
+        assert QUESTIONS[option] == choices
+        assert list(QUESTIONS["__prompts__"][option]) == ["__prompt__", *choices]
 
 
 def test_all_choices_together(bake: Bake) -> None:
@@ -165,8 +171,137 @@ def test_rendering_over_an_earlier_render(bake: Bake, render: Render) -> None:
     assert contents(folder) == {**contents(bake()), "artifacts/v2/model.onnx": b"trained at home"}
 
 
+@pytest.mark.parametrize(
+    "file", ["slo.toml", "app/schemas/predict.py", "artifacts/v0/rules.json", "README.md"]
+)
+def test_skipping_existing_files_keeps_them(render: Render, file: str) -> None:
+    """With --skip-if-file-exists nothing that is there changes, neither by overlays nor by copied files."""
+    folder = render(slo="strict").folder
+    (folder / file).write_text("ours\n", "utf-8")
+    (folder / "Makefile").unlink()
+    before = contents(folder)
+    again = render("-f", "-s", into=folder.parent, slo="strict")
+    assert again.status == 0, again.said
+    assert contents(folder).items() - before.items() == {("Makefile", contents(folder)["Makefile"])}
+
+
 def test_next_commands(render: Render) -> None:
     """A render ends with the next three commands to type."""
     rendering = render(service_name="churn-model")
     commands = [line.strip() for line in rendering.said.splitlines() if line.startswith("  ")]
     assert commands == [f"cd {rendering.folder}", "make run", "make test"]
+
+
+@pytest.mark.parametrize("folder", ["Мои модели", "o'hara & sons; $HOME", "plain"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_printing_never_fails_a_render(template: Path, tmp_path: Path, folder: str, encoding: str) -> None:
+    """Whatever the terminal can show, the render stays; the folder is quoted, so that `cd` can be pasted."""
+    into = tmp_path / folder
+    into.mkdir()
+    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "cookiecutter",
+        template,
+        "--no-input",
+        "--output-dir",
+        into,
+    ]
+    ended = subprocess.run(
+        [*command, "--config-file", tmp_path / "config.yaml"],
+        env=ENVIRONMENT | {"PYTHONIOENCODING": f"{encoding}:strict"},
+        capture_output=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (into / "iris-classifier" / "Makefile").is_file()
+    (line,) = [line for line in ended.stdout.decode(encoding).splitlines() if line.startswith("  cd ")]
+    if encoding == "utf-8" or folder.isascii():
+        assert shlex.split(line) == ["cd", str(into / "iris-classifier")]
+
+
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_a_terminal_that_takes_nothing_does_not_fail_a_render(
+    template: Path, tmp_path: Path, output: str
+) -> None:
+    """With standard output closed, or on a full disk, the render stays."""
+    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "cookiecutter",
+        str(template),
+        "--no-input",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    command += ["--config-file", str(tmp_path / "config.yaml")]
+    redirect = ">&-" if output == "closed" else ">/dev/full"
+    ended = subprocess.run(
+        ["sh", "-c", f'"$@" {redirect}', "sh", *command], env=ENVIRONMENT, capture_output=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "iris-classifier" / "Makefile").is_file()
+
+
+def test_a_module_in_the_folder_for_temporary_files_is_not_run(template: Path, tmp_path: Path) -> None:
+    """Hooks run from the folder for temporary files; somebody's types.py there changes nothing."""
+    for name in ("types", "json", "shutil"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run by a hook')\n", "utf-8")
+    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
+    command: list[str | Path] = [
+        sys.executable,
+        "-P",
+        "-m",
+        "cookiecutter",
+        template,
+        "--no-input",
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    ended = subprocess.run(
+        [*command, "--config-file", tmp_path / "config.yaml"],
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_mounted_files_can_be_read_by_containers(template: Path, tmp_path: Path) -> None:
+    """Whatever the umask of clone and render, what Compose mounts can be read by other users."""
+    clone = shutil.copytree(template, tmp_path / "clone")
+    for path in clone.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "cookiecutter",
+        clone,
+        "--no-input",
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    ended = subprocess.run(
+        [*command, "--config-file", tmp_path / "config.yaml"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        umask=0o077,
+    )
+    assert ended.returncode == 0, ended.stderr
+    folder = tmp_path / "out" / "iris-classifier"
+    mounted = [folder / "ops", *(folder / "ops").rglob("*")]
+    assert {oct(path.stat().st_mode & 0o077) for path in mounted} == {oct(0o055), oct(0o044)}
+
+
+@pytest.mark.parametrize("ignored", ["*.onnx\n*.csv\n*.json\n*.jsonl\n", "artifacts/\nevaluation/\n"])
+def test_a_gitignore_above_leaves_nothing_out(bake: Bake, tmp_path: Path, ignored: str) -> None:
+    """In a repository that ignores models and data, the model, its contract and its data are committed."""
+    (tmp_path / ".gitignore").write_text(ignored, "utf-8")
+    shutil.copytree(bake(), tmp_path / "iris-classifier")
+    commit(tmp_path, "As rendered")
+    tracked = run("git", "ls-files", cwd=tmp_path / "iris-classifier").stdout.splitlines()
+    needed = [
+        name for name in contents(bake()) if name.startswith(("artifacts/", "evaluation/", "app/", "ops/"))
+    ]
+    assert [name for name in [*needed, "openapi.json", "docs/example.json"] if name not in tracked] == []

@@ -424,7 +424,7 @@ def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
     ):
         file.write_text(text, "utf-8")
         file.chmod(0o755)
-    for made in ("pyvenv.cfg", "runtime.stamp", "dev.stamp"):
+    for made in ("made.stamp", "runtime.stamp", "dev.stamp"):
         (folder / ".venv" / made).touch()
     git = ("git", "-c", "user.name=on call", "-c", "user.email=on-call@example.com")
     for arguments in (

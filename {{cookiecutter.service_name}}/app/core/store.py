@@ -238,7 +238,11 @@ def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     files = {}
     for name, entry in sorted(manifest.files.items()):
         if name not in present:
-            raise ArtifactError(f"{folder / Path(name).name}: listed in {MANIFEST} but missing")
+            path = folder / Path(name).name
+            raise ArtifactError(
+                f"{path}: listed in {MANIFEST} but missing; if it was never committed, `git check-ignore -v "
+                f"{path}` says why"
+            )
         content = _read(folder / name, size=entry.size)
         if len(content) != entry.size:
             raise ArtifactError(f"{folder / name}: size differs from the {entry.size} bytes in {MANIFEST}")
