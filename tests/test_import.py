@@ -24,8 +24,8 @@ BIN = Path(".venv", "Scripts" if os.name == "nt" else "bin")
 PATIENCE_SECONDS = 120
 # Each kind of model with what is special about it; tests/models.py fits them.
 KINDS = [
-    "logistic", "boosting", "pipeline", "line", "wide", "lightgbm", "lightgbm_regressor", "xgboost",
-    "onnx",
+    "logistic", "boosting", "histogram", "pipeline", "line", "wide", "lightgbm", "lightgbm_regressor",
+    "xgboost", "onnx",
 ]  # fmt: skip
 
 # The tests of the machinery that another contract can break; `make prove` has all.
@@ -285,14 +285,12 @@ def test_nothing_else_needs_editing(project: Path, fitted: Path, shape: str) -> 
     assert not [line for line in status(project) if not line.endswith("evaluation/v2.json")]
 
 
-def test_model_without_onnx_form_is_served_by_skops(project: Path, fitted: Path) -> None:
-    """HistGradientBoosting is refused with the command that serves it through skops, and that works."""
-    refused = bring_case(project, fitted / "histogram")
-    assert refused.returncode == 1
-    assert "--runtime skops" in refused.stdout.splitlines()[-1]
-    assert not status(project)
-    ended = bring_case(project, fitted / "histogram", "--runtime", "skops")
+def test_model_without_onnx_form_is_served_by_scikit_learn(project: Path, fitted: Path) -> None:
+    """Asked for as skops: the import says what the image lacks, and adds it if told to."""
+    ended = bring_case(project, fitted / "histogram", "--runtime", "skops", "--add-requirements")
     assert ended.returncode == 0, ended.stdout
+    assert "the image needs scikit-learn==" in ended.stdout
+    assert "skops==" in (project / "requirements" / "runtime.in").read_text("utf-8")
     assert_served(project, fitted / "histogram")
 
 

@@ -28,7 +28,7 @@ from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle import package
-from lifecycle.command import ROOT, LifecycleError, sha256, write_file
+from lifecycle.command import ROOT, LifecycleError, sha256
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source
 from lifecycle.importing.serving import LOCALE, RUNTIME_IN, add, lacking
@@ -55,7 +55,6 @@ DOCUMENTS = (
     "evaluation/thresholds.toml",
 )  # fmt: skip
 HOLDOUT = "evaluation/holdout"
-STORY, MAX_LINE = Path("build/import-model.log"), 280
 REVIEW_THRESHOLD = 0.6
 MANY_ROWS = 20  # in fewer, all values of a column differ by chance
 LABEL_LIKE = re.compile(r"(?i)^(y|label|class|target|outcome|ground_?truth|prediction|y_.*)$")
@@ -90,10 +89,10 @@ class Request:
 
 def import_model(
     model: Annotated[
-        str, typer.Option(help="A fitted estimator from joblib or pickle, a torch module, or an ONNX file.")
-    ] = "",
-    data: Annotated[str, typer.Option(help="Its training data: .csv, .parquet, .jsonl or .arrow.")] = "",
-    target: Annotated[str, typer.Option(help="The column that the model predicts.")] = "",
+        Path, typer.Option(help="A fitted estimator from joblib or pickle, a torch module, or an ONNX file.")
+    ],
+    data: Annotated[Path, typer.Option(help="Its training data: .csv, .parquet, .jsonl or .arrow.")],
+    target: Annotated[str, typer.Option(help="The column that the model predicts.")],
     runtime: Annotated[
         Runtime | None,
         typer.Option(help="`onnx` or `skops` alone; by default the fastest that is proven to be equal."),
@@ -137,17 +136,10 @@ def import_model(
     is released; otherwise `make promote` releases it. The same inputs give the same bytes, and any failure
     leaves the repository as it was.
     """
-    if lacking := [
-        name for name, value in (("MODEL", model), ("DATA", data), ("TARGET", target)) if not value
-    ]:
-        raise LifecycleError(
-            f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not given: "
-            "make import-model MODEL=model.joblib DATA=train.csv TARGET=column"
-        )
     own = [name for name in trust.split(",") if name]
     request = Request(
-        Path(model), Path(data), target, runtime, own, trust_listed, parsed_bounds(bounds or []),
-        review_threshold, feedback_tolerance, holdout, add_requirements,
+        model, data, target, runtime, own, trust_listed, parsed_bounds(bounds or []), review_threshold,
+        feedback_tolerance, holdout, add_requirements,
     )  # fmt: skip
     try:
         version, changes = run(request, check=check)
@@ -237,21 +229,12 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
             apply(ROOT, work, changes)
         return assembly.version, [path.as_posix() for path in changes]
     except LifecycleError as refusal:
-        raise LifecycleError(told_in_full(work, str(refusal))) from None
+        story = work / steps.LOG  # a line for the terminal is made of the first one
+        told = f"{refusal}\n{story.read_text('utf-8')}" if story.is_file() else str(refusal)
+        raise LifecycleError(told) from None
     finally:
         with unstopped():
             recover(ROOT)
-
-
-def told_in_full(work: Path, reason: str) -> str:
-    """The reason in a line for a terminal; the whole story is kept in build/."""
-    story = (work / steps.LOG).read_text("utf-8") if (work / steps.LOG).is_file() else ""
-    line = " ".join(reason.split())
-    if not story and len(line) <= MAX_LINE:
-        return line
-    write_file(ROOT / STORY, f"{story}\n{reason}\n".encode())
-    more = f" [all of it: {STORY}]"
-    return (line if len(line) <= MAX_LINE - len(more) else f"{line[: MAX_LINE - len(more) - 1]}…") + more
 
 
 def check_target(table: Table, target: str) -> None:

@@ -66,6 +66,7 @@ class Original:
     forms: Sequence[Form] = ()  # ONNX forms, of models that are no estimators
     outputs: dict[str, Any] = field(default_factory=dict)  # threshold and classes, as a manifest has them
     takes: dict[str, Any] = field(default_factory=dict)  # takes and dtypes, as a manifest has them
+    framed: bool = False  # whether it is asked with DataFrames
 
     def chosen(self, scores: Answers) -> Any:
         """The position of each row's label: by the threshold, or the most probable one."""
@@ -137,6 +138,7 @@ def open_model(
         estimator,
         outputs=outputs,
         takes=takes,
+        framed=named is not None or takes.get("takes") == "frame",
     )
     return original
 

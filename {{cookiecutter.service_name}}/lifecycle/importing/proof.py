@@ -43,6 +43,7 @@ from lifecycle.tables import read_sample
 
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
 PECULIAR_ROWS, ROWS_ALONE, WORDS, TIES = 600, 40, 60, 6
+FOR_CONVERSION = {"onnx", "onnxmltools", "skl2onnx"}  # what serving does without
 UNSEEN, NEW_WORD = "no row has this", "of a new word"
 SECONDS_MEASURED = 0.1
 # Types that estimators of these libraries are made of; anything else is for the person to trust.
@@ -319,8 +320,14 @@ def loaded(request: Conversion, proof: Proof, candidate: Candidate) -> Model:
     """A candidate as the service would load it; raises LifecycleError where its types are not trusted."""
     files = candidate.make()
     types = sorted(skops_types(files["model.skops"])) if "model.skops" in files else []
-    libraries = candidate.libraries | trusted(request, types)
-    original = proof.original
+    original, libraries = proof.original, candidate.libraries | trusted(request, types)
+    takes: dict[str, Any] = {}
+    if types:
+        libraries -= FOR_CONVERSION
+        if candidate.manifest.get("stages", ["model.skops"])[0] == "model.skops":
+            takes = original.takes
+            frame = original.framed and any(one.dtype != "float64" for one in proof.entries)
+            libraries |= {"pandas"} if takes.get("takes", "frame" if frame else "array") == "frame" else set()
     manifest = Manifest(
         name="model",
         version="v1",
@@ -334,11 +341,7 @@ def loaded(request: Conversion, proof: Proof, candidate: Candidate) -> Model:
         trusted_types=types,
         code=own_code() if any(one.startswith(OWN) for one in types) else {},
         contract_sha256="0" * 64,
-        **(
-            original.takes
-            if types and candidate.manifest.get("stages", ["model.skops"])[0] == "model.skops"
-            else {}
-        ),
+        **takes,
         **candidate.manifest,
     )
     artifact = Artifact(manifest, files)

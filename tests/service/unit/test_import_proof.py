@@ -1,0 +1,234 @@
+"""What an import finds out of an estimator, what it asks it, and what it takes for proven."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from sklearn.compose import ColumnTransformer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, TunedThresholdClassifierCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
+
+from app.core.store import Input
+from lifecycle.command import LifecycleError
+from lifecycle.importing import proof, serving
+from lifecycle.importing.original import AsText, Original, open_model, original_answers
+from lifecycle.importing.steps import Conversion
+
+DRAW = np.random.default_rng(0)
+FRAME = pd.DataFrame(
+    {
+        "length": DRAW.normal(5, 2, 120).round(1),
+        "kind": DRAW.choice(["a", "b", "c"], 120),
+        "code": DRAW.choice(["01", "08", "11"], 120),
+    }
+)
+LABELS = np.where(FRAME.length + (FRAME.kind == "a") > 5, "yes", "no")
+DTYPES = {"length": "float64", "kind": "string", "code": "string", "y": "string"}
+
+
+def table(truth: Any, **columns: Any) -> Any:
+    """The sample of an import: the frame with other columns in it, and the target `y`."""
+    return pa.Table.from_pandas(FRAME.assign(**columns, y=truth), preserve_index=False)
+
+
+def opened(
+    folder: Path, estimator: Any, truth: Any, names: list[str], **dtypes: str
+) -> tuple[Original, list[Input], Any]:
+    """The estimator as an import finds it, its columns, and the sample."""
+    joblib.dump(estimator, folder / "model.joblib")
+    inputs = {name: Input(name=name, dtype={**DTYPES, **dtypes}[name]) for name in names}  # type: ignore[arg-type]
+    rows = table(truth)
+    original = open_model(folder / "model.joblib", inputs, {}, rows, "y")
+    return original, [inputs[name] for name in original.names], rows.select(original.names)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The line of the LifecycleError."""
+    with pytest.raises(LifecycleError) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 280
+    return str(refused.value)
+
+
+def logistic() -> Any:
+    """A pipeline for the one column of numbers."""
+    return make_pipeline(StandardScaler(), LogisticRegression())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: FixedThresholdClassifier(inner, threshold=0.3, pos_label="yes"),
+        lambda inner: FixedThresholdClassifier(inner, threshold=0.3, pos_label="no"),
+        lambda inner: TunedThresholdClassifierCV(inner, scoring="balanced_accuracy", random_state=0),
+        lambda inner: make_pipeline(
+            StandardScaler(), FixedThresholdClassifier(inner, threshold=0.8, pos_label="yes")
+        ),
+        lambda inner: GridSearchCV(
+            FixedThresholdClassifier(inner, pos_label="yes"), {"threshold": [0.2, 0.25]}, cv=3
+        ),
+    ],
+)
+def test_a_threshold_is_read_from_the_estimator(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Fixed or tuned, in a pipeline or a search, of either label: the kept rule chooses as `predict` does."""
+    model = wrap(logistic()).fit(FRAME[["length"]], LABELS)
+    original, entries, rows = opened(tmp_path, model, LABELS, ["length"])
+    scores = original_answers(original, rows, entries)
+    chosen = np.array(original.labels)[original.chosen(scores)]
+    assert original.outputs["threshold"]["label"] in ("yes", "no")
+    assert chosen.tolist() == model.predict(FRAME[["length"]]).tolist()
+    assert (scores.argmax(axis=1) != original.chosen(scores)).any()
+
+
+def test_a_threshold_on_other_numbers_is_refused(tmp_path: Path) -> None:
+    """Answers have probabilities, so a threshold on decision_function is refused with what to change."""
+    model = FixedThresholdClassifier(LogisticRegression(), threshold=0.5, response_method="decision_function")
+    model.fit(FRAME[["length"]], LABELS == "yes")
+    line = refusal(lambda: opened(tmp_path, model, LABELS == "yes", ["length"]))
+    assert "response_method='predict_proba'" in line
+
+
+def test_words_stand_for_the_numbers_of_a_label_encoder(tmp_path: Path) -> None:
+    """0 and 1 become the target's words where those in their order are right; otherwise it is refused."""
+    model = logistic().fit(FRAME[["length"]], (LABELS == "yes").astype(int))
+    original, entries, rows = opened(tmp_path, model, LABELS, ["length"])
+    assert (original.labels, original.outputs["classes"]) == (["no", "yes"], [0, 1])
+    answers = original_answers(original, rows, entries)
+    proof.check_words(original, answers, pa.array(LABELS), "y")
+    swapped = pa.array(np.where(LABELS == "yes", "no", "yes"))
+    assert "not what it means" in refusal(lambda: proof.check_words(original, answers, swapped, "y"))
+
+
+def test_labels_that_the_target_does_not_have_are_refused(tmp_path: Path) -> None:
+    """A model of other labels than the target's is refused with both."""
+    model = logistic().fit(FRAME[["length"]], np.where(LABELS == "yes", 7, 9))
+    assert "its labels are 7, 9" in refusal(lambda: opened(tmp_path, model, LABELS, ["length"]))
+
+
+@pytest.mark.parametrize("encoder", [OneHotEncoder, OrdinalEncoder])
+def test_columns_that_it_knows_as_text_are_asked_for(encoder: type, tmp_path: Path) -> None:
+    """Codes like 08 that the file shows as numbers, of which an encoder in a pipeline was fitted on words."""
+    inner = make_pipeline(FunctionTransformer(), encoder())
+    model = make_pipeline(ColumnTransformer([("e", inner, ["code"])], remainder="passthrough"), Ridge())
+    model.fit(FRAME[["code", "length"]], FRAME.length)
+    with pytest.raises(AsText) as asked:
+        opened(tmp_path, model, FRAME.length, ["code", "length"], code="int64")
+    assert asked.value.args == ("code",)
+
+
+@pytest.mark.parametrize("vectoriser", [TfidfVectorizer, CountVectorizer])
+def test_a_series_of_text_is_what_a_vectoriser_takes(vectoriser: type, tmp_path: Path) -> None:
+    """Fitted on a Series, it gets one, whatever else the data holds."""
+    model = make_pipeline(vectoriser(analyzer="char"), LogisticRegression()).fit(FRAME.kind, LABELS)
+    original, entries, rows = opened(tmp_path, model, LABELS, ["length", "kind"])
+    assert (original.names, original.takes) == (["kind"], {"takes": "column"})
+    assert original_answers(original, rows, entries).tolist() == model.predict_proba(FRAME.kind).tolist()
+
+
+def test_peculiar_rows_are_asked_too(tmp_path: Path) -> None:
+    """Extremes, neighbours, every category and a new word; a column that fails on such is told."""
+    encode = ColumnTransformer(
+        [("strict", OneHotEncoder(), ["kind"]), ("open", OneHotEncoder(handle_unknown="ignore"), ["code"])],
+        remainder="passthrough",
+    )
+    columns = ["length", "kind", "code"]
+    model = make_pipeline(encode, Ridge()).fit(FRAME[columns], FRAME.length)
+    original, entries, rows = opened(tmp_path, model, FRAME.length, columns)
+    strange, closed = proof.peculiar(original, entries, rows)
+    assert closed == ["kind"]
+    assert {one.split("'")[2] for one in strange.told} >= {
+        " of a new word", " of each kind", " at its least", " far above", " between two neighbours"
+    }  # fmt: skip
+    assert len(strange.answers) == strange.rows.num_rows == len(strange.told)
+
+
+class Beside(FunctionTransformer):
+    """Takes the mean of the rows that come together off: what no service may do."""
+
+    def transform(self, rows: Any) -> Any:
+        """Rows beside each other change each other."""
+        return rows - rows.mean()
+
+
+def test_answers_that_change_with_their_neighbours_are_refused(tmp_path: Path) -> None:
+    """A row has one answer: an estimator that answers otherwise alone than in a batch is refused."""
+    model = make_pipeline(Beside(), LogisticRegression()).fit(FRAME[["length"]], LABELS)
+    original, entries, rows = opened(tmp_path, model, LABELS, ["length"])
+    answers = original_answers(original, rows, entries)
+    strange, _ = proof.peculiar(original, entries, rows)
+    line = refusal(lambda: proof.Proof(original, entries, rows, answers, strange))
+    assert "asked alone" in line
+
+
+def request(**more: Any) -> Conversion:
+    """A request that trusts nothing beyond the usual."""
+    given = {"trust": [], "trust_listed": False, "inputs": [], "unusable": {}, "runtime": None} | more
+    return Conversion(model=Path("model.joblib"), target="y", **given)
+
+
+def test_types_are_trusted_by_where_they_are_from() -> None:
+    """Own code and known libraries are; a notebook's never; others of a package when they are named."""
+    types = ["sklearn.linear_model._base.LinearRegression", "app.own.features.Ratio", "builtins.dict"]
+    assert proof.trusted(request(), types) == {"scikit-learn"}
+    for strange in ("__main__.Ratio", "ownsteps.Ratio"):
+        line = refusal(lambda strange=strange: proof.trusted(request(trust_listed=True), [strange]))
+        assert "move it to app/own/features.py" in line
+    assert "--trust pytest.Item" in refusal(lambda: proof.trusted(request(), ["pytest.Item"]))
+    assert proof.trusted(request(trust=["pytest.Item"]), ["pytest.Item"]) == {"pytest"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"cownsteps\nRatio\n.", "if it is your own code, move it to app/own/features.py"),
+        (b"ccloudpickle.cloudpickle\n_make\n.", "app/own/features.py"),
+        (b"capp.own.features\nNotThere\n.", "not where it was"),
+    ],
+)
+def test_code_that_is_not_here_is_told_where_to_go(content: bytes, said: str, tmp_path: Path) -> None:
+    """A module or a class that cannot be imported: what it is, and where to move it."""
+    (tmp_path / "model.pkl").write_bytes(content)
+    assert said in refusal(lambda: open_model(tmp_path / "model.pkl", {}, {}, table(LABELS), "y"))
+
+
+def test_only_the_packages_of_the_image_are_found() -> None:
+    """Under `Only`, training libraries are missing even if they were imported; what is asked for is there."""
+    program = (
+        "import sys, sklearn, pyarrow; from lifecycle.importing.serving import Only, lacking\n"
+        "with Only([]):\n"
+        "    import numpy, onnxruntime, fastapi\n"
+        "    for name in ('sklearn', 'pandas', 'pyarrow', 'skops.io'):\n"
+        "        try: __import__(name); raise SystemExit(name)\n"
+        "        except ModuleNotFoundError: pass\n"
+        "with Only(['scikit-learn==1', 'skops==1']):\n"
+        "    import sklearn.linear_model, scipy.stats, skops.io\n"
+        "import pandas\n"
+    )
+    done = subprocess.run(  # in a process of its own, because modules are taken out of it
+        [sys.executable, "-c", program], cwd=serving.ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_the_image_lacks_is_said_and_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Libraries that the lock does not hold in that version, however their names are spelled."""
+    (tmp_path / "requirements").mkdir()
+    lock = "numpy==2.4.0 \\\n    --hash=sha256:00\nScikit_Learn==1.9.1 ; python_version > '3'\n"
+    (tmp_path / "requirements" / "runtime.txt").write_text(lock, "utf-8")
+    (tmp_path / "requirements" / "runtime.in").write_text("numpy>=2 # arrays\nskops>=0.1\n", "utf-8")
+    (tmp_path / "requirements" / "dev.txt").write_text("skops==0.16.0\n", "utf-8")
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    found = serving.lacking({"numpy": "2.4.0", "scikit-learn": "1.9.1", "skops": "0.16.0"})
+    assert found == ["skops==0.16.0"]
+    assert serving.add(found, "artifacts/v2") == "numpy>=2 # arrays\nskops==0.16.0 # artifacts/v2\n"
