@@ -130,9 +130,7 @@ class Settings(BaseSettings):
     addresses: ClassVar[str | None] = None  # a pattern: what APP_ARTIFACTS_DIR may be besides a folder
 
     env: Annotated[Literal["local", "staging", "production"], _LOWER] = "local"
-    host: Annotated[str, AfterValidator(_host)] = (
-        "0.0.0.0"  # a container's service listens on every interface
-    )
+    host: Annotated[str, AfterValidator(_host)] = "0.0.0.0"  # containers listen on every interface
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _UPPER] = "INFO"

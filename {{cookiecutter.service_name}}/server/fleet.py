@@ -33,8 +33,9 @@ MAX_STACK_BYTES = 16_384
 PAUSE_SECONDS = 1.0  # before the next try when no process can be forked
 # What may be given to gunicorn itself; all else is what limits, quotas and drain depend on.
 HARMLESS = {
-    "args", "backlog", "chdir", "check_config", "config", "forwarded_allow_ips", "loglevel", "pidfile",
-    "print_config", "proc_name", "pythonpath", "timeout", "umask",
+    "access_log_format", "accesslog", "args", "backlog", "chdir", "check_config", "config", "errorlog",
+    "forwarded_allow_ips", "loglevel", "pidfile", "print_config", "proc_name", "pythonpath", "timeout", "umask",
+    "worker_tmp_dir",
 }  # fmt: skip
 
 
@@ -113,8 +114,8 @@ class ForkingFleet(Fleet):
         for name in ("host", "port"):
             if getattr(settings, name) != getattr(self.settings, name):
                 raise SettingsError(f"APP_{name.upper()} is taken at a restart only")
-        for name in ("api_keys", "trusted_keys"):
-            if getattr(self.settings, name) and not getattr(settings, name) and not settings.auth_disabled:
+        for name, waived in (("api_keys", settings.auth_disabled), ("trusted_keys", False)):
+            if getattr(self.settings, name) and not getattr(settings, name) and not waived:
                 raise SettingsError(f"APP_{name.upper()} is empty now; a restart is needed to do without")
         artifact, count = read_served(settings), worker_count(settings)
         self.metric_files.prepare(settings.metrics_enabled)

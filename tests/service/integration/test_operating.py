@@ -129,7 +129,10 @@ def test_what_the_service_relies_on_is_not_overridden(
 
 def test_harmless_arguments_are_taken(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process id file, a name, a backlog and a timeout are the operator's."""
-    monkeypatch.setenv("GUNICORN_CMD_ARGS", f"--pid {tmp_path}/pid --name iris --backlog 100 --timeout 90")
+    monkeypatch.setenv(
+        "GUNICORN_CMD_ARGS",
+        f"--pid {tmp_path}/pid --access-logfile - --error-logfile - --name iris --backlog 100 --timeout 90",
+    )
     assert start(workers=1).predict().status_code == 200
     assert (tmp_path / "pid").exists()
 
