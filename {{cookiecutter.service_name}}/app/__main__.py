@@ -40,12 +40,6 @@ def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
     return predictions
 
 
-def address(settings: Settings) -> str:
-    """Where a person on this machine finds the documentation."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    return f"docs: http://{f'[{host}]' if ':' in host else host}:{settings.port}/docs   stop: Ctrl-C"
-
-
 def main() -> int:
     """Run the command line; 0 when it worked, 1 with one line when it did not."""
     parser = argparse.ArgumentParser(prog="python -m app", description=(__doc__ or "").splitlines()[0])
@@ -61,7 +55,7 @@ def main() -> int:
             print(json.dumps(redacted(settings), indent=2))
             return 0
         if arguments.command == "address":
-            print(address(settings))
+            print(f"docs: {settings.address}   stop: Ctrl-C")
             return 0
         content = arguments.file.read_bytes() if arguments.file else sys.stdin.buffer.read()
         for prediction in predict(content, settings):

@@ -206,6 +206,12 @@ class Settings(BaseSettings):
         """Whether /docs and /openapi.json are served: on, but off in production unless asked for."""
         return self.env != "production" if self.docs_enabled is None else self.docs_enabled
 
+    @property
+    def address(self) -> str:
+        """Where a person on this machine finds the documentation."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/docs"
+
     @classmethod
     def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[Any, ...]:
         """Arguments, then the service level objectives; `load_settings` gives what the environment says."""

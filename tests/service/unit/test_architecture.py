@@ -48,7 +48,10 @@ SHUNS = {
 # Monitoring, because a baseline is recorded with the bins that the service counts in.
 USED_BY_THE_LIFECYCLE = {"core", "rollout", "schemas", "monitoring", "observability", "own"}
 # The API is documented from the application itself.
-MORE_OF_THE_LIFECYCLE = {"lifecycle.operations.documents": {"main", "settings"}}
+MORE_OF_THE_LIFECYCLE = {
+    "lifecycle.operations.documents": {"main", "settings"},
+    "lifecycle.importing.importer": {"settings"},  # says where the imported version is served
+}
 
 # Everything the modules lean on is imported first; what happens after that is theirs.
 IMPORTING = """

@@ -28,6 +28,7 @@ from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
 from lifecycle import package
+from app.settings import SettingsError, load_settings
 from lifecycle.command import ROOT, LifecycleError, sha256
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source
@@ -158,12 +159,14 @@ def import_model(
 
 def serve_version(version: str) -> None:
     """Become the server, with this very version."""
-    address = f"http://127.0.0.1:{os.environ.get('APP_PORT', 8000)}/docs"
-    typer.echo(f"serving {version}; docs: {address}   stop: Ctrl-C")
-    own = {"APP_MODEL_VERSION": version, "APP_LOG_FORMAT": os.environ.get("APP_LOG_FORMAT", "console")}
     os.chdir(ROOT)
+    try:
+        address = load_settings().address
+    except SettingsError as problem:
+        raise LifecycleError(str(problem)) from None
+    typer.echo(f"serving {version}; docs: {address}   stop: Ctrl-C")
     command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "app.main:create_app()"]
-    os.execve(sys.executable, command, {**os.environ, **own})  # noqa: S606  # no shell
+    os.execve(sys.executable, command, {**os.environ, "APP_MODEL_VERSION": version})  # noqa: S606  # no shell
 
 
 def parsed_bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
