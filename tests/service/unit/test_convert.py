@@ -52,14 +52,13 @@ from sklearn.preprocessing import (
     OneHotEncoder,
     OrdinalEncoder,
     PolynomialFeatures,
-    PowerTransformer,
     QuantileTransformer,
     RobustScaler,
     SplineTransformer,
     StandardScaler,
     TargetEncoder,
 )
-from sklearn.svm import SVC, SVR, LinearSVC
+from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
 from app.core.runtimes import OnnxRuntime, skops_types
@@ -310,7 +309,6 @@ REGRESSORS: dict[str, Any] = {
     "boosting": GradientBoostingRegressor(n_estimators=10),
     "histogram": HistGradientBoostingRegressor(max_iter=10),
     "counts": HistGradientBoostingRegressor(loss="poisson", max_iter=10),
-    "vectors": make_pipeline(StandardScaler(), SVR(C=100)),
     "votes": VotingRegressor([("a", LinearRegression()), ("b", RandomForestRegressor(5))]),
     "stack": StackingRegressor([("a", Ridge()), ("b", RandomForestRegressor(5))], cv=3),
     "standardised target": TransformedTargetRegressor(RandomForestRegressor(5), transformer=StandardScaler()),
@@ -320,9 +318,6 @@ REGRESSORS: dict[str, Any] = {
     "normal target": TransformedTargetRegressor(
         RandomForestRegressor(5),
         transformer=QuantileTransformer(n_quantiles=20, output_distribution="normal"),
-    ),
-    "power of the target": TransformedTargetRegressor(
-        RandomForestRegressor(5), transformer=PowerTransformer()
     ),
 }
 

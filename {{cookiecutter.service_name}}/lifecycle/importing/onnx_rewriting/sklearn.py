@@ -205,16 +205,6 @@ def _function_inverse(graph: Graph, step: Any, values: Numbers) -> Numbers:
     return applied(graph, step.inverse_func, values)
 
 
-@converter("PCA", "TruncatedSVD", method="transform")
-def _components(graph: Graph, step: Any, frame: Frame) -> Numbers:
-    weights = step.components_.T
-    if getattr(step, "whiten", False):
-        weights = weights / np.sqrt(step.explained_variance_)
-    mean = getattr(step, "mean_", None)
-    bias = np.zeros(weights.shape[1]) if mean is None else -mean @ weights
-    return graph.affine(graph.matrix(frame), weights, bias)
-
-
 @converter("SelectorMixin", method="transform")
 def _selector(graph: Graph, step: Any, frame: Frame) -> Frame:
     return graph.columns(frame, np.flatnonzero(step.get_support()).tolist())
@@ -253,31 +243,6 @@ def interpolated(graph: Graph, values: Numbers, xs: Any, ys: Any) -> Numbers:
     share = graph.node("Div", graph.node("Sub", values.tensor, xs[kept][None, :]), np.diff(xs)[kept][None, :])
     share = graph.node("Clip", share, graph.constant(0.0), graph.constant(1.0))
     return graph.affine(Numbers(share, len(kept)), np.diff(ys)[kept][:, None], ys[:1])
-
-
-@converter("PowerTransformer", method="inverse")
-def _power_inverse(graph: Graph, step: Any, values: Numbers) -> Numbers:
-    if step.standardize:
-        values = _scaler_inverse(graph, step._scaler, values)
-    (power,) = step.lambdas_
-
-    def raised(base: str, exponent: float, offset: float) -> str:
-        return graph.node("Sub", graph.node("Pow", base, exponent), offset)
-
-    scaled = graph.node("Add", graph.node("Mul", values.tensor, power), 1.0)
-    if step.method == "box-cox":
-        found = graph.node("Exp", values.tensor) if power == 0 else graph.node("Pow", scaled, 1 / power)
-        return Numbers(found, 1)
-    above = (
-        raised(graph.node("Exp", values.tensor), 1.0, 1.0) if power == 0 else raised(scaled, 1 / power, 1.0)
-    )
-    if power == 2:
-        below = graph.node("Sub", 1.0, graph.node("Exp", graph.node("Neg", values.tensor)))
-    else:
-        base = graph.node("Sub", 1.0, graph.node("Mul", values.tensor, 2 - power))
-        below = graph.node("Sub", 1.0, graph.node("Pow", base, 1 / (2 - power)))
-    positive = graph.node("GreaterOrEqual", values.tensor, 0.0)
-    return graph.number("Where", positive, above, below, width=1)
 
 
 # --- categories -------------------------------------------------------------------------------------------
@@ -400,26 +365,6 @@ def _vectors(graph: Graph, model: Any, frame: Frame) -> Numbers:
         raise Unsupported("the decision function of an SVC with probability=True has no ONNX form")
     scores = foreign(graph, model, frame, raw_scores=True)
     return graph.select(scores, [1]) if scores.width == BINARY else scores
-
-
-@converter("SVR", "NuSVR")
-def _vector_regressor(graph: Graph, model: Any, frame: Frame) -> Numbers:
-    numbers, gamma, vectors = graph.matrix(frame), float(model._gamma), model.support_vectors_
-    products = graph.node("MatMul", numbers.tensor, vectors.T)
-    if model.kernel == "rbf":
-        squares = graph.node("ReduceSumSquare", numbers.tensor, graph.constant([1], np.int64), keepdims=1)
-        both = graph.node("Add", squares, (vectors**2).sum(axis=1))
-        distances = graph.node("Sub", both, graph.node("Mul", products, 2.0))
-        products = graph.node("Exp", graph.node("Mul", distances, -gamma))
-    elif model.kernel in ("poly", "sigmoid"):
-        products = graph.node("Add", graph.node("Mul", products, gamma), float(model.coef0))
-        if model.kernel == "poly":
-            products = graph.node("Pow", products, float(model.degree))
-        else:
-            products = graph.node("Tanh", products)
-    elif model.kernel != "linear":
-        raise Unsupported("a kernel of one's own has no ONNX form")
-    return graph.affine(Numbers(products, len(vectors)), model.dual_coef_.T, model.intercept_)
 
 
 # --- models of models -------------------------------------------------------------------------------------
