@@ -61,12 +61,21 @@ def test_update_keeps_what_the_owners_changed(repository: Path, tmp_path: Path) 
     for name in ("Makefile", "slo.toml", "app/schemas/predict.py"):
         file = upstream / SERVICE.name / name
         file.write_text("# theirs\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    # The example changes; what was made of a model of their own must not.
+    example = ("openapi.json", "artifacts/v0/rules.json", "artifacts/v1/golden.jsonl", "docs/example.json")
+    for name in example:
+        file = upstream / SERVICE.name / name
+        file.write_text(file.read_text(encoding="utf-8").replace("petal", "blossom"), encoding="utf-8")
+    (upstream / SERVICE.name / "artifacts" / "v7").mkdir()
+    (upstream / SERVICE.name / "artifacts" / "v7" / "golden.jsonl").write_text("{}\n", encoding="utf-8")
     commit(upstream, "Theirs")
     updated = run(CRUFT, "update", "--skip-apply-ask", cwd=service)
     assert updated.returncode == 0, updated.stdout
     assert (service / "Makefile").read_text(encoding="utf-8").startswith("# theirs\n")
     for name in ("slo.toml", "app/schemas/predict.py"):  # the owner's, as docs/files.md says
         assert not (service / name).read_text(encoding="utf-8").startswith("# theirs\n"), name
+    assert not [name for name in example if "blossom" in (service / name).read_text(encoding="utf-8")]
+    assert not (service / "artifacts" / "v7").exists()
     assert (service / "app" / "main.py").read_text(encoding="utf-8").endswith("# ours\n")
     assert not (service / ".github").exists()
 
