@@ -100,7 +100,7 @@ def _untaken(path: Path, suffix: str, why: str = "") -> LifecycleError:
 
 
 def format_of(path: Path) -> str:
-    """The suffix that tells the format, below that of a compression; without one, what the file begins with."""
+    """The suffix that tells the format, below that of a compression; without one, how the file begins."""
     if not path.suffix and path.is_file():
         with path.open("rb") as file:
             return ".jsonl" if file.read(1) == b"{" else ".csv"

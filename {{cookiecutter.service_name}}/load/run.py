@@ -193,7 +193,7 @@ def bottleneck(peak: Step, workers: int, cpus: int) -> tuple[str, str]:
     if peak.refused.get(503, 0) and peak.refused_share > 0.01:
         return (
             f"Admission: {peak.refused_share:.0%} were refused, so that the rest was answered in time.",
-            "More workers or machines; unset `APP_MAX_QUEUE` if it is set and the latency above may still grow.",
+            "More workers or machines; unset `APP_MAX_QUEUE` if it is set and the latency may still grow.",
         )
     if not peak.rate:
         return "Unknown: no request was answered with 200.", "Find out why, from the statuses below."

@@ -269,7 +269,6 @@ class SkopsRuntime:
         common = np.object_ if np.object_ in kinds else np.float64
         return np.column_stack([one.astype(common) for one in typed])
 
-
     def _series(self, column: NDArray[Any], kind: Any) -> Any:
         pd = self._pandas
         if isinstance(kind, pd.CategoricalDtype):  # of which any other value is no member
