@@ -67,7 +67,10 @@ class Only:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Called by an import before anything is looked for."""
-        if path is None and name.partition(".")[0] not in self._allowed:
+        known = name.partition(".")[0] in self._allowed or name.startswith(
+            "_sysconfigdata"
+        )  # of Python itself
+        if path is None and not known:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     def __enter__(self) -> None:
