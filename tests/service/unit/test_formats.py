@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import lzma
+import math
 import zipfile
 from datetime import date
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from hypothesis import given, strategies
 
 from lifecycle.command import LifecycleError
 from lifecycle.tables import contract_types, no_number, profile, read_sample, read_table, sample, truths
@@ -266,3 +268,35 @@ def test_a_sheet_is_read_where_openpyxl_is_installed(tmp_path: Path, monkeypatch
     monkeypatch.setattr("lifecycle.formats.find_spec", lambda name: None)
     with pytest.raises(LifecycleError, match="unless openpyxl is installed"):
         read_table(path)
+
+
+TEXT = strategies.text("abz #;,|\t\"\n'1.5-é0+eE", max_size=8)
+CELLS = [
+    strategies.integers(-(2**63), 2**63 - 1), strategies.integers(-9, 9), strategies.booleans(), TEXT,
+    strategies.floats(allow_nan=False, allow_infinity=False), strategies.none() | TEXT,
+    strategies.none() | strategies.integers(0, 9), strategies.integers(0, 9).map(str) | TEXT,
+]  # fmt: skip
+
+
+def comparable(column: list[Any]) -> list[Any]:
+    """Values without the difference of integers and floats, missing ones as None."""
+    numbers = [
+        float(one) if isinstance(one, int | float) and not isinstance(one, bool) else one for one in column
+    ]
+    return [None if isinstance(one, float) and math.isnan(one) else one for one in numbers]
+
+
+@given(strategies.data(), strategies.integers(1, 6), strategies.sampled_from(",;\t|"))
+def test_any_table_is_read_as_pandas_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, data: strategies.DataObject, rows: int, separator: str
+) -> None:
+    """Quotes, line breaks, separators and hash signs within values, gaps, numbers of any size."""
+    kinds = data.draw(strategies.lists(strategies.sampled_from(CELLS), min_size=2, max_size=4))
+    cells = [data.draw(strategies.lists(kind, min_size=rows, max_size=rows)) for kind in kinds]
+    frame = pd.DataFrame({f"c{index}": pd.Series(one, dtype=object) for index, one in enumerate(cells)})
+    path = tmp_path_factory.mktemp("any") / "rows.csv"
+    frame.to_csv(path, sep=separator, index=False)
+    expected, found = pd.read_csv(path, sep=separator), read_table(path).to_pydict()
+    assert {name: comparable(found[name]) for name in found} == {
+        name: comparable(expected[name].tolist()) for name in expected
+    }
