@@ -29,6 +29,7 @@ SCORE_TOLERANCE = 1e-5
 OPSET = {"": 18, "ai.onnx.ml": 3}
 ROWS_A_CALL = 8_192
 ROUNDING = 1e-7
+INDEX = "Unnamed: 0"  # as pandas reads the index that it wrote itself
 BOOSTERS = ("lightgbm", "xgboost")  # libraries of estimators that the ONNX converter has to be taught
 BARE = {  # what people save in place of an estimator
     "lightgbm.basic.Booster": "LGBMClassifier or LGBMRegressor",
@@ -184,6 +185,8 @@ def how_it_takes(
     An estimator without names may take an array, a frame, or a Series of text: it is tried with two rows.
     """
     everything, text = list(inputs), [name for name, one in inputs.items() if one.dtype == "string"]
+    if getattr(estimator, "n_features_in_", 0) == len(everything) - 1 and INDEX in everything:
+        everything.remove(INDEX)
     if named is not None:
         entries = [inputs[name] for name in named if name in inputs]
         if kinds := pandas_categories(estimator, entries, table):
@@ -240,15 +243,16 @@ def _check_columns(
     unusable: dict[str, str],
 ) -> None:
     """Raise LifecycleError where the data lacks a column, or has others than the model takes."""
-    lacking = [name for name in names if name in unusable] if named is not None else list(unusable)
-    if lacking and len(names) > len(inputs) - 1:
+    count = getattr(estimator, "n_features_in_", 0) or len(names)  # CatBoost says 0
+    lacking = [name for name in (unusable if named is None else names) if name in unusable]
+    if lacking and (named is not None or len(names) != count):
         raise LifecycleError(f"column {lacking[0]!r} {unusable[lacking[0]]}")
     if missing := [name for name in names if name not in inputs]:
         raise LifecycleError(
             f"model and data columns differ: the model takes {quoted(missing)}, and the data has "
             f"{quoted([name for name in inputs if name not in names])}"
         )
-    if len(names) != (count := getattr(estimator, "n_features_in_", len(names))):
+    if len(names) != count:
         raise LifecycleError(
             f"model and data columns differ: the model takes {count} columns without names, and the data has "
             f"{len(names)} beside the target: {quoted(names)}"
@@ -517,6 +521,14 @@ def original_answers(original: Original, table: Any, entries: Sequence[Input]) -
         except Exception as error:  # an estimator may raise anything about rows it does not like
             kinds = ", ".join(f"{one.name} ({one.dtype})" for one in entries[:5])
             words = " ".join(str(error).split())[:160]
+            wrong = re.search(r"could not convert string to float: '(.*)'", words)
+            for one in [one for one in entries if wrong and one.dtype == "string"]:
+                if wrong and wrong[1] in (values := part.column(one.name).to_pylist()):
+                    row = sum(map(len, found)) + values.index(wrong[1]) + 1
+                    raise Unanswered(
+                        f"column {one.name!r} is text where the model takes numbers: row {row} holds "
+                        f"{wrong[1]!r}; write numbers like 3504 or 3.5, and nothing where one is missing"
+                    ) from None
             raise Unanswered(
                 f"the model cannot predict the data's own rows: {type(error).__name__}: {words} "
                 f"[columns: {kinds}{', ...' if len(entries) > 5 else ''}]"

@@ -222,7 +222,7 @@ class Proof:
         """How far its answers are from the original's at most; raises LifecycleError beyond the tolerance."""
 
         def ask(rows: Sequence[Any]) -> Answers:
-            return np.asarray(model.runtime.infer(np.asarray(rows, model.runtime.dtype)), np.float64)
+            return np.asarray(model.runtime.infer(model.matrix(rows)), np.float64)
 
         every = list(range(len(self._asked)))
         groups = [[at] for at in every[:ROWS_ALONE]]
@@ -369,7 +369,7 @@ def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
 
 def rows_a_second(model: Model, rows: Any) -> int:
     """How many calls of one row the model answers, measured here; two digits, because more are noise."""
-    matrix = np.asarray(tuples(rows.slice(0, 1)), model.runtime.dtype)
+    matrix = model.matrix(tuples(rows.slice(0, 1)))
     calls, began = 0, perf_counter()
     while perf_counter() - began < SECONDS_MEASURED:
         model.runtime.infer(matrix)
