@@ -27,8 +27,8 @@ import typer
 from app.core.store import MANIFEST, RELEASE, Input, Manifest, Outputs, Training, read_manifest, read_release
 from app.schemas.contract import contract_inputs, contract_sha256, served_contract_sha256
 from app.schemas.predict import Features
-from lifecycle import package
 from app.settings import SettingsError, load_settings
+from lifecycle import package
 from lifecycle.command import ROOT, LifecycleError, sha256
 from lifecycle.importing import steps
 from lifecycle.importing.contract_writer import Feature, source

@@ -103,6 +103,8 @@ def run(name: str, folder: Path, cwd: Path = ROOT, environment: Mapping[str, str
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The converter iterates over sets, whose order would otherwise differ each time, and with it the bytes.
     own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
+    # Rows are asked one at a time, where threads of a library only wait for each other.
+    own |= {name: own.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     own |= environment or {}
     command = [sys.executable, "-m", f"lifecycle.importing.{name}", str(folder)]
     # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the step.
