@@ -52,7 +52,7 @@ ANSWER
         ),
     ]
 '''
-CLASSIFIED = """    label: Annotated[Label, Field(description="The most probable class.")]
+CLASSIFIED = """    label: Annotated[Label, Field(description="The class that the model chooses.")]
     score: Annotated[
         float,
         Field(ge=0, le=1, description="The model's probability of `label`; not calibrated beyond training."),
