@@ -43,7 +43,7 @@ from lifecycle.tables import read_sample
 
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
 PECULIAR_ROWS, ROWS_ALONE, WORDS, TIES = 600, 40, 60, 6
-FOR_CONVERSION = {"onnx", "onnxmltools", "skl2onnx"}  # what serving does without
+FOR_CONVERSION = {"onnx", "skl2onnx"}  # what serving does without
 UNSEEN, NEW_WORD = "no row has this", "of a new word"
 SECONDS_MEASURED = 0.1
 # Types that estimators of these libraries are made of; anything else is for the person to trust.
