@@ -54,7 +54,7 @@ SECTIONS = [
 BASE_ALERTS = {
     "AvailabilityBudgetBurn", "LatencyBudgetBurn", "ServiceNotReady", "NoTraffic", "WorkerRestarts",
     "Saturation", "HighInvalidInputRate", "NonFiniteOutput", "ModelReloadFailed", "FeatureDrift",
-    "PredictionShift", "LowConfidence", "AccuracyDrop", "ServingFallback", "CanaryStopped",
+    "PredictionShift", "LowConfidence", "AccuracyDrop", "ServingFallback", "CanaryStopped", "LookupMisses",
 }  # fmt: skip
 # Alerts and metrics of capabilities.
 ALERTS = BASE_ALERTS | ({"TraceSpansDropped"} if "tracing" in installed() else set())

@@ -21,6 +21,7 @@ _STATUS = {
     "model_error": 500,  # the model raised on this very row
     "non_finite_output": 500,
     "overloaded": 503,
+    "features_unavailable": 503,  # a look-up found none
     "model_not_ready": 503,
     "model_timeout": 503,
 }

@@ -19,9 +19,10 @@ from pydantic import BaseModel
 
 from app.core.batcher import HTTP_SECONDS, Batch, Batcher, Observer, Pace, Row
 from app.core.errors import ArtifactError, ServiceError
+from app.core.lookup import Lookup
 from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact
-from app.schemas.contract import label_key
+from app.schemas.contract import KEYS, label_key
 from app.schemas.predict import Features, Prediction
 
 # A classifier's and a regressor's take different fields, and any one service has only one of the two.
@@ -63,6 +64,8 @@ class Costs(NamedTuple):
 
 def rows_of(instances: Iterable[BaseModel]) -> list[Row]:
     """The values of validated instances, in the order of the model's columns."""
+    if KEYS:
+        return [tuple(v for name, v in one.__dict__.items() if name not in KEYS) for one in instances]
     return [tuple(instance.__dict__.values()) for instance in instances]
 
 
@@ -285,7 +288,10 @@ def pace_of(costs: Costs, max_rows: int, http_seconds: float) -> Pace:
 class Pipeline:
     """A model behind one `async predict(instances)`. Made by `load` or `offline`."""
 
-    def __init__(self, model: Model, policy: Policy, costs: Costs, observer: Observer) -> None:
+    def __init__(
+        self, model: Model, policy: Policy, costs: Costs, observer: Observer, lookup: Lookup | None = None
+    ) -> None:
+        self._lookup = lookup
         self.model, self.artifact, self.version = model, model.artifact, model.version
         self.costs, self._max_rows, self._observer = costs, policy.batch_max_rows, observer
         self.execution = policy.execution or choose_execution(costs, policy.batch_max_rows)
@@ -305,6 +311,7 @@ class Pipeline:
         observer: Observer,
         policy: Policy,
         runtime: Runtime | None = None,
+        lookup: Lookup | None = None,
     ) -> Self:
         """Load a verified version, warm it up and replay its golden set; raises ArtifactError.
 
@@ -313,7 +320,7 @@ class Pipeline:
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         costs = model.warm_up(policy.batch_max_rows)
         model.replay()
-        return cls(model, policy, costs, observer)
+        return cls(model, policy, costs, observer, lookup)
 
     @classmethod
     def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:
@@ -342,6 +349,9 @@ class Pipeline:
 
         Raises ServiceError; where several rows fail, the first one's.
         """
+        defaulted: Iterable[int] = ()
+        if self._lookup is not None:
+            instances, defaulted = await self._lookup.complete(instances, deadline)
         rows = rows_of(instances)
         self.model.reject(rows, single)
         answers: list[Any]
@@ -356,4 +366,6 @@ class Pipeline:
             raise located(failures, single)
         for answer, prediction_id in zip(answers, ids, strict=True):
             answer.prediction_id = prediction_id
+        for at in defaulted:
+            answers[at].action, answers[at].degraded = "review", True
         return answers

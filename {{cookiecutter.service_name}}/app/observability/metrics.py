@@ -29,6 +29,7 @@ from prometheus_client.exposition import choose_encoder
 STAGES = ("preprocess", "inference", "postprocess")
 SHED = ("queue_full", "deadline", "rate_limit", "not_ready", "draining")
 FAILURES = ("model_error", "non_finite_output", "internal_error")
+LOOKUP_MISSES = ("missing", "invalid", "timeout", "error")
 AGREEMENTS = ("agree", "disagree", "error", "dropped")
 SIGNS = ("proxy", "key")
 LATENCY = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -66,6 +67,7 @@ class Metrics:
         self.shed = counter("requests_shed_total", "Requests refused or given up.", "reason")
         self.failures = counter("inference_failures_total", "Requests answered 500, by problem.", "code")
         self.disconnects = counter("client_disconnects_total", "Clients gone before their answer.")
+        self.lookup_misses = counter("lookup_misses_total", "Instances without their features.", "reason")
         self.predictions = counter("predictions_total", "Predictions.", "model_version", "label", "action")
         self.score = histogram("prediction_score", "Score of the predicted label.", SCORE, "model_version")
         self.value: Histogram | None = None  # of a regressor, once its range is known
@@ -101,7 +103,13 @@ class Metrics:
         self.retried = counter("requests_retried_total", "Requests seen to be sent again.", "sign")
         self.fallbacks = counter("rate_limit_fallbacks_total", "Hits that a worker counted without Redis.")
         # Prometheus sees a first increment only where there was a 0 before it.
-        for children, values in ((self.shed, SHED), (self.failures, FAILURES), (self.retried, SIGNS)):
+        zeros = {
+            self.shed: SHED,
+            self.failures: FAILURES,
+            self.retried: SIGNS,
+            self.lookup_misses: LOOKUP_MISSES,
+        }
+        for children, values in zeros.items():
             for value in values:
                 children.labels(value)
 

@@ -1,6 +1,6 @@
-"""Yours: the place for features that are fetched from elsewhere by key. Not called by this release.
+"""Yours: features that are fetched from elsewhere by key. Off until this file has `async def lookup`.
 
-The intended shape, for a whole batch at once, with `deadline` as a time of `time.perf_counter`:
+    async def lookup(instances: list[dict[str, Any]], deadline: float) -> list[dict[str, Any] | None]: ...
 
-    async def lookup(instances, deadline): ...
+docs/own_code.md says how, and shows one with Redis.
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.errors import ArtifactError
+from app.core.lookup import own_lookup
 from app.core.runtimes import import_libraries
 from app.core.store import Artifact, read_artifact, read_release
 from app.monitoring.feedback import Given
@@ -116,6 +117,7 @@ def read_served(settings: Settings) -> Artifact:
 
 def read_usable(settings: Settings) -> tuple[Artifact, str]:
     """The served version; or that of APP_FALLBACK_VERSION, and what is wrong with the served version."""
+    own_lookup(settings.lookup_on_miss == "degrade")  # here, so that one that does not fit stops the start
     try:
         artifact = read_served(settings)
         import_libraries(artifact)  # their memory is then shared by all workers

@@ -17,6 +17,7 @@ from zlib import crc32
 
 from app.core.batcher import Admission
 from app.core.errors import ServiceError, reason_of
+from app.core.lookup import Lookup, own_lookup
 from app.core.pipeline import Pipeline, Policy
 from app.core.store import RELEASE, Artifact, Release, read_release
 from app.monitoring.drift import Calls
@@ -77,6 +78,9 @@ class Models:
         self.shadow: Shadow | None = None
         self._wanted: dict[Role, Wanted | None] = {}  # of release.json, as each role was started
         self._calls = Calls(metrics, log)
+        degrade = settings.lookup_on_miss == "degrade"
+        own = own_lookup(degrade)
+        self._lookup = Lookup(own, degrade, metrics, log) if own else None
         place = settings.artifacts_dir
         # The folder whose release.json is followed, and its state when it was read last.
         self._root = place if isinstance(place, Path) and not settings.model_version else None
@@ -202,7 +206,7 @@ class Models:
 
     def _build(self, artifact: Artifact, role: Role) -> Pipeline:
         """Load, warm up and replay a version, in any thread; raises ArtifactError."""
-        pipeline = Pipeline.load(artifact, self._calls, self._policy)
+        pipeline = Pipeline.load(artifact, self._calls, self._policy, lookup=self._lookup)
         if role != "shadow" and self._settings.metrics_enabled:  # a shadow answers no client
             self._calls.know(artifact)
         return pipeline

@@ -17,12 +17,15 @@ from pydantic import BaseModel
 from app.schemas.predict import Features, Prediction
 
 _DTYPES: dict[Any, str] = {float: "float64", int: "int64", str: "string", bool: "bool"}
+# Fields that own code looks features up by: taken from clients, and no inputs of the model.
+KEYS = {name for name, field in Features.model_fields.items() if field.exclude}
 _BINDING = ("name", "dtype", "unit", "nullable", "minimum", "maximum", "categories")
 
 
 def contract_inputs(features: type[BaseModel] = Features) -> list[dict[str, Any]]:
     """The inputs in the model's order: name, dtype, unit, nullable, minimum, maximum, categories."""
-    return [_describe(field.alias or name, field) for name, field in features.model_fields.items()]
+    fields = features.model_fields.items()
+    return [_describe(field.alias or name, field) for name, field in fields if not field.exclude]
 
 
 def contract_outputs(prediction: type = Prediction) -> dict[str, Any]:
