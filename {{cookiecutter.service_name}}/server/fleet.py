@@ -34,8 +34,8 @@ PAUSE_SECONDS = 1.0  # before the next try when no process can be forked
 # What may be given to gunicorn itself; all else is what limits, quotas and drain depend on.
 HARMLESS = {
     "access_log_format", "accesslog", "args", "backlog", "chdir", "check_config", "config", "errorlog",
-    "forwarded_allow_ips", "loglevel", "pidfile", "print_config", "proc_name", "pythonpath", "timeout", "umask",
-    "worker_tmp_dir",
+    "forwarded_allow_ips", "loglevel", "pidfile", "print_config", "proc_name", "pythonpath", "timeout",
+    "umask", "worker_tmp_dir",
 }  # fmt: skip
 
 
