@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -21,7 +22,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEnc
 from app.core.store import Input
 from lifecycle.command import LifecycleError
 from lifecycle.importing import proof, serving
-from lifecycle.importing.original import AsText, Original, open_model, original_answers
+from lifecycle.importing.original import AsText, Original, fitted_names, open_model, original_answers
 from lifecycle.importing.steps import Conversion
 
 DRAW = np.random.default_rng(0)
@@ -232,3 +233,12 @@ def test_what_the_image_lacks_is_said_and_added(monkeypatch: pytest.MonkeyPatch,
     found = serving.lacking({"numpy": "2.4.0", "scikit-learn": "1.9.1", "skops": "0.16.0"})
     assert found == ["skops==0.16.0"]
     assert serving.add(found, "artifacts/v2") == "numpy>=2 # arrays\nskops==0.16.0 # artifacts/v2\n"
+
+
+def test_names_of_a_booster_are_those_of_the_data() -> None:
+    """LightGBM writes underscores for spaces; CatBoost keeps names elsewhere; numbers are none."""
+    inputs = {name: Input(name=name, dtype="float64") for name in ("sepal length (cm)", "other")}
+    booster = SimpleNamespace(feature_names_in_=["other", "sepal_length_(cm)"])
+    assert fitted_names(booster, inputs) == ["other", "sepal length (cm)"]
+    assert fitted_names(SimpleNamespace(feature_names_=["other", "unknown"]), inputs) == ["other", "unknown"]
+    assert fitted_names(SimpleNamespace(feature_names_=["0", "1"]), inputs) is None

@@ -151,7 +151,9 @@ def fitted_names(estimator: Any, inputs: dict[str, Input]) -> list[str] | None:
         return None
     # LightGBM has its own way to write names with spaces.
     plainly = {re.sub(r"\W", "_", name): name for name in inputs}
-    return [name if name in inputs else plainly.get(name, name) for name in map(str, named)]
+    return [
+        name if name in inputs else plainly.get(re.sub(r"\W", "_", name), name) for name in map(str, named)
+    ]
 
 
 def fitted_on_text(estimator: Any, names: Sequence[str]) -> set[str]:
