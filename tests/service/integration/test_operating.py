@@ -452,8 +452,8 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, gone: str) ->
         before = pids_of(process)
         os.kill(min(before), signal.SIGKILL)
         until(lambda: len(pids_of(process) - before) == 1 and answers(url), "another worker")
-        process.send_signal(signal.SIGHUP)
         known = before | pids_of(process)
+        process.send_signal(signal.SIGHUP)
         until(lambda: len(pids_of(process)) == 2 and not pids_of(process) & known, "successors")
         assert httpx2.post(f"{url}/v1/predict", json=EXAMPLE).status_code == 200
         process.terminate()
