@@ -39,7 +39,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 
 from app.core.errors import ArtifactError
 from app.core.runtimes import OnnxRuntime, RulesRuntime, SkopsRuntime, load_runtime, skops_types
-from app.core.store import STARTS, Artifact, Input, read_artifact, read_release
+from app.core.store import STARTS, Artifact, Input, own_code, read_artifact, read_release
 from app.schemas.contract import contract_inputs
 from tests.service.conftest import ARTIFACTS, EXAMPLE, LABELS, VERSIONS, copied_artifacts
 
@@ -716,3 +716,27 @@ def test_a_regressor_gives_a_value_a_row() -> None:
     rule = {"when": {"the colour": {"==": "violet"}, "size": {"<": 3}}, "value": -1}
     by_rules = RulesRuntime({"rules": [rule], "otherwise": {"value": 2.5}}, INPUTS, [])
     assert by_rules.infer(ODD_ROWS) == [[2.5], [-1.0], [2.5]]
+
+
+@pytest.mark.parametrize("name", ["features.py", "gone.py"])
+def test_a_version_made_with_other_code_is_refused(root: Path, name: str) -> None:
+    """Own code is part of the model: another file, or none, is named with the version it does not fit."""
+    read_artifact(root, "v1")
+    edit(root / "v1" / MANIFEST, lambda manifest: manifest.update(code=own_code()))
+    read_artifact(root, "v1")
+    edit(root / "v1" / MANIFEST, lambda manifest: manifest.update(code={name: "0" * 64}))
+    line = refused(lambda: read_artifact(root, "v1"))
+    assert line.startswith(f"app/own/{name}: is not what v1 was made with: ")
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [{"classes": [1]}, {"threshold": {"label": "nothing", "least": 0.5}}],
+    ids=["classes", "threshold"],
+)
+def test_decision_rules_that_do_not_fit_the_labels_are_refused(root: Path, outputs: dict[str, Any]) -> None:
+    """A threshold is of one of two labels, and the model has a name of its own for each label or for none."""
+    edit(root / "v1" / MANIFEST, lambda manifest: manifest["outputs"].update(outputs))
+    assert f"manifest.json: outputs: Value error, {next(iter(outputs))}: " in refused(
+        lambda: read_artifact(root, "v1")
+    )
