@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from app.schemas.contract import contract_inputs
 from app.schemas.predict import Features
 from lifecycle.command import LifecycleError
-from lifecycle.formats import MISSING, TEXT, batches, format_of, shown
+from lifecycle.formats import MISSING, TEXT, batches, format_of
 
 SAMPLE_ROWS = 200_000
 MAX_DISTINCT = 1_000  # of a text column; with more there are no categories
@@ -259,20 +259,6 @@ def contract_types(target: str, labels: Sequence[Any]) -> dict[str, str]:
     """What `read_table` needs to read rows as the contract takes them."""
     types = {entry["name"]: str(entry["dtype"]) for entry in contract_inputs()}
     return types | ({target: "string"} if labels and isinstance(labels[0], str) else {})
-
-
-def no_number(path: Path, name: str) -> str:
-    """Which row keeps a column of texts from being one of numbers, for a message; "" if none does."""
-    row = 0
-    for batch in batches(path):
-        array = batch.columns.get(name, "")
-        for index, text in enumerate([] if isinstance(array, str) else array.to_pylist(), row + 1):
-            try:
-                float(text or 0)
-            except ValueError:
-                return f"row {index} holds {shown(text)}"
-        row += batch.rows
-    return ""
 
 
 def spelling(value: Any) -> str:
