@@ -117,6 +117,34 @@ def test_at_overload_every_request_gets_an_answer(start: Start, slow: Path) -> N
     assert metrics[IN_FLIGHT] == 0
 
 
+def test_a_burst_is_no_overload(start: Start, slow: Path) -> None:
+    """500 at once are all answered by one worker where that takes less than half of the deadline."""
+    service = start(workers=1, artifacts_dir=slow, request_deadline_seconds=120, drain_seconds=130)
+    connections = crowd(service, 500)
+    assert {connection.getresponse().status for connection in connections} == {200}
+    for connection in connections:
+        connection.close()
+    assert service.metrics()[QUEUE_FULL] == 0
+
+
+def test_what_would_wait_too_long_is_refused_at_once(start: Start, slow: Path) -> None:
+    """Beyond what half of the deadline can answer, requests are told when to come back: rows count."""
+    service = start(workers=1, artifacts_dir=slow, request_deadline_seconds=8, max_batch_items=600)
+    body = {"instances": [EXAMPLE] * 600}
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: service.client.post("/v1/predict/batch", json=body), range(12)))
+    refused = [
+        answer for answer in answers if answer.status_code != 200 and answer.json()["code"] == "overloaded"
+    ]
+    assert refused  # twelve take tens of seconds
+    for answer in refused:
+        assert_problem(answer, 503, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+    metrics = service.metrics()
+    assert metrics[QUEUE_FULL] == len(refused)
+    until(lambda: service.predict().status_code == 200, "a model at rest")
+
+
 def test_what_is_too_late_is_not_run(start: Start, slow: Path) -> None:
     """At its deadline a request gets 503, running or waiting; what was waiting is never run."""
     service = start(workers=1, artifacts_dir=slow, request_deadline_seconds=0.5, max_batch_items=600)
