@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,7 +129,9 @@ def open_model(
             outputs["classes"] = as_labels(path, classes)
         if rule := threshold(path, estimator, dict(zip(classes, labels, strict=True))):
             outputs["threshold"] = rule
-    packages = {"scikit-learn", *(name for name in BOOSTERS if name in sys.modules)}
+    # XGBoost comes as xgboost or as xgboost-cpu.
+    providers = metadata.packages_distributions() if set(BOOSTERS) & sys.modules.keys() else {}
+    packages = {"scikit-learn", *(providers[name][0] for name in BOOSTERS if name in sys.modules)}
     original = Original(
         "classification" if labels else "regression",
         labels,
