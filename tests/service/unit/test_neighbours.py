@@ -24,7 +24,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from app.core.errors import ServiceError
 from app.core.pipeline import Model, Policy
@@ -77,7 +77,7 @@ def training() -> tuple[pd.DataFrame, Any]:
     numbers = {"size": draw.uniform(0, 9, rows), "weight": draw.uniform(-5, 5, rows)}
     frame = pd.DataFrame(
         {
-            "the colour": pd.Series(draw.choice([*WORDS, None], rows), dtype=object),
+            "the colour": pd.Series([[*WORDS, np.nan][at] for at in draw.integers(0, 4, rows)], dtype=object),
             "shape": pd.Series(draw.choice(["round", "square"], rows), dtype=object),
             "size": np.where(draw.random(rows) < 0.2, np.nan, numbers["size"]),
             "weight": numbers["weight"],
@@ -87,7 +87,6 @@ def training() -> tuple[pd.DataFrame, Any]:
             "maybe": pd.Series([[True, False, np.nan][at] for at in draw.integers(0, 3, rows)], dtype=object),
         }
     )
-    frame["the colour"] = frame["the colour"].where(frame["the colour"].notna(), np.nan)
     value = numbers["weight"] + numbers["size"] + 3 * (frame["the colour"] == "red") + 2 * frame["flag"]
     return frame, np.digitize(value, [3, 6]) if CLASSES else value.to_numpy()
 
