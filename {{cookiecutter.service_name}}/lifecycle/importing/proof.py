@@ -32,6 +32,7 @@ from lifecycle.importing.original import (
     AsText,
     Original,
     Unanswered,
+    fitted_on_text,
     open_model,
     open_onnx,
     original_answers,
@@ -140,7 +141,7 @@ class Strange(NamedTuple):
 
 
 def peculiar(original: Original, entries: Sequence[Input], rows: Any) -> tuple[Strange, list[str]]:
-    """Rows to ask beside the sample, and the columns of open text of which the model fails on any new word.
+    """Rows to ask beside the sample, and the columns of words of which an encoder fails on any new one.
 
     Each is an ordinary row with one value changed; what the original cannot answer itself is left out.
     """
@@ -159,9 +160,10 @@ def peculiar(original: Original, entries: Sequence[Input], rows: Any) -> tuple[S
     found = found[:PECULIAR_ROWS]
     table = pa.Table.from_pylist([row for row, _ in found], schema=rows.schema)
     answered = dict(answerable(original, entries, table))
-    new = [f"with {entry.name!r} {NEW_WORD}" for entry in entries]
-    closed = [entry.name for entry, one in zip(entries, new, strict=True)
-              for at, (_, told) in enumerate(found) if told == one and at not in answered]  # fmt: skip
+    # Other text, like dates, may have values that training never saw; what an encoder knows is all there is.
+    known = fitted_on_text(original.estimator, original.names)
+    failed = {told for at, (_, told) in enumerate(found) if at not in answered}
+    closed = [name for name in original.names if name in known and f"with {name!r} {NEW_WORD}" in failed]
     shape = (len(answered), max(len(original.labels), 1))
     answers = np.array(list(answered.values()), np.float64).reshape(shape)
     return Strange(table.take(list(answered)), [found[at][1] for at in answered], answers), closed
