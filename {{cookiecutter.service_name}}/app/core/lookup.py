@@ -12,15 +12,17 @@ from dataclasses import fields
 from importlib import import_module
 from inspect import iscoroutinefunction
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from app.core.errors import ArtifactError, ServiceError
-from app.observability.logging import Logger
 from app.observability.metrics import Metrics
 from app.schemas.contract import KEYS
 from app.schemas.predict import Features, Prediction
+
+if TYPE_CHECKING:
+    from app.observability.logging import Logger  # it takes a while, and `make rollback` comes by here
 
 Instance = dict[str, Any]
 Function = Callable[[list[Instance], float], Awaitable[list[Instance | None]]]
@@ -53,7 +55,7 @@ def own_lookup(degrade: bool) -> Function | None:
 class Lookup:
     """Own code that completes instances before the model sees them."""
 
-    def __init__(self, function: Function, degrade: bool, metrics: Metrics, log: Logger) -> None:
+    def __init__(self, function: Function, degrade: bool, metrics: Metrics, log: "Logger") -> None:
         self._function, self._degrade, self._metrics, self._log = function, degrade, metrics, log
         self._next_line = 0.0
 
