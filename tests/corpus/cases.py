@@ -808,7 +808,7 @@ def riots() -> Case:
 def flags_with_gaps() -> Case:
     """Booleans, of which some are missing, as a spreadsheet has them."""
     table = cars()
-    strong = (table["Horsepower"] > 120).astype(object).where(table["Horsepower"].notna(), None)
+    strong = (table["Horsepower"] > 120).astype(object).where(table["Horsepower"].notna(), np.nan)
     rows = pd.DataFrame({"strong": strong, "heavy": table["Weight_in_lbs"] > 3_000, "brand": table["brand"]})
     words = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore"))
     model = make_pipeline(words, LogisticRegression()).fit(rows.astype(object), table["Origin"])
@@ -1381,7 +1381,8 @@ def changed(row: Frame, values: dict[str, Any]) -> Frame:
     """The row with other values."""
     row = row.copy()
     for name, value in values.items():
-        row[name] = pd.Series([value], index=row.index, dtype=row[name].dtype)
+        missing = np.nan if row[name].dtype == object else value  # as pandas reads a gap
+        row[name] = pd.Series([missing if value is None else value], index=row.index, dtype=row[name].dtype)
     return row
 
 
