@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 
 from app.core.store import Input
-from lifecycle.command import LifecycleError
+from lifecycle.command import ROOT, LifecycleError
 from lifecycle.importing import proof, serving
 from lifecycle.importing.original import AsText, Original, fitted_names, open_model, original_answers
 from lifecycle.importing.steps import Conversion
@@ -47,7 +48,7 @@ def opened(
 ) -> tuple[Original, list[Input], Any]:
     """The estimator as an import finds it, its columns, and the sample."""
     joblib.dump(estimator, folder / "model.joblib")
-    inputs = {name: Input(name=name, dtype={**DTYPES, **dtypes}[name]) for name in names}  # type: ignore[arg-type]
+    inputs = {name: Input(name=name, dtype={**DTYPES, **dtypes}[name]) for name in names}
     rows = table(truth)
     original = open_model(folder / "model.joblib", inputs, {}, rows, "y")
     return original, [inputs[name] for name in original.names], rows.select(original.names)
@@ -154,7 +155,7 @@ def test_peculiar_rows_are_asked_too(tmp_path: Path) -> None:
     assert len(strange.answers) == strange.rows.num_rows == len(strange.told)
 
 
-class Beside(FunctionTransformer):
+class Beside(FunctionTransformer):  # type: ignore[misc]  # scikit-learn has no types
     """Takes the mean of the rows that come together off: what no service may do."""
 
     def transform(self, rows: Any) -> Any:
@@ -183,7 +184,7 @@ def test_types_are_trusted_by_where_they_are_from() -> None:
     types = ["sklearn.linear_model._base.LinearRegression", "app.own.features.Ratio", "builtins.dict"]
     assert proof.trusted(request(), types) == {"scikit-learn"}
     for strange in ("__main__.Ratio", "ownsteps.Ratio"):
-        line = refusal(lambda strange=strange: proof.trusted(request(trust_listed=True), [strange]))
+        line = refusal(partial(proof.trusted, request(trust_listed=True), [strange]))
         assert "move it to app/own/features.py" in line
     assert "--trust pytest.Item" in refusal(lambda: proof.trusted(request(), ["pytest.Item"]))
     assert proof.trusted(request(trust=["pytest.Item"]), ["pytest.Item"]) == {"pytest"}
@@ -217,7 +218,7 @@ def test_only_the_packages_of_the_image_are_found() -> None:
         "import pandas\n"
     )
     done = subprocess.run(  # in a process of its own, because modules are taken out of it
-        [sys.executable, "-c", program], cwd=serving.ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
