@@ -70,6 +70,8 @@ def main() -> None:
         for source in (config, typed)
         if name in source and source[name] not in allowed
     ]
+    # Cookiecutter would take a list for choices, and write a blank name into the answers that refer to it.
+    wrong += [name for name, value in config.items() if not isinstance(value, str)]
     if wrong:
         usual = {name: value[0] if isinstance(value, list) else value for name, value in questions.items()}
         raw = usual | config | {name: value for name, value in typed.items() if name in questions}
