@@ -143,7 +143,7 @@ def prepare() -> ForkingFleet:
             project()  # read once, here
             FLEET.set(ForkingFleet(settings, worker_count(settings), *read_usable(settings)))
     except (SettingsError, ArtifactError) as problem:
-        sys.exit(f"cannot start: {problem}")
+        sys.exit(f"cannot start: {problem}"[:300])
     except Exception as error:  # of whatever a file or a person can cause
         sys.exit(f"cannot start: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return forking_fleet()
@@ -175,7 +175,7 @@ def on_starting(server: Any) -> None:
             check_address(*server.cfg.address[0])
         fleet.metric_files.prepare(fleet.settings.metrics_enabled)
     except SettingsError as problem:
-        sys.exit(f"cannot start: {problem}")
+        sys.exit(f"cannot start: {problem}"[:300])
     # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
     sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
     outlive(server)

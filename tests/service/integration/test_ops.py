@@ -192,7 +192,8 @@ def test_a_dashboard_works_where_it_is_put(path: Path) -> None:
     assert "__inputs" not in content
     assert "${DS_" not in text
     assert max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in content["panels"]) <= 24
-    (runbooks,) = content["templating"]["list"]
+    source, runbooks = content["templating"]["list"]
+    assert (source["type"], source["query"]) == ("datasource", "prometheus")
     assert runbooks["definition"] == "label_values(service:info, runbooks)"
     pages = {page.name for page in RUNBOOKS.iterdir()}
     linked = set(re.findall(r"\$\{runbooks:raw\}/([^\"]+)", text))

@@ -223,7 +223,7 @@ async def test_a_slot_is_free_only_when_its_work_has_ended(run: Mirror) -> None:
     seen = Seen()
     batcher = batcher_of(run, seen)
     with pytest.raises(ServiceError, match="model_timeout"):
-        await (await run.hold(batcher, ("late",), soon(0.02)))
+        await (await run.hold(batcher, ("late",), soon(0.3)))
     assert (batcher.abandoned, seen.reasons) == (1, ["deadline"])
     run.let.set()
     assert await batcher.submit([("next",)], soon()) == [("next",)]
