@@ -220,7 +220,7 @@ class GameDay:
             "LowConfidence": bool(self._outputs.labels),
             "FeatureDrift": moved in trained,
             "PredictionShift": PREDICTION in trained,
-            # Nothing can miss until app/own/lookup.py is written; promtool and test_own_code.py prove this one.
+            # Nothing can miss until app/own/lookup.py is written; promtool and test_own_code.py prove it.
             "LookupMisses": False,
         }
         self.shipped = {  # with the labels that each must have
