@@ -15,7 +15,6 @@ from server.fleet import (  # noqa: F401  # gunicorn finds its hooks by their na
     on_exit,
     on_reload,
     on_starting,
-    post_fork,
     pre_fork,
     prepare,
     when_ready,

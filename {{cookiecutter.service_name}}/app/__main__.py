@@ -34,42 +34,33 @@ def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
     for answer in Pipeline.offline(read_served(settings), policy).answers(instances):
         if isinstance(answer, ServiceError):
             raise answer
-        fields = asdict(answer)
-        del fields["prediction_id"]
-        predictions.append(fields)
+        predictions.append({name: value for name, value in asdict(answer).items() if name != "prediction_id"})
     return predictions
 
 
-def main() -> int:
-    """Run the command line; 0 when it worked, 1 with one line when it did not."""
+def main() -> None:
+    """Run the command line; exit code 1 and one line when it did not work."""
     parser = argparse.ArgumentParser(prog="python -m app", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("config", help="print the effective configuration, secrets redacted")
-    commands.add_parser("address", help="say where the service will be found")
-    ask = commands.add_parser("predict", help="without a server: JSON in, a line of JSON an instance out")
-    ask.add_argument("file", nargs="?", type=Path, help="a JSON document; standard input if absent")
+    parser.add_argument("command", choices=("config", "address", "predict"))
+    parser.add_argument("file", nargs="?", type=Path, help="JSON for predict; standard input if absent")
     arguments = parser.parse_args()
     try:
         settings = load_settings()
         if arguments.command == "config":
             print(json.dumps(redacted(settings), indent=2))
-            return 0
-        if arguments.command == "address":
+        elif arguments.command == "address":
             print(f"docs: {settings.address}   stop: Ctrl-C")
-            return 0
-        content = arguments.file.read_bytes() if arguments.file else sys.stdin.buffer.read()
-        for prediction in predict(content, settings):
-            print(json.dumps(prediction, ensure_ascii=False))
+        else:
+            content = arguments.file.read_bytes() if arguments.file else sys.stdin.buffer.read()
+            for prediction in predict(content, settings):
+                print(json.dumps(prediction, ensure_ascii=False))
     except ServiceError as error:
         from app.api.errors import problem
 
-        print(problem(error, "local").decode(), file=sys.stderr)
-        return 1
+        sys.exit(problem(error, "local").decode())
     except (SettingsError, ArtifactError, OSError) as error:
-        print(f"{arguments.command}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"{arguments.command}: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

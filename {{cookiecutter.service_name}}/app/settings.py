@@ -18,7 +18,6 @@ from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from io import StringIO
-from ipaddress import ip_address
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -85,15 +84,6 @@ def _split(value: Any) -> Any:
     return parts
 
 
-def _host(value: str) -> str:
-    try:
-        ip_address(value)
-    except ValueError:
-        if not re.fullmatch(r"(?=.*[A-Za-z])[A-Za-z0-9.-]+", value):
-            raise ValueError("must be an address or a host name, such as 0.0.0.0, 127.0.0.1 or ::") from None
-    return value
-
-
 def _log_format() -> Literal["json", "console"]:
     return "console" if sys.stdout is not None and sys.stdout.isatty() else "json"
 
@@ -104,14 +94,21 @@ Version = Annotated[str, form("v[0-9]{1,9}", "a version such as v1")]
 HeaderName = Annotated[str, form("[A-Za-z0-9_-]{1,64}", "the name of a header, such as X-Session-ID")]
 # As browsers write it; with a path, a capital or no scheme it would never match.
 Origin = Annotated[
-    str,
-    form(
-        r"\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+",
-        "origins as browsers send them: https://shop.example, without path or / at its end, in small letters",
-    ),
+    str, form(r"\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+", "origins as browsers send them: https://shop.example")
 ]
 PublicKey = Annotated[str, form("[A-Za-z0-9+/]{43}=", "Ed25519 public keys, the base64 of 32 bytes each")]
-KeyHash = Annotated[SecretStr, form("[0-9a-fA-F]{64}", "the sha256 of each key as 64 hex digits")]
+KeyHash = Annotated[
+    SecretStr,
+    form(
+        f"(?i)(?!{'|'.join(_NO_KEYS)})[0-9a-f]{{64}}",
+        "the sha256 of each key as 64 hex digits, and not that of nothing: was the variable empty?",
+    ),
+]
+# Colons only as in IPv6: a port has a variable of its own. Whether the address exists shows at the start.
+Host = Annotated[
+    str,
+    form(r"[A-Za-z0-9.-]+|(?=.*:.*:)[0-9A-Fa-f:.]+(%\w+)?", "an address or a name, such as 0.0.0.0 or ::"),
+]
 Storage = Annotated[
     SecretStr,
     form(
@@ -130,7 +127,7 @@ class Settings(BaseSettings):
     addresses: ClassVar[str | None] = None  # a pattern: what APP_ARTIFACTS_DIR may be besides a folder
 
     env: Annotated[Literal["local", "staging", "production"], _LOWER] = "local"
-    host: Annotated[str, AfterValidator(_host)] = "0.0.0.0"  # containers listen on every interface
+    host: Host = "0.0.0.0"  # containers listen on every interface
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _UPPER] = "INFO"
@@ -175,25 +172,12 @@ class Settings(BaseSettings):
             raise ValueError("must be a folder, or s3://, gs://, az:// or https:// with host and path alone")
         return str(value)
 
-    @field_validator("api_keys")
-    @classmethod
-    def _of_something(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if _NO_KEYS & {key.get_secret_value().lower() for key in keys}:
-            raise ValueError("one of the keys is the sha256 of nothing: was the variable with the key empty?")
-        return keys
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.request_deadline_seconds + GRACE_SECONDS >= self.drain_seconds:
-            raise ValueError(
-                f"APP_REQUEST_DEADLINE_SECONDS plus {GRACE_SECONDS} must be less than APP_DRAIN_SECONDS, "
-                "or draining would cut off requests that are still allowed to run"
-            )
+            raise ValueError(f"APP_DRAIN_SECONDS must exceed APP_REQUEST_DEADLINE_SECONDS + {GRACE_SECONDS}")
         if self.batch_max_wait_ms / 1000 >= self.request_deadline_seconds:
-            raise ValueError(
-                "APP_BATCH_MAX_WAIT_MS must be less than APP_REQUEST_DEADLINE_SECONDS, "
-                "or every request would be too late before it is run"
-            )
+            raise ValueError("APP_BATCH_MAX_WAIT_MS must be less than APP_REQUEST_DEADLINE_SECONDS")
         if self.env == "production" and not self.api_keys and not self.auth_disabled:
             raise ValueError("APP_API_KEYS is empty: production needs keys, or APP_AUTH_DISABLED=true")
         in_memory = self.rate_limit_storage.get_secret_value() == "memory://"
@@ -262,11 +246,10 @@ def read_env_file(known: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for binding in parse_stream(StringIO(text, newline="")):
         name, value, original = binding.key, binding.value, binding.original
-        indent = original.string[: -len(original.string.lstrip()) or None]
+        indent, word = re.findall(r"^(\s*)(?:export\s+)?(\w*)", original.string)[0]
         line = original.line + indent.count("\n")
         # Of a line that cannot be read only a known name is shown: the rest may be a key.
-        meant = re.match(r"\s*(?:export\s+)?(\w+)", original.string)
-        where = f"{ENV_FILE}, line {line}" + (f" ({meant[1]})" if meant and meant[1].upper() in known else "")
+        where = f"{ENV_FILE}, line {line}" + (f" ({word})" if word.upper() in known else "")
         if name is None and not binding.error:  # a comment, or the end
             continue
         if name is None or value is None or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
@@ -276,8 +259,9 @@ def read_env_file(known: set[str]) -> dict[str, str]:
             raise SettingsError(f"{where}: a comment stands where the value should; leave the line out")
         if "\n" in value and (own or PREFIX in value):
             raise SettingsError(f"{where}: a quote is not closed on its line")
-        if not own and _misspelt(name, known):
-            raise SettingsError(f"{where}: unknown name {name[:100]}; is {_misspelt(name, known)} meant?")
+        bare = PREFIX + name.upper() in known and not name.upper().endswith("_KEYS")  # of another program
+        if not own and not bare and (near := get_close_matches(name.upper(), known, 1, 0.8)):
+            raise SettingsError(f"{where}: unknown name {name[:100]}; is {near[0]} meant?")
         parts, variables = list(parse_variables(value)), {**os.environ, **found}
         for part in parts:
             if own and isinstance(part, Variable) and part.default is None and not variables.get(part.name):
@@ -288,13 +272,6 @@ def read_env_file(known: set[str]) -> dict[str, str]:
             raise SettingsError(f"{where}: {key[:100]} is set twice, to different values")
         found[key] = value
     return found
-
-
-def _misspelt(name: str, known: set[str]) -> str:
-    """The setting that was probably meant by a name of another program; the bare name is not enough."""
-    near = get_close_matches(name.upper(), known, 1, 0.8)
-    bare = PREFIX + name.upper() in known and not name.upper().endswith("_KEYS")
-    return near[0] if near and not bare else ""
 
 
 @cache

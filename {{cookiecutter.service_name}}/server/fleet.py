@@ -7,7 +7,6 @@ The hooks bear the names that gunicorn looks for in gunicorn.conf.py. Nothing th
 may end the master while others are healthy.
 """
 
-import errno
 import gc
 import os
 import signal
@@ -67,19 +66,16 @@ class ForkingFleet(Fleet):
         return self._artifact, self._problem
 
     @property
-    def loaded(self) -> bool:
-        """Whether any worker has loaded the model."""
-        return self._numbers[0] > 0
+    def loaded(self) -> int:
+        """How many workers have loaded the model so far."""
+        return int(self._numbers[0])
 
     @property
     def all_loaded(self) -> bool:
         """Whether as many workers as there were to be at the start have loaded the model."""
-        return self._numbers[0] >= self.workers
+        return self.loaded >= self.workers
 
-    @property
-    def replaces(self) -> bool:
-        """Once all workers have loaded, a worker that starts takes the place of another."""
-        return self.all_loaded
+    replaces = all_loaded  # a worker that starts later takes the place of another
 
     @property
     def may_leave(self) -> bool:
@@ -109,7 +105,7 @@ class ForkingFleet(Fleet):
         """The whole service stops."""
         self._numbers[3] = 1
 
-    def renew(self, settings: Settings) -> None:
+    def renew(self, settings: Settings, workers: int) -> None:
         """Workers that start from now on have these settings; raises what says why not."""
         for name in ("host", "port"):
             if getattr(settings, name) != getattr(self.settings, name):
@@ -117,9 +113,9 @@ class ForkingFleet(Fleet):
         for name, waived in (("api_keys", settings.auth_disabled), ("trusted_keys", False)):
             if getattr(self.settings, name) and not getattr(settings, name) and not waived:
                 raise SettingsError(f"APP_{name.upper()} is empty now; a restart is needed to do without")
-        artifact, count = read_served(settings), worker_count(settings)
+        artifact = read_served(settings)
         self.metric_files.prepare(settings.metrics_enabled)
-        self.settings, self.count, self._artifact, self._problem = settings, count, artifact, ""
+        self.settings, self.count, self._artifact, self._problem = settings, workers, artifact, ""
 
 
 def forking_fleet() -> ForkingFleet:
@@ -137,15 +133,15 @@ def prepare() -> ForkingFleet:
     try:
         refuse_overrides()
         settings = load_settings()
+        workers = settings.workers or default_workers(Path(settings.artifacts_dir))
         if FLEET.get(None) is not None:
-            forking_fleet().renew(settings)
+            forking_fleet().renew(settings, workers)
         else:
             project()  # read once, here
-            FLEET.set(ForkingFleet(settings, worker_count(settings), *read_usable(settings)))
-    except (SettingsError, ArtifactError) as problem:
-        sys.exit(f"cannot start: {problem}"[:300])
-    except Exception as error:  # of whatever a file or a person can cause
-        sys.exit(f"cannot start: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            FLEET.set(ForkingFleet(settings, workers, *read_usable(settings)))
+    except Exception as error:  # whatever a file or a person can cause
+        kind = "" if isinstance(error, SettingsError | ArtifactError) else f"{type(error).__name__}: "
+        sys.exit(f"cannot start: {kind}{' '.join(str(error).split())}"[:300])
     return forking_fleet()
 
 
@@ -160,11 +156,6 @@ def refuse_overrides() -> None:
                 f"gunicorn's {refused[0]} cannot be set by its command line or GUNICORN_CMD_ARGS; use APP_ "
                 "variables: APP_WORKERS, APP_HOST, APP_PORT, APP_DRAIN_SECONDS, APP_KEEP_ALIVE_SECONDS"
             )
-
-
-def worker_count(settings: Settings) -> int:
-    """APP_WORKERS, or as many as this machine carries."""
-    return settings.workers or default_workers(Path(settings.artifacts_dir))
 
 
 def on_starting(server: Any) -> None:
@@ -190,21 +181,13 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"APP_PORT: port {port} is in use; stop what uses it, or set another port",
-            errno.EACCES: f"APP_PORT: port {port} needs special rights; set one from 1024 on",
-        }
-        other = f"APP_HOST: this machine has no address {host[:100]} ({error.strerror})"
-        raise SettingsError(reasons.get(error.errno or 0, other)) from None
+    except (OSError, UnicodeError) as error:
+        address = f"{host[:100]}, port {port}"
+        raise SettingsError(f"cannot listen at {address} ({error}): change APP_PORT or APP_HOST") from None
 
 
 def outlive(server: Any) -> None:
-    """Keep gunicorn's master from ending while workers are healthy.
-
-    It would when one worker cannot boot, when no process can be forked, and when gunicorn.conf.py cannot be
-    read at SIGHUP.
-    """
+    """Keep a worker that cannot boot or be forked, or a wrong gunicorn.conf.py, from ending the master."""
     reap, spawn, reload = server.reap_workers, server.spawn_worker, server.app.reload
 
     def reap_workers() -> None:
@@ -261,11 +244,6 @@ def pre_fork(server: Any, worker: Any) -> None:
     taken = {one.slot for one in server.WORKERS.values()}
     worker.slot = min(set(range(len(taken) + 1)) - taken)
     worker.stacks = memory_file()
-
-
-def post_fork(_server: Any, worker: Any) -> None:
-    """Have the worker count in the files of its slot."""
-    forking_fleet().metric_files.begin(worker.slot)
 
 
 def child_exit(server: Any, worker: Any) -> None:

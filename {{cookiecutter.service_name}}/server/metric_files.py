@@ -13,21 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import values
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import mark_process_dead
 
-from app.observability.metrics import METRICS_FOLDER
+from app.observability.metrics import METRICS_FOLDER, readable
 from app.settings import SettingsError
 
 MEMORY = "/dev/shm"  # noqa: S108  # where no temporary folder can be written
-
-
-def sound(path: Path) -> bool:
-    """Whether a file of metrics can be read."""
-    try:
-        MultiProcessCollector.merge([str(path)])  # type: ignore[no-untyped-call]
-    except Exception:  # struct.error, UnicodeDecodeError, RuntimeError: whatever its bytes lead to
-        return False
-    return True
 
 
 class MetricFiles:
@@ -43,30 +34,27 @@ class MetricFiles:
         os.environ.pop(METRICS_FOLDER, None)
         if not enabled:
             return
+        for place in (None, MEMORY):
+            if self._folder is None:
+                with suppress(OSError):
+                    self._folder = Path(tempfile.mkdtemp(prefix="metrics-", dir=place))
         if self._folder is None:
-            try:
-                place = tempfile.gettempdir()
-            except OSError:
-                place = MEMORY
-            try:
-                self._folder = Path(tempfile.mkdtemp(prefix="metrics-", dir=place))
-            except OSError:
-                raise SettingsError(
-                    "no folder for metrics can be written: mount a tmpfs at /tmp (docker run --tmpfs /tmp), "
-                    "or set TMPDIR, or APP_METRICS_ENABLED=false"
-                ) from None
+            raise SettingsError(
+                "no folder for metrics can be written: mount a tmpfs at /tmp (docker run --tmpfs /tmp), "
+                "or set TMPDIR, or APP_METRICS_ENABLED=false"
+            )
         os.environ[METRICS_FOLDER] = str(self._folder)
 
     def begin(self, slot: int) -> None:
         """In a worker, before it makes its metrics; without a folder it counts for itself alone."""
-        self._name = str(slot)
+        self._name = f"{slot}x"
         values.ValueClass = values.MutexValue
         if METRICS_FOLDER in os.environ and self._folder:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self._folder).close()
-                for path in self._folder.glob(f"*_{slot}.db"):
-                    if not sound(path):  # the worker before was killed while it wrote, or the file was spoilt
+                for path in self._folder.glob(f"*_{self._name}.db"):
+                    if not readable(path):  # the worker before was killed while it wrote, or it was spoilt
                         path.unlink()
             except OSError:
                 del os.environ[METRICS_FOLDER]
@@ -89,9 +77,8 @@ class MetricFiles:
     def end(self, slot: int) -> None:
         """In the master: the gauges of a worker that has ended are none any more."""
         if self._folder:
-            for name in (f"{slot}", f"{slot}x*"):
-                with suppress(OSError):
-                    mark_process_dead(name, str(self._folder))  # type: ignore[no-untyped-call]
+            with suppress(OSError):
+                mark_process_dead(f"{slot}x*", str(self._folder))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """In the master, at the end: remove the folder that this start made."""

@@ -24,7 +24,6 @@ WIRE_FACTOR = 2  # bytes of a body with its chunk sizes: chunks of one byte each
 _CLOSE = (b"connection", b"close")  # among the headers of every answer while the server stops
 _TRAILERS: Any = deque(maxlen=0)  # takes the fields after a body and keeps none: they are no headers
 
-
 # What is read from a connection: nothing, because the next request has not begun; a request line and headers;
 # a body; nothing any more, because the last answer is under way; only the client's end.
 WAITING, HEAD, BODY, REFUSING, CLOSING = range(5)
@@ -76,8 +75,6 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """A new connection has to bring a head, in time."""
         super().connection_made(transport)
-        if self.client and self.client[0].startswith("::ffff:"):  # an IPv4 client of a socket for both kinds
-            self.client = self.client[0].removeprefix("::ffff:"), self.client[1]
         settings = self.app_state["service"].settings
         self._seconds: float = settings.header_timeout_seconds
         self._max_wire: int = MAX_HEAD_BYTES + WIRE_FACTOR * settings.max_body_bytes
@@ -116,8 +113,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the request; raises ServiceError for `_refuse` to answer, which httptools wraps."""
-        if len(self.headers) > MAX_HEADERS or len(self.url) > MAX_URI_BYTES or self._size > MAX_HEAD_BYTES:
-            self._check_head()
+        self._check_head()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ServiceError("invalid_request", "too many requests at once on one connection")
         if self.parser.should_upgrade():
@@ -129,15 +125,12 @@ class Protocol(HttpToolsProtocol):
         self.headers, self._phase, self._size = _TRAILERS, BODY, 0
 
     def on_message_complete(self) -> None:
-        """The body is complete."""
-        if self._phase != BODY:  # another protocol was offered: the request is still to come
-            return
-        self._phase, self._size, cycle = WAITING, 0, self.cycle
-        if not cycle.response_complete:
-            cycle.more_body = False
-            cycle.message_event.set()
-        else:  # only the rest of the body was still to come
-            self._since = self.loop.time()
+        """The body is complete; where another protocol was offered, the request is still to come."""
+        if self._phase == BODY:
+            self._phase, self._size = WAITING, 0
+            if self.cycle.response_complete:  # only the rest of the body was still to come
+                self._since = self.loop.time()
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """An answer was sent: begin with the next request if it is here, else wait for it."""

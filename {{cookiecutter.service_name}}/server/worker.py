@@ -1,7 +1,7 @@
 """gunicorn's worker: uvicorn with the protocol and the limits of this service, and an end that drains.
 
     SIGTERM -> the successor serves, if there is to be one -> no new connections; on open ones a last answer
-    each -> after `answer_seconds`, or SIGQUIT, 503 for requests that are still inside -> lifespan
+    each -> GRACE_SECONDS before the drain's end, or at SIGQUIT, 503 for requests still inside -> lifespan
 
 Every step has an end of its own, so that gunicorn never has to kill a worker that stops.
 """
@@ -14,56 +14,33 @@ import sys
 from typing import Any, cast
 
 from gunicorn.arbiter import Arbiter
-from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
 from app.settings import GRACE_SECONDS
-from server.fleet import ForkingFleet, forking_fleet
+from server.fleet import forking_fleet
 from server.protocol import Protocol
 
 BACKLOG_SECONDS = 1.0  # for the connections that wait at the listening socket
 CUT_SECONDS = 0.5  # between the attempts to get rid of a connection
 
 
-async def accept_backlog(sockets: Any) -> None:
-    """Accept the connections that are complete: to close a listening socket resets those."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + BACKLOG_SECONDS
-    while loop.time() < end and any(socket.get_backlog() > 0 for socket in sockets):  # noqa: ASYNC110  # no event tells
-        await asyncio.sleep(0)  # let the loop accept them
-
-
-def mapped(network: Any) -> str:
-    """A network; one of IPv4 as IPv6 writes it, which is how some proxies do."""
-    return (
-        str(network) if network.version == 6 else f"::ffff:{network.network_address}/{96 + network.prefixlen}"
-    )
-
-
 class DrainingServer(Server):
-    """Ends as the module says; `master` is the process id of gunicorn's master."""
+    """Ends as the module says."""
 
-    def __init__(self, config: Config, fleet: ForkingFleet, master: int, answer_seconds: float) -> None:
-        super().__init__(config)
-        self._fleet, self._master, self._answer_seconds = fleet, master, answer_seconds
-        self._hurried = False
+    def __init__(self, worker: "Worker") -> None:
+        super().__init__(worker.config)
+        self._worker, self._fleet, self._hurried = worker, forking_fleet(), False
 
     async def startup(self, sockets: Any = None) -> None:
         """Tell the others that this worker takes connections now."""
         await super().startup(sockets)
         self._fleet.note_serving()
 
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second; once a second, look after the files of the metrics."""
-        if counter % 10 == 0:
-            self._fleet.metric_files.restore()
-        return await super().on_tick(counter)
-
     async def main_loop(self) -> None:
         """Serve; and go on while successors are still loading."""
         await super().main_loop()
-        while not (self._hurried or self._fleet.may_leave or os.getppid() != self._master):
+        while not (self._hurried or self._fleet.may_leave or os.getppid() != self._worker.ppid):
             await asyncio.sleep(0.05)
             await self.on_tick(0)
 
@@ -72,12 +49,15 @@ class DrainingServer(Server):
         loop = asyncio.get_running_loop()
         heart = loop.create_task(self._beat())
         self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
-        if self._fleet.stopping:  # else other workers accept the connections that wait
-            await accept_backlog(sockets)
+        # Closing a listener resets connections that are not accepted yet; other workers, if any, accept them.
+        end = loop.time() + BACKLOG_SECONDS
+        while self._fleet.stopping and loop.time() < end and any(one.get_backlog() for one in sockets):  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(0)  # let the loop accept them
         for listener in (*self.servers, *sockets):  # at once: a connection that comes in between is reset
             listener.close()
         await asyncio.sleep(0)  # a connection that was just accepted becomes one of the server's
-        alarm = loop.call_later(0 if self._hurried else self._answer_seconds, self.cut)
+        answer_seconds = self._fleet.settings.drain_seconds - GRACE_SECONDS
+        alarm = loop.call_later(0 if self._hurried else answer_seconds, self.cut)
         await super().shutdown(sockets)
         alarm.cancel()
         heart.cancel()
@@ -95,8 +75,8 @@ class DrainingServer(Server):
 
     async def _beat(self) -> None:
         """Uvicorn's heartbeat ends where draining begins, and gunicorn would take that for a hang."""
-        while self.config.callback_notify is not None:
-            await self.config.callback_notify()
+        while True:
+            await self._worker.callback_notify()
             await asyncio.sleep(1)
 
 
@@ -108,6 +88,7 @@ class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types
         """Arguments for uvicorn's Config, from the settings that the fleet has when the worker is made."""
         settings = forking_fleet().settings
         proxies = settings.trusted_proxies
+        mapped = [f"::ffff:{one.network_address}/{96 + one.prefixlen}" for one in proxies if one.version == 4]
         return {
             "loop": "auto",
             "http": Protocol,
@@ -118,34 +99,32 @@ class Worker(UvicornWorker):  # type: ignore[misc]  # which has no types
             # For every answer, uvicorn's own to broken HTTP included: predictions are about somebody, so
             # nothing in between may keep or reinterpret them.
             "headers": [("cache-control", "no-store"), ("x-content-type-options", "nosniff")],
-            # X-Forwarded-For is believed only from these. By default gunicorn and uvicorn believe their own
-            # host.
+            # X-Forwarded-For is believed only from these; by default also from this host. A socket for both
+            # kinds of addresses, and some proxies, write those of IPv4 as IPv6.
             "proxy_headers": bool(proxies),
-            "forwarded_allow_ips": [
-                *map(str, proxies),
-                *(mapped(one) for one in proxies if one.version == 4),
-            ],
+            "forwarded_allow_ips": [*map(str, proxies), *mapped],
             "timeout_graceful_shutdown": settings.drain_seconds - GRACE_SECONDS + 1,  # `cut` comes first
+            "timeout_notify": 0,  # at most once a second
         }
 
-    def init_signals(self) -> None:
-        """Have the stacks written when a signal ends this worker, also while a model holds Python's lock."""
-        super().init_signals()
-        faulthandler.enable(self.stacks)
+    def load_wsgi(self) -> None:
+        """Before the application: count in the files of this slot, and have a signal write the stacks."""
+        forking_fleet().metric_files.begin(self.slot)
+        faulthandler.enable(self.stacks)  # works also while a model holds Python's lock
+        super().load_wsgi()
 
     async def _serve(self) -> None:
-        fleet = forking_fleet()
         self.config.app = self.wsgi
-        answer_seconds = fleet.settings.drain_seconds - GRACE_SECONDS  # after SIGTERM, for what is inside
-        self._server = DrainingServer(self.config, fleet, self.ppid, answer_seconds)
+        self._server = DrainingServer(self)
         asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, self._server.cut)
         await self._server.serve(sockets=self.sockets)
         if not self._server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     async def callback_notify(self) -> None:
-        """The heartbeat; a worker that is of no use any more makes room for another."""
+        """The heartbeat, once a second; a worker that is of no use any more makes room for another."""
         self.notify()
+        forking_fleet().metric_files.restore()
         if os.getppid() != self.ppid:  # its master was killed: it would keep the port for ever
             os.kill(os.getpid(), signal.SIGTERM)
         service = self._server.lifespan.state["service"]

@@ -275,7 +275,7 @@ def test_an_address_is_taken_at_a_restart_only(name: str) -> None:
     change = {name: {"host": "::1", "port": 1}[name]}
     fleet = ForkingFleet(before, 1, *read_usable(Settings(artifacts_dir=ARTIFACTS)))
     with pytest.raises(SettingsError, match=f"APP_{name.upper()}"):
-        fleet.renew(before.model_copy(update=change))
+        fleet.renew(before.model_copy(update=change), 1)
     assert fleet.settings is before
 
 

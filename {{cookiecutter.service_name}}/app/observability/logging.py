@@ -36,10 +36,8 @@ RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the service fail
 class LineWriter:
     """Writes lines from a thread of its own, and drops them when too many wait."""
 
-    def __init__(
-        self, on_drop: Callable[[int], None], descriptor: int = STDOUT, max_lines: int = MAX_LINES
-    ) -> None:
-        self._on_drop, self._descriptor, self._max_lines = on_drop, descriptor, max_lines
+    def __init__(self, on_drop: Callable[[int], None], to: int = STDOUT, max_lines: int = MAX_LINES) -> None:
+        self._on_drop, self._descriptor, self._max_lines = on_drop, to, max_lines
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()  # None is the end
         self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
         self._thread.start()

@@ -15,14 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Metric,
-    multiprocess,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, multiprocess
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
@@ -52,7 +45,7 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(name, text, labels, buckets=buckets, registry=own)
 
-        def gauge(name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
+        def gauge(name: str, text: str, *labels: str, mode: Any = "livemax") -> Gauge:
             # Live modes only: the gauge of a worker that died must not linger.
             return Gauge(name, text, labels, registry=own, multiprocess_mode=mode)
 
@@ -61,9 +54,9 @@ class Metrics:
         self.duration = histogram("http_request_duration_seconds", "From door to answer.", LATENCY, *route)
         self.stage = histogram("inference_stage_duration_seconds", "Time by stage.", STAGE, "stage")
         self.batch_rows = histogram("inference_batch_rows", "Rows in one call of the model.", ROWS)
-        self.in_flight = gauge("inference_in_flight", "Requests inside: read, queued or running.")
-        self.queue_depth = gauge("inference_queue_depth", "Requests waiting for the model.")
-        self.admission_limit = gauge("inference_admission_limit", "Requests that may be inside.")
+        self.in_flight = gauge("inference_in_flight", "Requests inside, also those queued.", mode="livesum")
+        self.queue_depth = gauge("inference_queue_depth", "Requests waiting for the model.", mode="livesum")
+        self.admission_limit = gauge("inference_admission_limit", "Requests allowed inside.", mode="livesum")
         self.shed = counter("requests_shed_total", "Requests refused or given up.", "reason")
         self.failures = counter("inference_failures_total", "Requests answered 500, by problem.", "code")
         self.disconnects = counter("client_disconnects_total", "Clients gone before their answer.")
@@ -76,40 +69,33 @@ class Metrics:
         self.observations = counter("feature_observations_total", "Values by bin of the baseline.", *binned)
         self.missing = counter("feature_missing_total", "Values that were null.", "feature")
         share = "Share of the training data."
-        self.feature_baseline = gauge("feature_baseline_ratio", share, *binned, mode="livemax")
-        labels = ("model_version", "label")
-        self.prediction_baseline = gauge("prediction_baseline_ratio", share, *labels, mode="livemax")
+        self.feature_baseline = gauge("feature_baseline_ratio", share, *binned)
+        self.prediction_baseline = gauge("prediction_baseline_ratio", share, "model_version", "label")
         self.feedback = counter("feedback_total", "Labels that came back.", "model_version", "outcome")
         self.out_of_range = counter("feature_out_of_range_total", "Values not seen in training.", "feature")
         self.violations = counter("schema_violations_total", "Rules broken.", "field", "reason")
-        info = ("version", "sha256", "runtime")
-        self.model_info = gauge("model_info", "The served model, always 1.", *info, mode="livemax")
-        self.model_load = gauge("model_load_seconds", "Verify, load and warm up.", mode="livemax")
+        self.model_info = gauge("model_info", "The served model, always 1.", "version", "sha256", "runtime")
+        self.model_load = gauge("model_load_seconds", "Verify, load and warm up.")
         self.reload_failures = counter("model_reload_failures_total", "Released versions that were refused.")
-        self.fallback = gauge("model_fallback", "1: APP_FALLBACK_VERSION stands in.", mode="livemax")
+        self.fallback = gauge("model_fallback", "1: APP_FALLBACK_VERSION stands in.")
         beside, either = "Calls of the model beside another.", "Predictions while there is a canary."
         self.call_duration = histogram("model_call_duration_seconds", beside, STAGE, "model_version")
         rows = ("shadow_version", "agreement")
         self.shadow_predictions = counter("shadow_predictions_total", "Rows offered to a shadow.", *rows)
         self.shadow_score = histogram("shadow_score", "Score of a shadow's label.", SCORE, rows[0])
-        self.canary_percent = gauge("canary_percent", "Of clients that get the canary.", mode="livemax")
-        self.canary_stopped = gauge("canary_stopped", "1: the released canary was.", mode="livemax")
+        self.canary_percent = gauge("canary_percent", "Of clients that get the canary.")
+        self.canary_stopped = gauge("canary_stopped", "1: the released canary was.")
         self.canary_requests = counter("canary_requests_total", either, "model_version")
         self.canary_failures = counter("canary_failures_total", "Those answered 5xx.", "model_version")
         self.canary_duration = histogram("canary_duration_seconds", either, LATENCY, "model_version")
         self.restarts = counter("worker_restarts_total", "Workers started in place of one that ended.")
-        self.execution = gauge("inference_execution_info", "How it is run.", "execution", mode="livemax")
+        self.execution = gauge("inference_execution_info", "How it is run.", "execution")
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
         self.retried = counter("requests_retried_total", "Requests seen to be sent again.", "sign")
         self.fallbacks = counter("rate_limit_fallbacks_total", "Hits that a worker counted without Redis.")
         # Prometheus sees a first increment only where there was a 0 before it.
-        zeros = {
-            self.shed: SHED,
-            self.failures: FAILURES,
-            self.retried: SIGNS,
-            self.lookup_misses: LOOKUP_MISSES,
-        }
-        for children, values in zeros.items():
+        counters = (self.shed, self.failures, self.retried, self.lookup_misses)
+        for children, values in zip(counters, (SHED, FAILURES, SIGNS, LOOKUP_MISSES), strict=True):
             for value in values:
                 children.labels(value)
 
@@ -183,19 +169,22 @@ class Recorder:
         asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
 
 
+def readable(path: Path) -> bool:
+    """Whether a worker's file is whole: a killed worker may have left it empty or cut short."""
+    try:
+        multiprocess.MultiProcessCollector.merge([path])  # type: ignore[no-untyped-call]
+    except Exception:  # struct.error, UnicodeDecodeError, RuntimeError: whatever its bytes lead to
+        return False
+    return True
+
+
 class _Workers(multiprocess.MultiProcessCollector):
-    """All workers' files; one that a killed worker left empty or cut short does not fail the others."""
+    """All workers' files; one that cannot be read does not fail the others."""
 
     def collect(self) -> Iterable[Metric]:
-        sound, broken = [], 0
-        for path in Path(os.environ[METRICS_FOLDER]).glob("*.db"):
-            try:
-                self.merge([path])  # type: ignore[no-untyped-call]
-                sound.append(path)
-            except FileNotFoundError:  # a worker has ended since, and its gauges with it
-                continue
-            except Exception:
-                broken += 1
+        found = list(Path(os.environ[METRICS_FOLDER]).glob("*.db"))
+        sound = [path for path in found if readable(path)]
+        broken = sum(path.exists() for path in found if path not in sound)  # others went with their worker
         text = "Files of workers that cannot be read; what they counted is missing."
         yield GaugeMetricFamily("metrics_files_broken", text, value=broken)
         yield from self.merge(sound)  # type: ignore[no-untyped-call]

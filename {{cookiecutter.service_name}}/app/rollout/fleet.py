@@ -8,8 +8,8 @@ Nothing here asks whether there is a master: a single process gets the same answ
 
 import os
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from app.core.errors import ArtifactError
 from app.core.lookup import own_lookup
@@ -23,8 +23,7 @@ WORKER_BYTES = 120 * 2**20  # a worker with the runtime and a tiny model, measur
 MODEL_FACTOR = 4  # a loaded model takes up to this many times the size of its file
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """Processors and bytes of memory that the service may use."""
 
     cpus: int
@@ -35,16 +34,18 @@ def machine(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pr
     """The processors and the memory that control groups leave: this process's and those around it."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for group in _groups(cgroups, membership):
+    groups = {cgroups, cgroups / "cpu", cgroups / "memory"}
+    # A container sees its own group as the root, or (version 1) a path that exists outside of it only.
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        group = cgroups / controllers / path.lstrip("/")
+        groups |= {one for one in (group, *group.parents) if one.is_relative_to(cgroups)}
+    for group in groups:
         # Version 2 of control groups has both numbers of the quota in one file, version 1 in two.
-        quota = _numbers(group / "cpu.max") or [
-            *_numbers(group / "cpu.cfs_quota_us"),
-            *_numbers(group / "cpu.cfs_period_us"),
-        ]
+        quota = _numbers(group, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
         if len(quota) == 2:
             cpus = max(1, min(cpus, quota[0] // quota[1]))
-        for limit in ("memory.max", "memory.limit_in_bytes"):
-            memory = min(memory, *_numbers(group / limit), memory)
+        memory = min([memory, *_numbers(group, "memory.max", "memory.limit_in_bytes")])
     return Machine(cpus, memory)
 
 
@@ -55,24 +56,10 @@ def default_workers(artifacts_dir: Path, cgroups: Path = Path("/sys/fs/cgroup"))
     return max(1, min(there.cpus, there.memory // (WORKER_BYTES + MODEL_FACTOR * largest)))
 
 
-def _groups(cgroups: Path, membership: Path) -> set[Path]:
-    """The folders that may hold limits: /proc says where in each hierarchy this process is.
-
-    A container sees its own group as the root, or (version 1) a path that exists outside of it only.
-    """
-    lines = membership.read_text().splitlines() if membership.is_file() else []
-    found = {cgroups, cgroups / "cpu", cgroups / "memory"}
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        group = cgroups / controllers / path.lstrip("/")
-        found |= {one for one in (group, *group.parents) if one.is_relative_to(cgroups)}
-    return found
-
-
-def _numbers(path: Path) -> list[int]:
-    """The positive numbers of a control group's file; `max` and -1 mean that there is no limit."""
-    words = path.read_text().split() if path.is_file() else []
-    return [int(word) for word in words if word.isdigit()]
+def _numbers(group: Path, *names: str) -> list[int]:
+    """The positive numbers in a control group's files; `max` and -1 mean that there is no limit."""
+    content = " ".join((group / name).read_text() for name in names if (group / name).is_file())
+    return [int(word) for word in content.split() if word.isdigit()]
 
 
 # gunicorn calls create_app() without arguments, so this hands the master's fleet to the workers it forks.
