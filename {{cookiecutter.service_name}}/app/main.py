@@ -54,7 +54,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         title=service.name,
         version=service.version,
         description=about["description"],
-        lifespan=lifespan(service, writer),
+        lifespan=partial(lifespan, service, writer),
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
         redoc_url=None,

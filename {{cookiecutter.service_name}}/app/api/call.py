@@ -5,7 +5,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -26,14 +26,9 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
 AUDIT_ROWS = 100  # a line; many collectors of logs cut lines at 16 KiB
 _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
-
-
-def decision(prediction: Any) -> dict[str, Any]:
-    """A classifier's label and score, or a regressor's value."""
-    try:
-        return {"label": prediction.label, "score": prediction.score}
-    except AttributeError:
-        return {"value": prediction.value}
+_ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request that it sends again
+# A classifier decides on label and score, a regressor on a value.
+_DECIDED = [one.name for one in fields(Prediction) if one.name in ("label", "score", "value")]
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +46,7 @@ class Service:
     guard: Guard
     feedback: Feedback
     models: Models
-    keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of predictions with a key
+    keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of predictions, to see retries
 
     def count_answer(self, method: str, route: str, status: int, seconds: float) -> None:
         """One answered request; `route` is a path of this service's, or `none`."""
@@ -59,31 +54,19 @@ class Service:
         self.recorder.count(self.metrics.requests, method, route, str(status))
         self.recorder.observe(self.metrics.duration, seconds, method, route)
 
-    def count_retry(self, prediction_id: str) -> None:
-        """A prediction with an Idempotency-Key; one seen lately in this worker is a retry."""
-        if prediction_id in self.keyed:
-            self.recorder.count(self.metrics.retried, "key")
-        self.keyed[prediction_id] = None
-        if len(self.keyed) > MAX_KEYED:
-            self.keyed.popitem(last=False)
-
 
 @dataclass(slots=True, eq=False)
 class Call:
     """State of one request, from its headers to its log line; times are of `perf_counter`."""
 
     service: Service
+    headers: dict[bytes, bytes]  # by their names in small letters
     started: float
     deadline: float
-    request_id: str = ""
+    request_id: str
     trace_id: str | None = None
     client: str = ""  # hashed
     session: str = ""  # value of APP_CANARY_HEADER, in place of the client
-    idempotency_key: bytes | None = None
-    attempt: int = 1  # number of this attempt, from a retrying proxy
-    content_type: bytes = b""
-    content_encoding: bytes = b""
-    content_length: int = 0
     body: bytes = b""
     model_version: str | None = None
     canary: Canary | None = None  # the one it is counted for
@@ -102,8 +85,7 @@ class Call:
 
     def stems(self, count: int) -> list[str]:
         """How ids begin: at random, or with Idempotency-Key as key and body say, for retries."""
-        key = self.idempotency_key
-        if key is None:
+        if (key := self.headers.get(b"idempotency-key")) is None:
             return [os.urandom(STEM_DIGITS // 2).hex() for _ in range(count)]
         if not _IDEMPOTENCY_KEY.fullmatch(key):
             where, rule = ["header", "Idempotency-Key"], "must be 1 to 255 printable ASCII characters"
@@ -113,25 +95,30 @@ class Call:
         stems = [
             hashlib.sha256(b"%d\0%s" % (index, seed)).hexdigest()[:STEM_DIGITS] for index in range(count)
         ]
-        self.service.count_retry(stems[0])
+        keyed = self.service.keyed
+        if stems[0] in keyed:
+            self.service.recorder.count(self.service.metrics.retried, "key")
+        keyed[stems[0]] = None
+        if len(keyed) > MAX_KEYED:
+            keyed.popitem(last=False)
         return stems
 
     def record(self, predictions: Sequence[Prediction], thresholds: dict[str, Any]) -> None:
         """Complete the ids, and put the decisions on record, never the inputs."""
         service, entries = self.service, []
         for one in predictions:
-            decided = decision(one)
-            answer = next(iter(decided.values()))
+            decided = {name: getattr(one, name) for name in _DECIDED}
+            answer = decided[_DECIDED[0]]
             one.prediction_id = service.feedback.identify(one.prediction_id, one.model_version, answer)
             entries.append({"prediction_id": one.prediction_id, **decided, "action": one.action})
         self.prediction_id = predictions[0].prediction_id
-        common: dict[str, Any] = {"thresholds": thresholds, "predictions": entries}
         if len(entries) == 1:
-            self.audit = common
+            self.audit = {"thresholds": thresholds, "predictions": entries}
             return
-        common |= {"request_id": self.request_id, "model_version": self.model_version}
+        common = {"request_id": self.request_id, "model_version": self.model_version}
         for start in range(0, len(entries), AUDIT_ROWS):
-            service.log.info("audit", **common | {"predictions": entries[start : start + AUDIT_ROWS]})
+            part = entries[start : start + AUDIT_ROWS]
+            service.log.info("audit", **common, thresholds=thresholds, predictions=part)
 
     def finish(self, method: str, route: str, seconds: float) -> None:
         """Count the answer, unless FastAPI's stack has counted it, and write the one line of this request."""
@@ -139,7 +126,7 @@ class Call:
             self.service.count_answer(method, route, self.status, seconds)
         if self.canary is not None:
             self.canary.note(self.model_version == self.canary.pipeline.version, self.status, seconds)
-        fields = {
+        line = {
             "event": "request",
             "request_id": self.request_id,
             "trace_id": self.trace_id,
@@ -152,13 +139,14 @@ class Call:
             "client": self.client,
             **self.audit,
         }
-        if self.idempotency_key is not None:
-            fields["idempotency_key"] = hashlib.sha256(self.idempotency_key).hexdigest()[:12]
-        if self.attempt > 1:
-            fields["attempt"] = self.attempt
+        if (key := self.headers.get(b"idempotency-key")) is not None:
+            line["idempotency_key"] = hashlib.sha256(key).hexdigest()[:12]
+        if (attempt := self.headers.get(b"x-envoy-attempt-count")) and _ATTEMPT.fullmatch(attempt):
+            line["attempt"] = int(attempt)
+            self.service.recorder.count(self.service.metrics.retried, "proxy")
         if self.error is not None:
-            fields["exc_info"] = self.error
-        self.service.request_line(self.error is not None, fields)
+            line["exc_info"] = self.error
+        self.service.request_line(self.error is not None, line)
 
 
 def _current(request: Request) -> Call:

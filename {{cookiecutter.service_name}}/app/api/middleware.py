@@ -28,7 +28,6 @@ from app.schemas.contract import contract_inputs
 from app.settings import Settings
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request that it sends again
 _SHED = {"overloaded": "queue_full", "model_not_ready": "not_ready", "rate_limited": "rate_limit"}
 # Of requests from pages of other origins: what the contract names, and what OpenTelemetry adds in browsers.
 _OWN_HEADERS = ("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id")
@@ -46,6 +45,7 @@ class ServiceMiddleware:
         self._app, self._service = app, service
         self._direct = {route.path: route for route in inference.routes if isinstance(route, JSONRoute)}
         self._prefix = f"{service.settings.root_path}/" if service.settings.root_path else ""
+        self._canary_header = (service.settings.canary_header or "").lower().encode()
         self._features = frozenset(entry["name"] for entry in contract_inputs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,14 +53,13 @@ class ServiceMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        service, (call, key), prefix = self._service, self._open(scope), self._prefix
+        service, call, prefix = self._service, self._open(scope), self._prefix
         if prefix and scope["path"].startswith(prefix) and scope["path"] not in self._direct:
-            # From a proxy that does not strip it.
-            scope["path"] = scope["path"][len(prefix) - 1 :]
+            scope["path"] = scope["path"][len(prefix) - 1 :]  # from a proxy that does not strip it
         route = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
         answer: Answer | None = None
         try:
-            await self._admit(call, key, scope)
+            await self._admit(call, scope)
             answer = await self._answer(call, route, scope, receive, send)
         except ClientDisconnect:
             service.recorder.count(service.metrics.disconnects)
@@ -75,20 +74,23 @@ class ServiceMiddleware:
             answer = self._failed(call, error)
         await self._finish(call, route, answer, scope, send)
 
-    async def _admit(self, call: Call, key: bytes | None, scope: Scope) -> None:
+    async def _admit(self, call: Call, scope: Scope) -> None:
         """Raise ServiceError for a request that is refused by its headers alone: broken, no key, no quota."""
         if "refused" in scope:  # by the server: the bytes were no request
             raise scope["refused"]
         if scope["path"].startswith("/v1/"):
-            guard, query = self._service.guard, scope["query_string"]
+            guard, query, headers = self._service.guard, scope["query_string"], call.headers
             address = scope["client"][0] if scope["client"] else ""
+            key = headers.get(b"x-api-key")
+            if not key and (bearer := headers.get(b"authorization", b""))[:7].lower() == b"bearer ":
+                key = bearer[7:].strip()
             call.client, known = guard.identify(key, query, address)
             if not known:
                 await guard.refuse(call.client, key, query)
             if guard.quota is not None:
                 await guard.spend(guard.quota, call.client)
             if self._service.models.canary is not None:
-                call.session = _session(scope, self._service.settings.canary_header)
+                call.session = headers.get(self._canary_header, b"").decode("latin-1")
 
     async def _answer(
         self, call: Call, route: JSONRoute | None, scope: Scope, receive: Receive, send: Send
@@ -135,41 +137,20 @@ class ServiceMiddleware:
         scope["route_path"] = getattr(route or scope.get("route"), "path", None)
         call.finish(scope["method"], scope["route_path"] or "none", perf_counter() - call.started)
 
-    def _open(self, scope: Scope) -> tuple[Call, bytes | None]:
-        """The call and the key it shows, from one pass over the headers."""
-        started = perf_counter()
-        call = Call(self._service, started, started + self._service.settings.request_deadline_seconds)
-        key: bytes | None = None
-        parents: list[str] = []
-        for name, value in scope["headers"]:
-            if name == b"content-type":
-                call.content_type = value
-            elif name == b"content-length":
-                call.content_length = int(value) if value.isdigit() else 0
-            elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-                call.request_id = value.decode()
-            elif name == b"traceparent":
-                parents.append(value.decode("latin-1"))
-            elif name == b"x-api-key":
-                key = value
-            elif name == b"authorization" and value[:7].lower() == b"bearer ":
-                key = key or value[7:].strip()
-            elif name == b"idempotency-key":
-                call.idempotency_key = value
-            elif name == b"content-encoding" or (
-                name == b"transfer-encoding" and value.lower() != b"chunked"
-            ):
-                call.content_encoding = value
-            elif name == b"x-envoy-attempt-count" and _ATTEMPT.fullmatch(value):
-                call.attempt = int(value)
-                self._service.recorder.count(self._service.metrics.retried, "proxy")
+    def _open(self, scope: Scope) -> Call:
+        """The call, with the ids that its headers give it."""
+        started, headers = perf_counter(), dict(scope["headers"])
+        deadline = started + self._service.settings.request_deadline_seconds
+        request_id = _request_id(headers.get(b"x-request-id", b""))
+        call = Call(self._service, headers, started, deadline, request_id)
         if "trace_id" in scope:  # from a capability that wraps this middleware
             call.trace_id = scope["trace_id"]
-        elif len(parents) == 1:  # two are none
-            caller = get_current_span(_PROPAGATOR.extract({"traceparent": parents})).get_span_context()
+        elif b"traceparent" in headers:
+            parents = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
+            carrier = {"traceparent": parents if len(parents) == 1 else []}  # two are none
+            caller = get_current_span(_PROPAGATOR.extract(carrier)).get_span_context()
             call.trace_id = format_trace_id(caller.trace_id) if caller.is_valid else None
-        call.request_id = call.request_id or os.urandom(16).hex()
-        return call, key
+        return call
 
     def _failed(self, call: Call, error: Exception) -> Answer:
         """The answer to a failure, counted; what a client must not see is kept for the log line."""
@@ -189,10 +170,9 @@ class ServiceMiddleware:
         return failure.status, encoded, problem(failure, call.request_id)
 
 
-def _session(scope: Scope, header: str | None) -> str:
-    """What the header says that keeps clients with a canary; nothing if there is none."""
-    wanted = header.lower().encode() if header else b""
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
+def _request_id(given: bytes) -> str:
+    """The id that the request brings if it is well-formed, or a new one."""
+    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 class CrossOrigin(CORSMiddleware):
@@ -207,6 +187,5 @@ class CrossOrigin(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
         """The answer to a preflight, with the request's id or a new one."""
         response, given = super().preflight_response(request_headers), request_headers.get("x-request-id", "")
-        kept = _REQUEST_ID.fullmatch(given.encode("latin-1"))
-        response.headers["x-request-id"] = given if kept else os.urandom(16).hex()
+        response.headers["x-request-id"] = _request_id(given.encode("latin-1"))
         return response

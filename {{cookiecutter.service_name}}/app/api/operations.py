@@ -2,24 +2,22 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Header, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.openapi.utils import get_openapi
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.staticfiles import StaticFiles
 
 from app.api.call import CurrentCall, Service
 from app.api.errors import MEDIA_TYPE
-from app.api.routes import ANSWERS
 from app.core.errors import reason_of
 from app.observability.logging import LineWriter
 from app.observability.metrics import scrape
-from app.schemas.service import Health, Ready, ServedModel, Version
+from app.schemas.service import ANSWERS, Health, Ready, ServedModel, Version
 
 BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
 
@@ -44,12 +42,10 @@ async def version(call: CurrentCall) -> Version:
     """The service, its API and the served model."""
     service, served = call.service, None
     if pipeline := service.models.serving:
-        manifest = pipeline.artifact.manifest
-        training = manifest.training.data_sha256 if manifest.training else None
-        sha256, execution = pipeline.artifact.sha256, pipeline.execution
-        served = ServedModel(
-            manifest.version, sha256, manifest.runtime, training, manifest.libraries, execution
-        )
+        manifest, sha256 = pipeline.artifact.manifest, pipeline.artifact.sha256
+        data = manifest.training.data_sha256 if manifest.training else None
+        how = data, manifest.libraries, pipeline.execution
+        served = ServedModel(manifest.version, sha256, manifest.runtime, *how)
     return Version(service.name, service.version, "v1", served)
 
 
@@ -91,54 +87,44 @@ def add_docs(app: FastAPI) -> None:
 
 def openapi(app: FastAPI) -> dict[str, Any]:
     """The schema with the media type and headers of errors, which FastAPI's `responses` cannot say."""
-    if app.openapi_schema is None:
-        app.openapi_schema = get_openapi(
-            title=app.title,
-            version=app.version,
-            description=app.description,
-            routes=app.routes,
-            servers=app.servers or None,
-        )
-        calls = [call for path in app.openapi_schema["paths"].values() for call in path.values()]
-        for status, response in (pair for call in calls for pair in call["responses"].items()):
-            if status >= "400":
-                response["content"] = {MEDIA_TYPE: response["content"].pop("application/json")}
-            if status in ("429", "503"):
-                response["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
-    return app.openapi_schema
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    schema = FastAPI.openapi(app)
+    calls = [call for path in schema["paths"].values() for call in path.values()]
+    for status, response in (pair for call in calls for pair in call["responses"].items()):
+        if status >= "400":
+            response["content"] = {MEDIA_TYPE: response["content"].pop("application/json")}
+        if status in ("429", "503"):
+            response["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
+    return schema
 
 
-def lifespan(
-    service: Service, writer: LineWriter
-) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Service]]]:
+async def _load(service: Service, writer: LineWriter) -> None:
+    try:
+        await service.models.load()
+    except Exception as error:
+        service.log.error("cannot start", reason=reason_of(error))
+        writer.close()
+        # A worker that replaces another is tried again, and the others go on meanwhile.
+        os._exit(1 if service.fleet.replaces else BOOT_ERROR)
+
+
+@asynccontextmanager
+async def lifespan(service: Service, writer: LineWriter, _app: FastAPI) -> AsyncIterator[dict[str, Service]]:
     """FastAPI's lifespan: load the model, follow the release, write everything at the end."""
-
-    async def load() -> None:
-        try:
-            await service.models.load()
-        except Exception as error:
-            service.log.error("cannot start", reason=reason_of(error))
-            writer.close()
-            # A worker that replaces another is tried again, and the others go on meanwhile.
-            os._exit(1 if service.fleet.replaces else BOOT_ERROR)
-
-    @asynccontextmanager
-    async def running(_app: FastAPI) -> AsyncIterator[dict[str, Service]]:
-        # In the background, so that /health and /ready tell the truth while a large model loads.
-        models, loading = service.models, asyncio.create_task(load())
-        if service.fleet.replaces:  # another worker answers until this one can
-            service.metrics.restarts.inc()
-            await loading
-            await models.look()  # the version that the master verified may have been replaced since
-        following = asyncio.create_task(models.follow(loading))
-        try:
-            yield {"service": service}
-        finally:
-            loading.cancel()
-            following.cancel()
-            service.recorder.flush(everything=True)
-            models.close()
-            service.log.info("stopped")
-            await asyncio.to_thread(writer.close)
-
-    return running
+    # In the background, so that /health and /ready tell the truth while a large model loads.
+    models, loading = service.models, asyncio.create_task(_load(service, writer))
+    if service.fleet.replaces:  # another worker answers until this one can
+        service.metrics.restarts.inc()
+        await loading
+        await models.look()  # the version that the master verified may have been replaced since
+    following = asyncio.create_task(models.follow(loading))
+    try:
+        yield {"service": service}
+    finally:
+        loading.cancel()
+        following.cancel()
+        service.recorder.flush(everything=True)
+        models.close()
+        service.log.info("stopped")
+        await asyncio.to_thread(writer.close)

@@ -94,12 +94,12 @@ class SharedWindows:
         self._shared = MovingWindowRateLimiter(storage_from_string(f"async+{uri}", **options))
         self._item, self._own = RateLimitItemPerSecond, Windows()
         self._log, self._on_fallback = log, on_fallback
-        self._away, self._ask_again = False, 0.0
+        self._ask_again = 0.0  # while it is away, the time to ask it again; else 0
 
     async def hit(self, limit: Limit, name: str) -> float:
         """See `Windows.hit`; never raises."""
         if (now := monotonic()) >= self._ask_again:
-            if self._away:  # one request tries; the others do not wait for its result
+            if self._ask_again:  # one request tries; the others do not wait for its result
                 self._ask_again = now + PAUSE_SECONDS
             item, left = self._item(limit.amount, limit.seconds), 0.0
             try:
@@ -108,13 +108,12 @@ class SharedWindows:
                         window = await self._shared.get_window_stats(item, name)
                         left = max(0.001, window.reset_time - time())
             except Exception as error:  # a failing Redis is no reason to refuse a request
-                self._ask_again = monotonic() + PAUSE_SECONDS
-                if not self._away:
-                    self._away = True
+                if not self._ask_again:
                     self._log.error("rate limit storage away, counting per worker", exc_info=error)
+                self._ask_again = monotonic() + PAUSE_SECONDS
             else:
-                if self._away:
-                    self._away, self._ask_again = False, 0.0
+                if self._ask_again:
+                    self._ask_again = 0.0
                     self._log.info("rate limit storage back")
                 return left
         self._on_fallback()
@@ -145,10 +144,10 @@ class Guard:
     async def refuse(self, client: str, key: bytes | None, query: bytes) -> NoReturn:
         """Raise the ServiceError for a request that `identify` did not let in; too many of them are 429."""
         await self.spend(FAILURES, f"failed:{client}")
+        detail = "this key is not accepted" if key else _HOW
         if query and _in_query(query):
-            error = ServiceError("unauthorized", f"a key in the URL ends up in logs: replace it, and {_HOW}")
-        else:
-            error = ServiceError("unauthorized", "this key is not accepted" if key else _HOW)
+            detail = f"a key in the URL ends up in logs: replace it, and {_HOW}"
+        error = ServiceError("unauthorized", detail)
         reason = ', error="invalid_token"' if key else ""  # RFC 6750: only where a key was sent
         error.headers["www-authenticate"] = f'Bearer realm="service"{reason}, ApiKey header="X-API-Key"'
         raise error

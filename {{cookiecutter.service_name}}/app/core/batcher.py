@@ -257,17 +257,17 @@ class Batcher:
             self._rows -= len(job.rows)
 
     def _call(self, jobs: Sequence[_Job]) -> list[Batch]:
-        rows = [row for job in jobs for row in job.rows]
-        return [self._guarded(rows[at : at + self._max_rows]) for at in range(0, len(rows), self._max_rows)]
-
-    def _guarded(self, rows: list[Row]) -> Batch:
-        """If this call fails in any way, its callers get an answer and the next call its turn."""
-        try:
-            return self._run(rows)
-        except Exception as error:
-            failure = ServiceError("internal_error")
-            failure.__cause__ = error
-            return Batch([failure] * len(rows), (0.0, 0.0, 0.0), {})
+        """If a call fails in any way, its callers get an answer and the next call its turn."""
+        rows, batches = [row for job in jobs for row in job.rows], []
+        for at in range(0, len(rows), self._max_rows):
+            part = rows[at : at + self._max_rows]
+            try:
+                batches.append(self._run(part))
+            except Exception as error:
+                failure = ServiceError("internal_error")
+                failure.__cause__ = error
+                batches.append(Batch([failure] * len(part), (0.0, 0.0, 0.0), {}))
+        return batches
 
     def _finish(self, jobs: Sequence[_Job], started: float, batches: Sequence[Batch]) -> None:
         answers = [one for batch in batches for one in batch.answers]

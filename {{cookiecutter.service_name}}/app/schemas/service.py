@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from app.schemas.predict import Features, Label, Prediction
 
 MAX_ERRORS = 20
+Responses = dict[int | str, dict[str, Any]]
 
 
 class Instances(BaseModel):
@@ -112,3 +113,38 @@ class Version:
     version: str
     api_version: Literal["v1"]
     model: ServedModel | None
+
+
+def refusal(status: int, meaning: str) -> Responses:
+    """How OpenAPI documents a status that comes with a problem."""
+    return {status: {"model": Problem, "description": meaning}}
+
+
+def _link(name: str, operation: str, body: Any, description: str) -> Responses:
+    """OpenAPI's link: a further call that a client may make with a request or an answer."""
+    link = {"operationId": operation, "requestBody": body, "description": description}
+    return {200: {"links": {name: link}}}
+
+
+ANSWERS = (
+    refusal(400, "The body is not JSON.")
+    | refusal(401, "No API key was sent, or one that is not accepted.")
+    | refusal(413, "The body is larger than this service takes.")
+    | refusal(415, "The body is not sent as plain JSON.")
+    | refusal(422, "The input breaks the contract; `errors` says where.")
+    | refusal(429, "The client's quota is used up; see Retry-After.")
+    | refusal(500, "The model failed on this input, or the service did.")
+    | refusal(503, "Overloaded, out of time, or the model is not ready; see Retry-After.")
+)
+AS_BATCH = _link(
+    "InBatch",
+    "predict_batch_v1_predict_batch_post",
+    {"instances": ["$request.body"]},
+    "The same instance as one of several gets the same answer.",
+)
+AS_SINGLE = _link(
+    "Alone",
+    "predict_v1_predict_post",
+    "$request.body#/instances/0",
+    "An instance of the batch by itself gets the same answer.",
+)
