@@ -56,11 +56,7 @@ class Drift:
             for index, feature in enumerate(features)
             if "categories" in feature
         }
-        # One table for all features: nothing is beyond the infinite edges that fill its rows up.
-        edges = [features[index]["edges"] for index in self._numbers]
-        self._edges = np.full((len(edges), max(map(len, edges), default=0)), np.inf, np.float32)
-        for row, own in zip(self._edges, edges, strict=True):
-            row[: len(own)] = own
+        self._edges = [np.array(features[index]["edges"], np.float32) for index in self._numbers]
         self._children: dict[tuple[str, str], Any] = {}
         for name, feature in zip(names, features, strict=True):
             counts = Tally(dict(zip(feature["bins"], feature["counts"], strict=True)))
@@ -118,25 +114,19 @@ class Drift:
         self._labels.clear()
 
     def _count(self, rows: NDArray[Any]) -> Tally[tuple[str, str]]:
-        """Rows by feature and bin, where there are any."""
         counts = Tally[tuple[str, str]]()
-        numbers = rows[:, self._numbers].astype(np.float32, copy=False)
-        missing = np.isnan(numbers).sum(axis=0)
-        beyond = (numbers[:, :, None] > self._edges).sum(axis=0)  # [features, edges]; NaN is beyond none
-        # A value beyond one edge and not beyond the next is in the bin between them.
-        steps = np.column_stack([len(rows) - missing, beyond, np.zeros_like(missing)])
-        inside = steps[:, :-1] - steps[:, 1:]
-        found, bins = np.nonzero(inside)
-        for at, bin_ in zip(found.tolist(), bins.tolist(), strict=True):
-            index = self._numbers[at]
-            counts[self._names[index], self._bins[index][bin_]] = int(inside[at, bin_])
-        for at in np.flatnonzero(missing).tolist():
-            counts[self._names[self._numbers[at]], MISSING] = int(missing[at])
+        numbers = rows[:, self._numbers].astype(np.float32, copy=False).T
+        for index, column, edges in zip(self._numbers, numbers, self._edges, strict=True):
+            name, bins = self._names[index], self._bins[index]
+            present = column[~np.isnan(column)]
+            inside = np.bincount(np.searchsorted(edges, present)).tolist()
+            counts[name, MISSING] = len(column) - len(present)
+            counts.update({(name, bins[at]): count for at, count in enumerate(inside)})
         for index, known in self._categories.items():
             for value, count in Tally(rows[:, index].tolist()).items():
                 absent = value is None or value != value
                 counts[self._names[index], MISSING if absent else known.get(value, OTHER)] += count
-        return counts
+        return +counts  # without those of no row
 
 
 class Calls(Observer):
