@@ -309,28 +309,25 @@ class RulesRuntime:
         floats = all(entry.dtype == "float64" for entry in inputs)
         self.dtype = np.float32 if floats else np.object_
         names = [entry.name for entry in inputs]
-        self._rules = [
-            (
-                [
-                    (names.index(name), _OPERATORS[symbol], float(np.float32(bound)) if floats else bound)
-                    for name, conditions in rule["when"].items()
-                    for symbol, bound in conditions.items()
-                ],
-                self._spread(rule),
-            )
-            for rule in document["rules"]
-        ]
-        self._otherwise = self._spread(document["otherwise"])
+        self._rules = []
+        for rule in [*document["rules"], {"when": {}} | document["otherwise"]]:
+            conditions = [
+                (names.index(name), _OPERATORS[symbol], float(np.float32(bound)) if floats else bound)
+                for name, bounds in rule["when"].items()
+                for symbol, bound in bounds.items()
+            ]
+            self._rules.append((conditions, self._spread(rule)))
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """Rows (n, features) -> (n, labels) or (n, 1)."""
         return [self._decide(row) for row in matrix.tolist()]
 
     def _decide(self, row: list[float]) -> list[float]:
-        for conditions, probabilities in self._rules:
-            if all(row[index] is not None and holds(row[index], bound) for index, holds, bound in conditions):
-                return probabilities
-        return self._otherwise
+        return next(
+            answer
+            for conditions, answer in self._rules
+            if all(row[at] is not None and holds(row[at], bound) for at, holds, bound in conditions)
+        )
 
     def _spread(self, decision: dict[str, Any]) -> list[float]:
         """The decided label's score, and the rest of 1 shared by the other labels; or the value."""
