@@ -211,8 +211,7 @@ class Models:
         try:
             if want is not None:
                 settings = self._settings.model_copy(update={"model_version": want.version})
-                artifact = await asyncio.to_thread(read_served, settings)
-                pipeline = await asyncio.to_thread(self._build, artifact, role)
+                pipeline = await asyncio.to_thread(lambda: self._build(read_served(settings), role))
         except Exception as error:  # of any kind: the serving version is not affected
             self._refuse(role, error)
             want = None
