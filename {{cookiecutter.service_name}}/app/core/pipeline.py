@@ -66,7 +66,7 @@ def rows_of(instances: Iterable[BaseModel]) -> list[Row]:
     """The values of validated instances, in the order of the model's columns."""
     if KEYS:
         return [tuple(v for name, v in one.__dict__.items() if name not in KEYS) for one in instances]
-    return [tuple(instance.__dict__.values()) for instance in instances]
+    return [tuple(one.__dict__.values()) for one in instances]
 
 
 class Model:
@@ -113,15 +113,12 @@ class Model:
             refused = self._violations(np.abs(self._numbers(matrix)) > self._most, *TOO_LARGE)
             kept = [index for index in range(len(rows)) if index not in refused]
             matrix, beyond = matrix[kept], beyond[kept]
-            outside, counts = self._outside(beyond)
+            counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
+            outside = set(np.flatnonzero(beyond.any(axis=1)).tolist()) if self._review else outside
         ready = perf_counter()
         outputs = self._infer(matrix) if len(matrix) else []
         inferred = perf_counter()
-        answer = self._classify if self._labels else self._measure
-        answers = [
-            one if isinstance(one, ServiceError) else answer(one, index in outside)
-            for index, one in enumerate(outputs)
-        ]
+        answers = [self._answer(output, index in outside) for index, output in enumerate(outputs)]
         if any(isinstance(one, ServiceError) for one in answers):
             self._explain(answers, matrix, beyond)
         for index, failure in refused.items():
@@ -168,19 +165,13 @@ class Model:
             matrix = self.matrix(rows)
             numbers = self._numbers(matrix)
         except OverflowError:  # an integer that no float can hold
-            return self._judged([tuple(map(_bounded, row)) for row in rows])
+            return self._judged([tuple(map(_held, row)) for row in rows])
         return matrix, (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
 
     def _numbers(self, matrix: Matrix) -> Matrix:
         return matrix if self._every else matrix[:, self._numeric].astype(self._low.dtype)
 
-    def _outside(self, beyond: Flags) -> tuple[set[int], dict[str, int]]:
-        """Rows to review for a value outside the training range, and the number of such values by feature."""
-        counts = {name: n for name, n in zip(self._names, beyond.sum(axis=0).tolist(), strict=True) if n}
-        return set(np.flatnonzero(beyond.any(axis=1)).tolist()) if self._review else set(), counts
-
     def _violations(self, wrong: Flags, message: str, kind: str) -> dict[int, ServiceError]:
-        """The error of each row that has a wrong number."""
         found: dict[int, ServiceError] = {}
         for row, column in np.argwhere(wrong).tolist():
             failure = found.setdefault(row, ServiceError("invalid_input"))
@@ -212,40 +203,33 @@ class Model:
             half = len(matrix) // 2
             return self._infer(matrix[:half]) + self._infer(matrix[half:])
 
-    def _measure(self, output: Any, outside: bool) -> Any:
-        """A regressor's answer."""
-        (value,) = output
-        if not math.isfinite(value):
+    def _answer(self, output: Any, outside: bool) -> Any:
+        """The prediction of a row, from a regressor's value or a classifier's probabilities."""
+        if isinstance(output, ServiceError):
+            return output
+        if not math.isfinite(sum(output)):  # one NaN or infinity among them is enough
             return ServiceError("non_finite_output")
-        return _prediction("", self.version, value, "review" if outside else "accept")
-
-    def _classify(self, probabilities: Any, outside: bool) -> Any:
-        """A classifier's answer."""
-        if not math.isfinite(sum(probabilities)):  # one NaN or infinity among them is enough
-            return ServiceError("non_finite_output")
+        if not self._labels:
+            return _prediction("", self.version, output[0], "review" if outside else "accept")
         if self._least is None:
-            score = max(probabilities)
-            label = self._labels[probabilities.index(score)]
+            at = output.index(max(output))
         else:
             at, least = self._least
-            at = at if probabilities[at] >= least else 1 - at
-            label, score = self._labels[at], probabilities[at]
-        if 1.0 < max(probabilities) < 1.0 + ROUNDING or -ROUNDING < min(probabilities) < 0.0:
-            probabilities = [min(max(one, 0.0), 1.0) for one in probabilities]
-            score = min(max(score, 0.0), 1.0)
-        action: Literal["accept", "review"] = "review" if outside or score < self._threshold else "accept"
-        by_label = dict(zip(self._keys, probabilities, strict=True))
-        return _prediction("", self.version, label, score, by_label, action)
+            at = at if output[at] >= least else 1 - at
+        if 1.0 < max(output) < 1.0 + ROUNDING or -ROUNDING < min(output) < 0.0:
+            output = [min(max(one, 0.0), 1.0) for one in output]
+        by_label = dict(zip(self._keys, output, strict=True))
+        action = "review" if outside or output[at] < self._threshold else "accept"
+        return _prediction("", self.version, self._labels[at], output[at], by_label, action)
 
 
 def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
-    """Whether an answer is the one of a golden line, each number within the line's tolerance."""
     recorded = line.get("probabilities") or {"value": line["value"]}
     own = getattr(answer, "probabilities", None) or {"value": answer.value}
     return all(abs(own[key] - number) <= line["tolerance"] for key, number in recorded.items())
 
 
-def _bounded(value: Any) -> Any:
+def _held(value: Any) -> Any:
     return math.inf if isinstance(value, int) and abs(value) > MOST_INT64 else value
 
 
@@ -267,7 +251,7 @@ OFFLINE = Policy(batch_max_rows=256)
 
 
 def choose_execution(costs: Costs, max_rows: int) -> Execution:
-    """How to run a model that costs so much, when a full call has `max_rows`."""
+    """How to run a model, when a full call has `max_rows`."""
     if max(costs.per_call, costs.per_row * max_rows) > MAX_LOOP_SECONDS:
         return "thread"
     return "batch" if costs.per_call > MIN_BATCH_GAIN * costs.per_row else "inline"
@@ -279,7 +263,7 @@ def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
 
 
 def pace_of(costs: Costs, max_rows: int, http_seconds: float) -> Pace:
-    """What calls take, from those with one row and with `max_rows`, which cost so much."""
+    """What calls of any number of rows take, from those with one row and with `max_rows`."""
     full = costs.per_row * max_rows
     each = max(0.0, (full - costs.per_call) / (max_rows - 1)) if max_rows > 1 else costs.per_row
     return Pace(max(1e-6, costs.per_call - each), each + http_seconds)
@@ -291,9 +275,9 @@ class Pipeline:
     def __init__(
         self, model: Model, policy: Policy, costs: Costs, observer: Observer, lookup: Lookup | None = None
     ) -> None:
-        self._lookup = lookup
         self.model, self.artifact, self.version = model, model.artifact, model.version
-        self.costs, self._max_rows, self._observer = costs, policy.batch_max_rows, observer
+        self.costs, self._max_rows = costs, policy.batch_max_rows
+        self._observer, self._lookup = observer, lookup
         self.execution = policy.execution or choose_execution(costs, policy.batch_max_rows)
         self.batcher = Batcher(
             model.run,
@@ -313,10 +297,7 @@ class Pipeline:
         runtime: Runtime | None = None,
         lookup: Lookup | None = None,
     ) -> Self:
-        """Load a verified version, warm it up and replay its golden set; raises ArtifactError.
-
-        Takes up to a second of the calling thread.
-        """
+        """Load a verified version, warm it up and replay its golden set; raises ArtifactError."""
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         costs = model.warm_up(policy.batch_max_rows)
         model.replay()
@@ -324,10 +305,7 @@ class Pipeline:
 
     @classmethod
     def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:
-        """The same answers without a server; raises ArtifactError if the model fails on its own example.
-
-        No batching, no thread, no metrics, no measuring. Ask it with `answers`.
-        """
+        """Without batching, thread or measuring, to ask with `answers`; raises ArtifactError."""
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         model.try_example()
         return cls(model, replace(policy, execution="inline"), Costs(), Observer())
@@ -354,15 +332,13 @@ class Pipeline:
             instances, defaulted = await self._lookup.complete(instances, deadline)
         rows = rows_of(instances)
         self.model.reject(rows, single)
-        answers: list[Any]
         if self.execution == "inline" and len(rows) <= self._max_rows:
             batch = self.model.run(rows)
             self._observer.batch(batch, (0.0,))
             answers = batch.answers
         else:
             answers = await self.batcher.submit(rows, deadline)
-        failures = {at: one for at, one in enumerate(answers) if isinstance(one, ServiceError)}
-        if failures:
+        if failures := {at: one for at, one in enumerate(answers) if isinstance(one, ServiceError)}:
             raise located(failures, single)
         for answer, prediction_id in zip(answers, ids, strict=True):
             answer.prediction_id = prediction_id

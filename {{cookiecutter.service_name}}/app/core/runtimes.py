@@ -12,9 +12,9 @@ import operator
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib import metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module, metadata
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -45,84 +45,66 @@ def load_runtime(artifact: Artifact) -> Runtime:
     """Load the runtime that the manifest names; raises ArtifactError."""
     manifest, files = artifact.manifest, artifact.files
     inputs, outputs = manifest.inputs, manifest.outputs
-    try:
-        libraries = import_libraries(artifact)
-        loaded: list[Any] = []
+    libraries, loaded = import_libraries(artifact), list[Any]()
+    with _refusing(artifact):
         for name in artifact.model_files:
             if name == "rules.json":
                 loaded.append(RulesRuntime(json.loads(files[name]), inputs, outputs.labels))
             elif name == "model.onnx":
                 loaded.append(OnnxRuntime(libraries[name], files[name], None if loaded else len(inputs)))
             else:
-                loaded.append(
-                    SkopsRuntime(
-                        libraries[name], files[name], manifest.trusted_types, None if loaded else inputs,
-                        None if name != artifact.model_files[-1] else outputs.labels,
-                        classes=outputs.classes, takes=manifest.takes, dtypes=manifest.dtypes,
-                    )
+                runtime = SkopsRuntime(
+                    libraries[name], files[name], manifest.trusted_types, None if loaded else inputs,
+                    outputs.labels if name == artifact.model_file else None,
+                    classes=outputs.classes, takes=manifest.takes, dtypes=manifest.dtypes,
                 )  # fmt: skip
-        return loaded[0] if len(loaded) == 1 else SplitRuntime(*loaded)
-    except ArtifactError:
-        raise
-    except Unfit as error:
-        raise _refusal(artifact, str(error)) from None
-    except Exception as error:  # whatever a malformed model makes its library raise
-        raise _refusal(artifact, f"cannot be loaded ({type(error).__name__})") from error
+                loaded.append(runtime)
+    return loaded[0] if len(loaded) == 1 else SplitRuntime(*loaded)
 
 
 def import_libraries(artifact: Artifact) -> dict[str, Any]:
     """The library that runs each model file; raises ArtifactError where it is not the one to use."""
     found: dict[str, Any] = {}
-    if "model.skops" in artifact.model_files:
-        _check_libraries(artifact)
-        _check_types(artifact)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the service scales by workers
-        import skops.io
-
-        found["model.skops"] = skops.io
-    if "model.onnx" in artifact.model_files:
-        # Kept from sending usage events to its maker; too late once it is imported.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime
-
-        found["model.onnx"] = onnxruntime
+    with _refusing(artifact):
+        if "model.skops" in artifact.model_files:
+            _check_libraries(artifact.manifest.libraries)
+            # skops trusts some hundred types of its own accord; here the manifest alone has the say.
+            trusted = set(artifact.manifest.trusted_types)
+            if unlisted := sorted(skops_types(artifact.files["model.skops"]) - trusted):
+                raise Unfit(f"holds a {unlisted[0]}, which manifest.json does not list among trusted_types")
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # the service scales by workers
+            found["model.skops"] = import_module("skops.io")
+        if "model.onnx" in artifact.model_files:
+            # Kept from sending usage events to its maker; too late once it is imported.
+            os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+            found["model.onnx"] = import_module("onnxruntime")
     return found
 
 
-def _refusal(artifact: Artifact, reason: str) -> ArtifactError:
-    return ArtifactError(f"{artifact.manifest.version}/{artifact.model_file}: {reason}")
+class Unfit(Exception):
+    """A model that is not loaded, and the reason in a few words of ours."""
 
 
-def _check_libraries(artifact: Artifact) -> None:
-    """Raise ArtifactError unless every library in the manifest is installed in that very version."""
-    made_with = artifact.manifest.libraries
+@contextmanager
+def _refusing(artifact: Artifact) -> Iterator[None]:
+    """Turn whatever a malformed model makes its library raise into an ArtifactError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, Unfit) else f"cannot be loaded ({type(error).__name__})"
+        raise ArtifactError(f"{artifact.manifest.version}/{artifact.model_file}: {reason}") from error
+
+
+def _check_libraries(made_with: Mapping[str, str]) -> None:
     for name in sorted({"numpy", "scikit-learn", "skops", *made_with}):
         if name not in made_with:
-            raise _refusal(artifact, f"manifest.json does not say with which {name} it was made")
+            raise Unfit(f"manifest.json does not say with which {name} it was made")
         needed, installed = made_with[name], "none"
         with suppress(metadata.PackageNotFoundError):
             installed = metadata.version(name)
         if installed != needed:
             reason = f"was made with {name} {needed}, and {installed} is installed: add {name}=={needed} to"
-            raise _refusal(artifact, f"{reason} requirements/runtime.in, run `make lock`, install again")
-
-
-def _check_types(artifact: Artifact) -> None:
-    """Raise ArtifactError unless the manifest lists every type that the model is made of.
-
-    skops trusts some hundred types of its own accord; here the manifest alone has the say.
-    """
-    try:
-        held = skops_types(artifact.files["model.skops"])
-    except Exception as error:  # no archive, or one of something else
-        raise _refusal(artifact, f"cannot be loaded ({type(error).__name__})") from error
-    if unlisted := sorted(held - set(artifact.manifest.trusted_types)):
-        reason = f"holds a {unlisted[0]}, which manifest.json does not list among trusted_types"
-        raise _refusal(artifact, reason)
-
-
-class Unfit(Exception):
-    """A model that is not loaded, and the reason in a few words of ours."""
+            raise Unfit(f"{reason} requirements/runtime.in, run `make lock`, install again")
 
 
 # onnxruntime looks for tensors that lie in other files only in this folder, where there are none.
@@ -160,16 +142,12 @@ class OnnxRuntime:
         self._inputs = list(zip([one.name for one in taken], kinds, pairwise(ends), strict=True))
         whole = len(kinds) == 1 and kinds[0] in (np.float32, np.float64)
         self.dtype = kinds[0] if whole else np.object_ if np.object_ in kinds else np.float64
-        self._whole = self._inputs[0][0] if whole else ""
         output = self._session.get_outputs()[-1]
         self._outputs, self._flat = [output.name], len(output.shape) == 1
 
     def transform(self, matrix: Matrix) -> Matrix:
         """Rows (n, features) -> (n, labels) or (n, 1), as an array."""
-        if self._whole:
-            tensors = {self._whole: matrix}
-        else:
-            tensors = {name: _tensor(matrix[:, slice(*at)], kind) for name, kind, at in self._inputs}
+        tensors = {name: _tensor(matrix[:, slice(*at)], kind) for name, kind, at in self._inputs}
         output: Matrix = self._session.run(self._outputs, tensors)[0]
         return output[:, None] if self._flat else output
 
@@ -182,9 +160,13 @@ class OnnxRuntime:
 def _tensor(columns: NDArray[Any], kind: Any) -> NDArray[Any]:
     """Columns as `kind`; ONNX has no missing text, so that is empty text there."""
     if kind is np.object_:
-        return np.where(columns == None, "", columns)  # noqa: E711  # of each
+        return _filled(columns, "")
     with np.errstate(over="ignore"):
-        return columns.astype(kind)
+        return np.ascontiguousarray(columns, kind)
+
+
+def _filled(columns: NDArray[Any], missing: Any) -> NDArray[Any]:
+    return np.where(columns == None, missing, columns)  # noqa: E711  # of each
 
 
 class SkopsRuntime:
@@ -208,13 +190,13 @@ class SkopsRuntime:
         dtypes: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = skops_io.loads(content, trusted=trusted)
+        self._labels: list[int] = []
         if labels:
             own = self._model.classes_.tolist()
-            if len(own) != len(labels) or not all(one in own for one in classes or labels):
+            called = classes or labels
+            if len(own) != len(called) or not all(one in own for one in called):
                 raise Unfit("answers with other labels than manifest.json")
-            self._labels = [own.index(one) for one in classes or labels]
-        else:
-            self._labels = []
+            self._labels = [own.index(one) for one in called]
         if inputs is not None:
             self._expect(inputs, takes, dtypes or {})
         alone = {key: 1 for key in self._model.get_params() if key.rpartition("__")[2] == "n_jobs"}
@@ -224,21 +206,17 @@ class SkopsRuntime:
 
     def _expect(self, inputs: Sequence[Input], takes: str | None, dtypes: Mapping[str, Any]) -> None:
         """Refuse other columns than the model was fitted on, and know the type of each."""
+        self._kinds: dict[str, Any] = {entry.name: _kind(entry) for entry in inputs}
+        exact = all(kind is np.float64 for kind in self._kinds.values()) and not dtypes
         names = [entry.name for entry in inputs]
         fitted = getattr(self._model, "feature_names_in_", None)
-        kinds = [_kind(entry) for entry in inputs]
-        exact = all(kind is np.float64 for kind in kinds) and not dtypes
-        if fitted is not None and [_plain(one) for one in fitted] != [_plain(one) for one in names]:
-            raise Unfit("takes other columns than manifest.json")
-        if getattr(self._model, "n_features_in_", len(names)) != len(names):
+        same = fitted is None or _plain(fitted) == _plain(names)
+        if not same or getattr(self._model, "n_features_in_", len(names)) != len(names):
             raise Unfit("takes other columns than manifest.json")
         self._takes = takes or ("array" if fitted is None or exact else "frame")
         self.dtype = np.float64 if exact else np.object_
-        self._kinds: dict[str, Any] = dict(zip(names, kinds, strict=True))
         if self._takes == "frame":
-            import pandas as pd
-
-            self._pandas = pd
+            self._pandas = pd = import_module("pandas")
             for name, kind in dtypes.items():
                 self._kinds[name] = pd.CategoricalDtype(kind) if isinstance(kind, list) else kind
 
@@ -258,7 +236,7 @@ class SkopsRuntime:
     def _rows(self, matrix: Matrix) -> Any:
         """The rows as the model was fitted on such: an estimator looks at the type of each column."""
         if self._takes == "column":
-            return np.where(matrix[:, 0] == None, "", matrix[:, 0])  # noqa: E711  # of each
+            return _filled(matrix[:, 0], "")
         if self._takes == "frame":
             columns = zip(self._kinds.items(), matrix.T, strict=True)
             return self._pandas.DataFrame({name: self._series(one, kind) for (name, kind), one in columns})
@@ -266,8 +244,7 @@ class SkopsRuntime:
             return matrix
         kinds = self._kinds.values()
         typed = [_typed(one, kind) for kind, one in zip(kinds, matrix.T, strict=True)]
-        common = np.object_ if np.object_ in kinds else np.float64
-        return np.column_stack([one.astype(common) for one in typed])
+        return np.column_stack(typed).astype(np.object_ if np.object_ in kinds else np.float64)
 
     def _series(self, column: NDArray[Any], kind: Any) -> Any:
         pd = self._pandas
@@ -276,9 +253,9 @@ class SkopsRuntime:
         return pd.Series(_typed(column, kind), dtype=kind)
 
 
-def _plain(name: Any) -> str:
-    """A column's name as LightGBM keeps it."""
-    return str(name).replace(" ", "_")
+def _plain(names: Iterable[Any]) -> list[str]:
+    """Columns' names as LightGBM keeps them."""
+    return [str(one).replace(" ", "_") for one in names]
 
 
 def _kind(entry: Input) -> Any:
@@ -294,7 +271,7 @@ def _typed(column: NDArray[Any], kind: Any) -> NDArray[Any]:
     """A column of that type, or for pandas to make it; missing is NaN, whatever else is in the column."""
     if kind in (np.float64, np.int64, np.bool_):
         return column.astype(kind)
-    return np.where(column == None, np.nan, column)  # noqa: E711  # of each
+    return _filled(column, np.nan)
 
 
 class SplitRuntime:
@@ -332,28 +309,25 @@ class RulesRuntime:
         floats = all(entry.dtype == "float64" for entry in inputs)
         self.dtype = np.float32 if floats else np.object_
         names = [entry.name for entry in inputs]
-        self._rules = [
-            (
-                [
-                    (names.index(name), _OPERATORS[symbol], float(np.float32(bound)) if floats else bound)
-                    for name, conditions in rule["when"].items()
-                    for symbol, bound in conditions.items()
-                ],
-                self._spread(rule),
-            )
-            for rule in document["rules"]
-        ]
-        self._otherwise = self._spread(document["otherwise"])
+        self._rules = []
+        for rule in [*document["rules"], {"when": {}} | document["otherwise"]]:
+            conditions = [
+                (names.index(name), _OPERATORS[symbol], float(np.float32(bound)) if floats else bound)
+                for name, bounds in rule["when"].items()
+                for symbol, bound in bounds.items()
+            ]
+            self._rules.append((conditions, self._spread(rule)))
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """Rows (n, features) -> (n, labels) or (n, 1)."""
         return [self._decide(row) for row in matrix.tolist()]
 
     def _decide(self, row: list[float]) -> list[float]:
-        for conditions, probabilities in self._rules:
-            if all(row[index] is not None and holds(row[index], bound) for index, holds, bound in conditions):
-                return probabilities
-        return self._otherwise
+        return next(
+            answer
+            for conditions, answer in self._rules
+            if all(row[at] is not None and holds(row[at], bound) for at, holds, bound in conditions)
+        )
 
     def _spread(self, decision: dict[str, Any]) -> list[float]:
         """The decided label's score, and the rest of 1 shared by the other labels; or the value."""

@@ -144,12 +144,9 @@ def verify(manifest: bytes, signature: bytes, trusted: Sequence[str]) -> bool:
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    try:
-        raw = b64decode(signature.strip(), validate=True)
-    except ValueError:
-        return False
     for key in trusted:
-        with suppress(InvalidSignature):
+        with suppress(InvalidSignature, ValueError):  # ValueError: it is no base64
+            raw = b64decode(signature.strip(), validate=True)
             Ed25519PublicKey.from_public_bytes(b64decode(key)).verify(raw, manifest)
             return True
     return False
@@ -216,13 +213,13 @@ def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) ->
     manifest = _parse(Manifest, folder / MANIFEST, content)
     if manifest.version != version:
         raise ArtifactError(f"{folder / MANIFEST}: is of version {manifest.version}")
-    files = _verified_files(folder, manifest)
-    artifact = Artifact(manifest, files)
-    if missing := [name for name in artifact.model_files if name not in files]:
-        reason = f"lists no {missing[0]}, which runtime {manifest.runtime} needs"
+    artifact = Artifact(manifest, _verified_files(folder, manifest))
+    if reason := _mismatch(artifact):
         raise ArtifactError(f"{folder / MANIFEST}: {reason}")
-    _check_contract(folder, manifest)
-    _check_code(manifest)
+    served = own_code() if manifest.code else {}
+    if differing := sorted(name for name, sha256 in manifest.code.items() if served.get(name) != sha256):
+        reason = f"is not what {version} was made with: restore it, or import the model again"
+        raise ArtifactError(f"app/own/{differing[0]}: {reason}")
     return artifact
 
 
@@ -237,22 +234,19 @@ def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
         raise ArtifactError(f"{folder / unlisted[0]}: not listed in {MANIFEST}")
     files = {}
     for name, entry in sorted(manifest.files.items()):
+        path = folder / Path(name).name
         if name not in present:
-            path = folder / Path(name).name
-            raise ArtifactError(
-                f"{path}: listed in {MANIFEST} but missing; if it was never committed, `git check-ignore -v "
-                f"{path}` says why"
-            )
-        content = _read(folder / name, size=entry.size)
+            advice = f"if it was never committed, `git check-ignore -v {path}` says why"
+            raise ArtifactError(f"{path}: listed in {MANIFEST} but missing; {advice}")
+        content = _read(path, size=entry.size)
         if len(content) != entry.size:
-            raise ArtifactError(f"{folder / name}: size differs from the {entry.size} bytes in {MANIFEST}")
+            raise ArtifactError(f"{path}: size differs from the {entry.size} bytes in {MANIFEST}")
         if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise ArtifactError(f"{folder / name}: sha256 differs from {MANIFEST}")
-        suffix = Path(name).suffix
-        if suffix not in STARTS:
-            raise ArtifactError(f"{folder / name}: cannot be loaded: a version holds {', '.join(STARTS)}")
-        if not content.startswith(STARTS[suffix]):
-            raise ArtifactError(f"{folder / name}: cannot be loaded: does not start like {suffix}")
+            raise ArtifactError(f"{path}: sha256 differs from {MANIFEST}")
+        if not content.startswith(STARTS.get(path.suffix, ())):
+            known = ", ".join(STARTS)
+            reason = f"does not start like one of the files that a version holds: {known}"
+            raise ArtifactError(f"{path}: cannot be loaded: {reason}")
         files[name] = content
     return files
 
@@ -264,23 +258,19 @@ def own_code() -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def _check_code(manifest: Manifest) -> None:
-    served = own_code() if manifest.code else {}
-    if differing := sorted(name for name, sha256 in manifest.code.items() if served.get(name) != sha256):
-        reason = f"is not what {manifest.version} was made with: restore it, or import the model again"
-        raise ArtifactError(f"app/own/{differing[0]}: {reason}")
-
-
-def _check_contract(folder: Path, manifest: Manifest) -> None:
+def _mismatch(artifact: Artifact) -> str:
+    """In what a manifest does not fit its files, itself or the contract; else empty."""
+    manifest = artifact.manifest
+    if missing := [name for name in artifact.model_files if name not in artifact.files]:
+        return f"lists no {missing[0]}, which runtime {manifest.runtime} needs"
     outputs = {"task": manifest.task, "labels": manifest.outputs.labels}
     own = contract_sha256([entry.model_dump() for entry in manifest.inputs], outputs)
     if own != manifest.contract_sha256:
-        raise ArtifactError(f"{folder / MANIFEST}: contract_sha256 does not match its own inputs and outputs")
+        return "contract_sha256 does not match its own inputs and outputs"
     if own != served_contract_sha256():
-        served = contract_outputs()["labels"]
-        what = "labels differ" if served != manifest.outputs.labels else "inputs differ"
-        reason = f"made for another contract than app/schemas/predict.py ({what})"
-        raise ArtifactError(f"{folder / MANIFEST}: {reason}")
+        what = "inputs" if contract_outputs()["labels"] == manifest.outputs.labels else "labels"
+        return f"made for another contract than app/schemas/predict.py ({what} differ)"
+    return ""
 
 
 def _read(path: Path, size: int = MAX_JSON_BYTES) -> bytes:

@@ -47,27 +47,22 @@ class Drift:
         self, version: str, baseline: bytes, names: Sequence[str], metrics: Metrics, log: Logger
     ) -> None:
         document = json.loads(baseline)
-        self._version, self._names, self._log = version, names, log
-        features = [document["features"][name] for name in names]
-        self._bins: list[list[str]] = [feature["bins"] for feature in features]
-        self._numbers = [index for index, feature in enumerate(features) if "edges" in feature]
-        self._categories = {
-            index: dict(zip(feature["categories"], feature["bins"], strict=True))
-            for index, feature in enumerate(features)
-            if "categories" in feature
-        }
-        # One table for all features: nothing is beyond the infinite edges that fill its rows up.
-        edges = [features[index]["edges"] for index in self._numbers]
-        self._edges = np.full((len(edges), max(map(len, edges), default=0)), np.inf, np.float32)
-        for row, own in zip(self._edges, edges, strict=True):
-            row[: len(own)] = own
+        self._version, self._log = version, log
         self._children: dict[tuple[str, str], Any] = {}
-        for name, feature in zip(names, features, strict=True):
-            counts = Tally(dict(zip(feature["bins"], feature["counts"], strict=True)))
-            counts.update({key: feature[key] for key in (MISSING, OTHER) if key in feature})
-            known = settled(counts.values(), document["rows"])
+        self._features: list[tuple[str, list[str], Any]] = []  # name, bins, edges or values of the bins
+        for name in names:
+            feature = document["features"][name]
+            bins = feature["bins"]
+            if "edges" in feature:
+                known: Any = np.array(feature["edges"], np.float32)
+            else:
+                known = dict(zip(feature["categories"], bins, strict=True))
+            self._features.append((name, bins, known))
+            counts = dict(zip(bins, feature["counts"], strict=True))
+            counts |= {key: feature[key] for key in (MISSING, OTHER) if key in feature}
+            enough = settled(counts.values(), document["rows"])
             for bin_, count in counts.items():
-                if known:
+                if enough:
                     metrics.feature_baseline.labels(version, name, bin_).set(count / document["rows"])
                 self._children[name, bin_] = metrics.observations.labels(version, name, bin_)
         self._missing = {name: metrics.missing.labels(name) for name in names}
@@ -76,9 +71,9 @@ class Drift:
         if "values" in document:
             metrics.expect_values(self._values["edges"])
             document["labels"] = dict(zip(self._values["bins"], self._values["counts"], strict=True))
-        known = settled(document["labels"].values(), document["rows"])
+        enough = settled(document["labels"].values(), document["rows"])
         for label, count in document["labels"].items():
-            if known:
+            if enough:
                 metrics.prediction_baseline.labels(version, label).set(count / document["rows"])
             for action in ("accept", "review"):  # 0 of a label is data too
                 metrics.predictions.labels(version, label, action)
@@ -118,25 +113,19 @@ class Drift:
         self._labels.clear()
 
     def _count(self, rows: NDArray[Any]) -> Tally[tuple[str, str]]:
-        """Rows by feature and bin, where there are any."""
         counts = Tally[tuple[str, str]]()
-        numbers = rows[:, self._numbers].astype(np.float32, copy=False)
-        missing = np.isnan(numbers).sum(axis=0)
-        beyond = (numbers[:, :, None] > self._edges).sum(axis=0)  # [features, edges]; NaN is beyond none
-        # A value beyond one edge and not beyond the next is in the bin between them.
-        steps = np.column_stack([len(rows) - missing, beyond, np.zeros_like(missing)])
-        inside = steps[:, :-1] - steps[:, 1:]
-        found, bins = np.nonzero(inside)
-        for at, bin_ in zip(found.tolist(), bins.tolist(), strict=True):
-            index = self._numbers[at]
-            counts[self._names[index], self._bins[index][bin_]] = int(inside[at, bin_])
-        for at in np.flatnonzero(missing).tolist():
-            counts[self._names[self._numbers[at]], MISSING] = int(missing[at])
-        for index, known in self._categories.items():
-            for value, count in Tally(rows[:, index].tolist()).items():
-                absent = value is None or value != value
-                counts[self._names[index], MISSING if absent else known.get(value, OTHER)] += count
-        return counts
+        for (name, bins, known), column in zip(self._features, rows.T, strict=True):
+            if isinstance(known, dict):
+                for value, count in Tally(column.tolist()).items():
+                    absent = value is None or value != value
+                    counts[name, MISSING if absent else known.get(value, OTHER)] += count
+            else:
+                numbers = column.astype(np.float32)
+                present = numbers[~np.isnan(numbers)]
+                inside = np.bincount(np.searchsorted(known, present)).tolist()
+                counts[name, MISSING] = len(column) - len(present)
+                counts.update({(name, bins[at]): count for at, count in enumerate(inside)})
+        return +counts  # without those of no row
 
 
 class Calls(Observer):

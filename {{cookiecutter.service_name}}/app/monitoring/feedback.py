@@ -57,15 +57,15 @@ _LARGEST = 3e38
 _MAX_VERSIONS = 20
 _ENTRY, _WAYS = 16, 8  # bytes: 14 of the id, 2 of the label; entries that share a bucket
 _BUCKETS = 2**14
+Tolerances = Mapping[str, float] | None
 
 
-def tolerances(place: Path | str) -> dict[str, float] | None:
+def tolerances(place: Path | str) -> Tolerances:
     """The versions in a folder, each with how far a value may be from the truth; None if it is no folder."""
     if not isinstance(place, Path):
         return None
-    names = [path.name for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)]
-    found = dict.fromkeys(names, 0.0)
-    for version in names:
+    found = {path.name: 0.0 for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)}
+    for version in found:
         with suppress(ArtifactError):  # such a version is not served either
             found[version] = read_manifest(place / version).outputs.feedback_tolerance
     return found
@@ -79,11 +79,7 @@ class Feedback:
     """
 
     def __init__(
-        self,
-        labels: Iterable[Any],
-        versions: Mapping[str, float] | None,
-        contract_sha256: str,
-        given: "Given | None" = None,
+        self, labels: Iterable[Any], versions: Tolerances, contract_sha256: str, given: "Given | None" = None
     ) -> None:
         self._indices = {label: index for index, label in enumerate(labels)}  # empty for a regressor
         self._bits = 10 if self._indices else 32  # of the answer: a label's index, or a value as a float
@@ -121,12 +117,10 @@ class Feedback:
             raise ServiceError("not_found", "this service made no prediction with this id")
         version, tolerance = self._versions[number]
         if self._indices:
-            key = self._indices[truth] + 1
-            correct = bits == self._indices[truth]
+            key, correct = self._indices[truth] + 1, bits == self._indices[truth]
         else:
             (value,) = struct.unpack(">f", bits.to_bytes(4, "big"))
-            key = crc32(str(truth).encode()) % 0xFFFF + 1
-            correct = abs(value - truth) <= tolerance
+            key, correct = crc32(str(truth).encode()) % 0xFFFF + 1, abs(value - truth) <= tolerance
         before = self._given.put(prediction_id, key)
         if before not in (None, key):
             raise ServiceError("conflict", "another label was given before, and the first one counts")

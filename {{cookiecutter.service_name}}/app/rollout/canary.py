@@ -78,10 +78,9 @@ class Counts:
             served, canary, reason = *self._arms.copy(), REASONS[self._head[1]]
         if reason is None:
             return None
-        arms = {"canary": canary, "served": served}
         return {"reason": reason} | {
             name: {"requests": int(arm.sum()), "errors": int(arm[0]), "p95": p95(arm)}
-            for name, arm in arms.items()
+            for name, arm in {"canary": canary, "served": served}.items()
         }
 
 

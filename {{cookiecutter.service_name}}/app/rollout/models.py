@@ -10,6 +10,7 @@ If anything is wrong with a new version, the serving one goes on.
 import asyncio
 import gc
 import math
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -56,15 +57,6 @@ def wanted(release: Release) -> dict[Role, Wanted | None]:
     }
 
 
-def _stamp(root: Path) -> tuple[int, ...] | None:
-    """Another value when release.json has changed."""
-    try:
-        found = (root / RELEASE).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
-
-
 class Models:
     """Loads versions, lets them serve, and knows which one answers a request."""
 
@@ -72,7 +64,11 @@ class Models:
         settings = self._settings = fleet.settings
         self._fleet, self._metrics, self._log, self._feedback = fleet, metrics, log, feedback
         bound = None if settings.max_queue is None else settings.max_concurrency + settings.max_queue
-        self.admission = Admission(settings.request_deadline_seconds, bound, self._lingering)
+        self.admission = Admission(
+            settings.request_deadline_seconds,
+            bound,
+            lambda: sum(one.batcher.abandoned for one in self._answering()),
+        )
         self.serving: Pipeline | None = None  # None until the first version is loaded and warm
         self.canary: Canary | None = None
         self.shadow: Shadow | None = None
@@ -84,7 +80,7 @@ class Models:
         place = settings.artifacts_dir
         # The folder whose release.json is followed, and its state when it was read last.
         self._root = place if isinstance(place, Path) and not settings.model_version else None
-        self._seen: tuple[int, ...] | None = None
+        self._seen: tuple[int, ...] = ()
         self._again = 0.0  # when to try the same release once more
         self._policy = Policy(
             review_threshold=settings.review_threshold,
@@ -147,8 +143,13 @@ class Models:
 
     async def look(self) -> None:
         """Give each role the version released for it; refuse a bad one, and try it again later."""
-        root = self._root
-        if root is None or ((seen := _stamp(root)) == self._seen and perf_counter() < self._again):
+        root, seen = self._root, tuple[int, ...]()
+        if root is None:
+            return
+        with suppress(OSError):
+            found = (root / RELEASE).stat()
+            seen = found.st_mtime_ns, found.st_ino, found.st_size
+        if seen == self._seen and perf_counter() < self._again:
             return
         self._seen, self._again = seen, math.inf
         try:
@@ -184,14 +185,7 @@ class Models:
         self._calls.close()
 
     def _answering(self) -> list[Pipeline]:
-        beside = [self.canary.pipeline] if self.canary else []
-        return [self.serving, *beside] if self.serving else beside
-
-    def _lingering(self) -> int:
-        """Requests that were answered at their deadline while their rows still run."""
-        serving, canary = self.serving, self.canary
-        count = serving.batcher.abandoned if serving is not None else 0
-        return count if canary is None else count + canary.pipeline.batcher.abandoned
+        return [one for one in (self.serving, self.canary and self.canary.pipeline) if one]
 
     def _build_usable(self) -> tuple[Pipeline, str, float]:
         """The version to serve, or the fallback and the reason; a verified version may still not load."""
@@ -217,8 +211,7 @@ class Models:
         try:
             if want is not None:
                 settings = self._settings.model_copy(update={"model_version": want.version})
-                artifact = await asyncio.to_thread(read_served, settings)
-                pipeline = await asyncio.to_thread(self._build, artifact, role)
+                pipeline = await asyncio.to_thread(lambda: self._build(read_served(settings), role))
         except Exception as error:  # of any kind: the serving version is not affected
             self._refuse(role, error)
             want = None
@@ -245,13 +238,11 @@ class Models:
         self._log.info("ready", model_version=pipeline.version, **fields)
 
     def _show(self, pipeline: Pipeline, value: int) -> None:
-        """Set the metrics that name the serving version."""
         artifact, metrics = pipeline.artifact, self._metrics
         metrics.model_info.labels(pipeline.version, artifact.sha256, artifact.manifest.runtime).set(value)
         metrics.execution.labels(pipeline.execution).set(value)
 
     def _expect_feedback(self, pipeline: Pipeline) -> None:
-        """Labels may come back for answers of this pipeline."""
         for outcome in ("correct", "incorrect"):
             self._metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
         self._feedback.know(pipeline.version, pipeline.artifact.manifest.outputs.feedback_tolerance)
@@ -260,9 +251,8 @@ class Models:
         """Compare answers with those of `pipeline` from now on, or with none."""
         if self.shadow is not None:
             self.shadow.close()
-        self.shadow, self._wanted["shadow"] = None, want
-        if pipeline is not None:
-            self.shadow = Shadow(pipeline, self.admission, self._metrics)
+        self.shadow = Shadow(pipeline, self.admission, self._metrics) if pipeline else None
+        self._wanted["shadow"] = want
         self._log.info("shadow", model_version=pipeline and pipeline.version)
 
     def _start_canary(self, pipeline: Pipeline | None, want: Wanted | None) -> None:

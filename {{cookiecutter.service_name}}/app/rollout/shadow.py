@@ -30,10 +30,9 @@ class Shadow:
         self.pipeline, self._admission, version = pipeline, admission, pipeline.version
         self._counts = {one: metrics.shadow_predictions.labels(version, one) for one in AGREEMENTS}
         self._duration = metrics.call_duration.labels(version)
-        spread, self._number = metrics.shadow_score, "score"
-        if metrics.shadow_value is not None:
-            spread, self._number = metrics.shadow_value, "value"
-        self._spread = spread.labels(version)
+        value = metrics.shadow_value  # None of a classifier
+        self._number = "score" if value is None else "value"
+        self._spread = (value or metrics.shadow_score).labels(version)
         self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # of values
         self._rows = max(1, min(QUEUE_ROWS, int(CALL_SECONDS / max(pipeline.costs.per_row, 1e-9))))
         self._queue: deque[tuple[Row, Any]] = deque()
