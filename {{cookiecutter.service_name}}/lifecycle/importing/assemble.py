@@ -26,7 +26,7 @@ from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
 from lifecycle.command import LifecycleError
 from lifecycle.importing.serving import Only
-from lifecycle.importing.steps import ANSWERS, SAMPLE, Assembly, Converted, step
+from lifecycle.importing.steps import ANSWERS, SAMPLE, UNFIT, Assembly, Converted, step
 from lifecycle.operations.documents import documents, snapshot
 from lifecycle.package import (
     TOLERANCE,
@@ -48,7 +48,7 @@ SCORE = "The model's probability of the label; not calibrated beyond training."
 
 
 def assemble(folder: Path) -> None:
-    """Write into folder/repository; raises LifecycleError for a version that the service would refuse."""
+    """Write into folder/repository, or why the service would refuse the version; raises LifecycleError."""
     assembly, model = Assembly.read(folder), Converted.read(folder)
     root = folder / "repository"
     sample = read_sample(folder / SAMPLE)
@@ -65,7 +65,10 @@ def assemble(folder: Path) -> None:
                 check(root / "artifacts", name)
             for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
                 (root / path).write_text(text, "utf-8", newline="\n")
-    except (ArtifactError, ValueError) as error:  # a document may lack a heading
+    except ArtifactError as error:
+        (folder / UNFIT).write_text(str(error), "utf-8")
+        return
+    except ValueError as error:  # a document may lack a heading
         raise LifecycleError(f"the version that was made is not fit to be served: {error}") from None
     prepare_evaluation(root, assembly, sample.column(assembly.target))
 

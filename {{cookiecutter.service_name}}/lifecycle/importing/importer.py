@@ -36,6 +36,7 @@ from lifecycle.importing.serving import LOCALE, RUNTIME_IN, add, lacking
 from lifecycle.importing.steps import (
     SAMPLE,
     TEXT,
+    UNFIT,
     WORK,
     Assembly,
     Conversion,
@@ -214,16 +215,26 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
         if request.model.suffix != ".onnx":
             say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
-        made = convert(work, request, table)
-        assembly = prepare(work, request, table, made)
-        steps.run("assemble", work, cwd=work / "repository", environment=LOCALE | {"PYTHONPATH": str(ROOT)})
+        unfit: dict[str, str] = {}  # forms that are proven, and do not load where they would serve
+        while True:
+            made = convert(work, request, table, unfit)
+            assembly = prepare(work, request, table, made)
+            steps.run(
+                "assemble", work, cwd=work / "repository", environment=LOCALE | {"PYTHONPATH": str(ROOT)}
+            )
+            if not (work / UNFIT).is_file():
+                break
+            unfit[made.form] = (work / UNFIT).read_text("utf-8")
+            (work / UNFIT).unlink()
+            shutil.rmtree(work / "repository")
         changes = changed(work / "repository", assembly.version, check=check)
         changes += outdated(work / "repository") if request.holdout or assembly.rewritten else []
         point_out(table, made.names, request.target, read_sample(work / SAMPLE))
         compared = "labels equal, scores" if made.labels else "values"
         say(
             f"{made.described} as {made.form}: {compared} within {made.tolerance:.1g} of the original on "
-            f"{rows:,} rows (at most {made.gap:.1g} away); {made.rate:,} rows a second here, one a call"
+            f"{rows:,} rows (at most {made.gap:.1g} away); {made.rate:,} rows a second here, one a call "
+            f"(the original: {made.original_rate:,})"
         )
         if made.advice:
             say(made.advice)
@@ -252,7 +263,7 @@ def check_target(table: Table, target: str) -> None:
         raise LifecycleError(f"{table.path.name}: the target {target!r} {why}")
 
 
-def convert(work: Path, request: Request, table: Table) -> Converted:
+def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]) -> Converted:
     """The model opened, converted and compared, in another process; raises LifecycleError.
 
     It may ask for columns to be read again as text, as the model knows them: codes like 08.
@@ -274,6 +285,7 @@ def convert(work: Path, request: Request, table: Table) -> Converted:
             for one in columns
             if one.unusable or not one.dtype
         },
+        unfit=dict(unfit),
     ).write(work)
     steps.run("proof", work)
     if not (work / TEXT).is_file():
@@ -284,7 +296,7 @@ def convert(work: Path, request: Request, table: Table) -> Converted:
     again = profile(request.data, Progress(f"reading {request.data.name}"), dict.fromkeys(names, "string"))
     table.columns.update(again.columns)
     sample(table, work / SAMPLE, Progress(f"sampling {request.data.name}"))
-    return convert(work, request, table)
+    return convert(work, request, table, unfit)
 
 
 def prepare(work: Path, request: Request, table: Table, made: Converted) -> Assembly:

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,10 @@ BOOSTERS = ("lightgbm", "xgboost")  # libraries of estimators that the ONNX conv
 BARE = {  # what people save in place of an estimator
     "lightgbm.basic.Booster": "LGBMClassifier or LGBMRegressor",
     "xgboost.core.Booster": "XGBClassifier or XGBRegressor",
+}
+WITH_SCORES = {  # classifiers that need no calibration to have probabilities
+    "VotingClassifier": "give it voting='soft', with models that all have `predict_proba`,",
+    "SGDClassifier": "give it loss='log_loss'",
 }
 MOVE = (
     "move it to app/own/features.py, import it from `app.own.features` where you fit the model, "
@@ -69,6 +74,7 @@ class Original:
     outputs: dict[str, Any] = field(default_factory=dict)  # threshold and classes, as a manifest has them
     takes: dict[str, Any] = field(default_factory=dict)  # takes and dtypes, as a manifest has them
     framed: bool = False  # whether it is asked with DataFrames
+    asked: Callable[[Any], Any] = lambda part: part  # rows of the sample as the estimator takes them
 
     def chosen(self, scores: Answers) -> Any:
         """The position of each row's label: by the threshold, or the most probable one."""
@@ -85,6 +91,13 @@ class Original:
             apart = np.subtract(*np.sort(scores, axis=1)[:, [-1, -2]].T)
         return (apart > 0) & (apart < ROUNDING)
 
+    def call(self, row: Any) -> Callable[[], Any]:
+        """What a program would call for the answer to one row, which is made ready before."""
+        if self.estimator is None:
+            return partial(self.answer, row)
+        method = self.estimator.predict_proba if self.labels else self.estimator.predict
+        return partial(method, self.asked(row))
+
 
 def open_model(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
@@ -95,15 +108,15 @@ def open_model(
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
-    kind = type(estimator)
-    if instead := BARE.get(f"{kind.__module__}.{kind.__name__}"):
-        raise LifecycleError(f"{path.name}: holds a bare {kind.__name__}: save the fitted {instead} itself")
+    found = type(estimator).__name__
+    if instead := BARE.get(f"{type(estimator).__module__}.{found}"):
+        raise LifecycleError(f"{path.name}: holds a bare {found}: save the fitted {instead} itself")
     if not hasattr(estimator, "predict"):
-        raise LifecycleError(f"{path.name}: holds a {kind.__name__}, not an estimator with `predict`")
+        raise LifecycleError(f"{path.name}: holds a {found}, not an estimator with `predict`")
     try:
         check_is_fitted(estimator)
     except (NotFittedError, TypeError):
-        raise LifecycleError(f"{path.name}: the {kind.__name__} is not fitted") from None
+        raise LifecycleError(f"{path.name}: the {found} is not fitted") from None
     if not is_classifier(estimator) and not is_regressor(estimator):
         raise LifecycleError(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
     named = fitted_names(estimator, inputs)
@@ -116,14 +129,16 @@ def open_model(
     outputs, labels, classes = {}, [], []  # type: dict[str, Any], list[Any], list[Any]
     if is_classifier(estimator):
         if not hasattr(estimator, "predict_proba"):
+            kind = _final(estimator)
+            advice = WITH_SCORES.get(kind, "wrap it in CalibratedClassifierCV")
             raise LifecycleError(
-                f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; "
-                "wrap it in CalibratedClassifierCV and fit again"
+                f"{path.name}: {kind} has no `predict_proba`, and every answer has a score; {advice} and fit "
+                "again"
             )
-        found = getattr(estimator, "classes_", None)
-        if found is None or isinstance(found, list):
+        known = getattr(estimator, "classes_", None)
+        if known is None or isinstance(known, list):
             raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
-        classes = np.asarray(found).tolist()
+        classes = np.asarray(known).tolist()
         labels = as_words(path, as_labels(path, classes), table.column(target), target)
         if labels != classes:
             outputs["classes"] = as_labels(path, classes)
@@ -137,12 +152,13 @@ def open_model(
         labels,
         names,
         describe(estimator),
-        lambda part: answers(path, original, classes, asked(part, columns, takes, named=named is not None)),
+        lambda part: answers(path, original, classes, original.asked(part)),
         packages,
         estimator,
         outputs=outputs,
         takes=takes,
         framed=named is not None or takes.get("takes") == "frame",
+        asked=lambda part: asked(part, columns, takes, named=named is not None),
     )
     return original
 
@@ -442,8 +458,8 @@ def as_labels(path: Path, labels: list[Any]) -> list[Any]:
 
 
 def _final(estimator: Any) -> str:
-    while hasattr(estimator, "steps"):
-        estimator = estimator.steps[-1][1]
+    while hasattr(estimator, "steps") or hasattr(estimator, "best_estimator_"):
+        estimator = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator.best_estimator_
     return type(estimator).__name__
 
 

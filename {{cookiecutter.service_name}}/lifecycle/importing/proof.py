@@ -8,6 +8,7 @@ Conversion -> original.py: the model; its answers to the sample, and to rows tha
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -93,7 +94,8 @@ def prove(folder: Path) -> None:
         files=list(made.artifact.files),
         tolerance=proof.tolerance,
         gap=gap,
-        rate=rows_a_second(made, rows),
+        rate=rows_a_second(partial(made.runtime.infer, made.matrix(tuples(rows.slice(0, 1))))),
+        original_rate=rows_a_second(original.call(rows.slice(0, 1))),
         closed=closed,
         outputs=original.outputs,
         manifest=manifest.model_dump(
@@ -286,6 +288,9 @@ def taken(request: Conversion, proof: Proof) -> tuple[Candidate, Model, float]:
     for candidate in forms(proof):
         if request.runtime not in (None, candidate.runtime):
             continue
+        if why := request.unfit.get(candidate.form):
+            reasons[why] = candidate.form
+            continue
         try:
             model = loaded(request, proof, candidate)
             return candidate, model, proof.gap(model)
@@ -369,13 +374,14 @@ def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
     return {providers[one][0] for one in modules if one in providers}
 
 
-def rows_a_second(model: Model, rows: Any) -> int:
-    """How many calls of one row the model answers, measured here; two digits, because more are noise."""
-    matrix = model.matrix(tuples(rows.slice(0, 1)))
+def rows_a_second(call: Callable[[], Any]) -> int:
+    """How many calls of one row a model answers, measured here; two digits, because more are noise."""
     calls, began = 0, perf_counter()
-    while perf_counter() - began < SECONDS_MEASURED:
-        model.runtime.infer(matrix)
-        calls += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while perf_counter() - began < SECONDS_MEASURED:
+            call()
+            calls += 1
     return int(float(f"{calls / (perf_counter() - began):.2g}"))
 
 
