@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from lifecycle.importing.onnx_rewriting.graph import (
     MISSING,
     Frame,
@@ -13,7 +11,7 @@ from lifecycle.importing.onnx_rewriting.graph import (
     Words,
     converter,
 )
-from lifecycle.importing.onnx_rewriting.trees import Growing, ensemble
+from lifecycle.importing.onnx_rewriting.trees import Split, ensemble, grown
 
 EXPONENTIAL = ("poisson", "gamma", "tweedie")
 PLAIN = ("regression", "regression_l1", "huber", "fair", "quantile", "mape")
@@ -29,7 +27,7 @@ def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
     """Probabilities or values, by the booster's objective."""
     document = model.dump_model()
     targets = document["num_tree_per_iteration"]
-    made = [_tree(one["tree_structure"], target=at % targets) for at, one in enumerate(document["tree_info"])]
+    made = [grown(one["tree_structure"], _node, at % targets) for at, one in enumerate(document["tree_info"])]
     raw = ensemble(graph, graph.matrix(_coded(graph, model, frame)), made, targets)
     if document["average_output"]:
         raw = graph.number("Div", raw, len(made) / targets, width=targets)
@@ -66,22 +64,16 @@ def _coded(graph: Graph, model: Any, frame: Frame) -> Frame:
     return made
 
 
-def _tree(root: dict[str, Any], target: int) -> Any:
-    grown = Growing()
-
-    def grow(node: dict[str, Any]) -> int:
-        if "leaf_value" in node:
-            if "leaf_coeff" in node:
-                raise Unsupported("LightGBM's linear trees have no ONNX form")
-            return grown.leaf(node["leaf_value"])
-        feature, threshold = node["split_feature"], node["threshold"]
-        left, right = (lambda: grow(node["left_child"])), (lambda: grow(node["right_child"]))
-        if node["decision_type"] == "==":
-            return grown.member(feature, [float(one) for one in threshold.split("||")], left, right)
-        missing = node["default_left"] if node["missing_type"] != "None" else threshold >= 0
-        if node["missing_type"] == "Zero" and missing != (threshold >= 0):
-            raise Unsupported("LightGBM with zero_as_missing has no ONNX form")
-        return grown.split(feature, float(np.float64(threshold)), missing, left, right)
-
-    grow(root)
-    return grown.tree(target)
+def _node(node: dict[str, Any]) -> Split | float:
+    if "leaf_coeff" in node:
+        raise Unsupported("LightGBM's linear trees have no ONNX form")
+    if "leaf_value" in node:
+        return float(node["leaf_value"])
+    feature, threshold = node["split_feature"], node["threshold"]
+    left, right = node["left_child"], node["right_child"]
+    if node["decision_type"] == "==":
+        return Split(feature, threshold.split("||"), False, left, right, "BRANCH_EQ")
+    missing = node["default_left"] if node["missing_type"] != "None" else threshold >= 0
+    if node["missing_type"] == "Zero" and missing != (threshold >= 0):
+        raise Unsupported("LightGBM with zero_as_missing has no ONNX form")
+    return Split(feature, [threshold], missing, left, right)

@@ -4,7 +4,7 @@ pipelines, numbers, categories -> linear models -> models of models
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from lifecycle.importing.onnx_rewriting.graph import (
     MISSING,
     Frame,
     Graph,
+    Method,
     Numbers,
     Unsupported,
     Words,
@@ -34,27 +35,18 @@ UNSEEN = "a word that nobody has written"
 # --- steps made of steps ----------------------------------------------------------------------------------
 
 
-def prepared(graph: Graph, pipeline: Any, frame: Frame) -> Frame:
-    """The frame after all steps but the last. imblearn's samplers only work while a model is fitted."""
-    for _, step in pipeline.steps[:-1]:
-        if not hasattr(step, "fit_resample"):
-            frame = transform(graph, step, frame)
-    return frame
+def _pipeline(method: Method, last: Callable[..., Any]) -> None:
+    @converter("Pipeline", method=method)
+    def _steps(graph: Graph, pipeline: Any, frame: Frame) -> Any:
+        for _, step in pipeline.steps[:-1]:
+            if not hasattr(step, "fit_resample"):  # imblearn's samplers only work while a model is fitted
+                frame = transform(graph, step, frame)
+        return last(graph, pipeline.steps[-1][1], frame)
 
 
-@converter("Pipeline", method="transform")
-def _pipeline(graph: Graph, pipeline: Any, frame: Frame) -> Frame:
-    return transform(graph, pipeline.steps[-1][1], prepared(graph, pipeline, frame))
-
-
-@converter("Pipeline")
-def _pipeline_answer(graph: Graph, pipeline: Any, frame: Frame) -> Numbers:
-    return answer(graph, pipeline.steps[-1][1], prepared(graph, pipeline, frame))
-
-
-@converter("Pipeline", method="decision")
-def _pipeline_decision(graph: Graph, pipeline: Any, frame: Frame) -> Numbers:
-    return decision(graph, pipeline.steps[-1][1], prepared(graph, pipeline, frame))
+_pipeline("transform", transform)
+_pipeline("answer", answer)
+_pipeline("decision", decision)
 
 
 @converter("Pipeline", method="inverse")
