@@ -43,11 +43,8 @@ from lifecycle.importing.steps import (
     Converted,
     Progress,
     Runtime,
-    alone,
-    apply,
-    recover,
+    quoted,
     say,
-    unstopped,
 )
 from lifecycle.tables import MAX_DISTINCT, Column, Table, profile, read_sample, sample
 
@@ -144,10 +141,15 @@ def import_model(
         feedback_tolerance, holdout, add_requirements,
     )  # fmt: skip
     try:
-        version, changes = run(request, check=check)
+        with steps.alone(ROOT):
+            steps.recover(ROOT)
+            version, changes = made_version(request, check=check)
     except KeyboardInterrupt:
         typer.echo("import-model: stopped; nothing was changed", err=True)
         raise typer.Exit(130) from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
     if check and changes:
         raise LifecycleError(f"differs from what these inputs make: {', '.join(changes)}")
     for name in changes:
@@ -185,28 +187,23 @@ def parsed_bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float |
     return found
 
 
-def run(request: Request, *, check: bool) -> tuple[str, list[str]]:
+def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
     """Make a model's next version: its name, and the files that were written or removed, or would be.
 
     With `check` nothing is written. Raises LifecycleError; then the repository is as it was.
     """
-    try:
-        with alone(ROOT):
-            recover(ROOT)
-            return _import(request, check=check)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
-
-
-def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
     for path in filter(None, (request.model, request.data, request.holdout)):
         if not path.is_file():
             raise LifecycleError(f"{path}: there is no such file")
     if request.holdout and sha256(request.holdout) == sha256(request.data):
         raise LifecycleError(f"{request.holdout.name}: has the training rows, on which any model looks good")
     table = profile(request.data, Progress(f"reading {request.data.name}"))
-    check_target(table, request.target)
+    if request.target not in table.columns:
+        raise LifecycleError(
+            f"{request.data.name}: has no column {request.target!r}, only {quoted(list(table.columns))}"
+        )
+    if why := unusable(table.columns[request.target]):
+        raise LifecycleError(f"{request.data.name}: the target {request.target!r} {why}")
     work = ROOT / WORK
     work.mkdir()
     try:
@@ -240,27 +237,20 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
             say(made.advice)
         if not check:
             announce(request, made, assembly, changes)
-            apply(ROOT, work, changes)
+            steps.apply(ROOT, work, changes)
         return assembly.version, [path.as_posix() for path in changes]
     except LifecycleError as refusal:
         story = work / steps.LOG  # a line for the terminal is made of the first one
         told = f"{refusal}\n{story.read_text('utf-8')}" if story.is_file() else str(refusal)
         raise LifecycleError(told) from None
     finally:
-        with unstopped():
-            recover(ROOT)
+        with steps.unstopped():
+            steps.recover(ROOT)
 
 
-def check_target(table: Table, target: str) -> None:
-    """Raise LifecycleError where the data lacks the target, or what stands there cannot be one."""
-    if target not in table.columns:
-        close = ", ".join(map(repr, list(table.columns)[:8]))
-        more = " and more" if len(table.columns) > 8 else ""
-        raise LifecycleError(f"{table.path.name}: has no column {target!r}, only {close}{more}")
-    found = table.columns[target]
-    if found.unusable or found.dtype is None:
-        why = found.unusable or "has no value in any row"
-        raise LifecycleError(f"{table.path.name}: the target {target!r} {why}")
+def unusable(column: Column) -> str | None:
+    """Why nobody can use a column, if so."""
+    return column.unusable or (None if column.dtype else "has no value in any row")
 
 
 def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]) -> Converted:
@@ -278,13 +268,9 @@ def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]
         inputs=[
             Input.model_validate({"name": one.name, "dtype": one.dtype, "nullable": one.nullable})
             for one in columns
-            if one.dtype and not one.unusable
+            if not unusable(one)
         ],
-        unusable={
-            one.name: one.unusable or "has no value in any row"
-            for one in columns
-            if one.unusable or not one.dtype
-        },
+        unusable={one.name: why for one in columns if (why := unusable(one))},
         unfit=dict(unfit),
     ).write(work)
     steps.run("proof", work)
@@ -333,9 +319,10 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
     earlier = there.get(version)
     said = current.outputs if current else Outputs(review_threshold=REVIEW_THRESHOLD)
     threshold, tolerance = request.review_threshold, request.feedback_tolerance
+    stem = re.sub("[^a-z0-9]+", "-", request.model.stem.lower()).strip("-")
     assembly = Assembly(
         version=version,
-        name=current.name if current else slug(request.model.stem),
+        name=current.name if current else stem or "model",
         target=request.target,
         new_contract=not current or current.contract_sha256 != contract,
         rewritten=rewritten,
@@ -428,11 +415,6 @@ def version_for(there: Mapping[str, Manifest], training: Training, runtime: str,
         if (one.contract_sha256, one.runtime, one.training) == (contract, runtime, training):
             return name
     return f"v{max((int(name[1:]) for name in there), default=0) + 1}"
-
-
-def slug(text: str) -> str:
-    """A name of letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
 
 
 def copy_repository(work: Path, version: str) -> Path:

@@ -24,11 +24,12 @@ import numpy as np
 from app.core.runtimes import OnnxRuntime
 from app.core.store import Input
 from lifecycle.command import LifecycleError
-from lifecycle.importing.steps import Progress
+from lifecycle.importing.steps import Progress, quoted
 from lifecycle.tables import spelling
 
 SCORE_TOLERANCE = 1e-5
 OPSET = {"": 18, "ai.onnx.ml": 3}
+WITH_ONNX = {"numpy", "onnx", "onnxruntime"}  # distributions that an ONNX model depends on
 ROWS_A_CALL = 8_192
 ROUNDING = 1e-7
 INDEX = "Unnamed: 0"  # as pandas reads the index that it wrote itself
@@ -48,7 +49,6 @@ MOVE = (
 
 Task = Literal["classification", "regression"]
 Answers = np.ndarray[Any, np.dtype[np.float64]]
-Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
 
 
 class Unanswered(LifecycleError):
@@ -57,6 +57,18 @@ class Unanswered(LifecycleError):
 
 class AsText(Exception):
     """Columns that the model knows as text, where the file was read as numbers: codes like 08."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form of the model; `make` gives its files by name."""
+
+    form: str
+    runtime: Literal["onnx", "skops"]
+    make: Callable[[], dict[str, bytes]]  # may raise anything; Unsupported gives a short reason
+    libraries: set[str]  # distributions whose versions decide on its answers
+    advice: str = ""  # what keeps the model from being ONNX
+    manifest: dict[str, Any] = field(default_factory=dict)  # what its manifest says beyond the usual
 
 
 @dataclass
@@ -70,7 +82,7 @@ class Original:
     answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
     libraries: set[str]  # packages whose versions decide on the answers
     estimator: Any = None
-    forms: Sequence[Form] = ()  # ONNX forms, of models that are no estimators
+    forms: Sequence[Candidate] = ()  # of a model that is no estimator
     outputs: dict[str, Any] = field(default_factory=dict)  # threshold and classes, as a manifest has them
     takes: dict[str, Any] = field(default_factory=dict)  # takes and dtypes, as a manifest has them
     framed: bool = False  # whether it is asked with DataFrames
@@ -386,9 +398,8 @@ def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target: str) -> 
 
     task: Task = "classification" if labels else "regression"
     digest = hashlib.sha256(content).hexdigest()[:8]
-    return Original(
-        task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[("as it is", lambda: content)]
-    )
+    form = Candidate("ONNX as it is", "onnx", lambda: {"model.onnx": content}, WITH_ONNX)
+    return Original(task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[form])
 
 
 def without_zipmap(model: Any) -> None:
@@ -471,12 +482,6 @@ def describe(estimator: Any) -> str:
         inner = [describe(step) for _, step, _ in estimator.transformers_ if hasattr(step, "get_params")]
         return f"{type(estimator).__name__}({', '.join(inner)})"
     return type(estimator).__name__
-
-
-def quoted(names: Sequence[str]) -> str:
-    """At most eight names, for a message."""
-    listed = ", ".join(map(repr, names[:8])) or "nothing else"
-    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 # --- asking ----------------------------------------------------------------------------------------------

@@ -147,6 +147,12 @@ def say(words: str) -> None:
     print(f"import-model: {words}", file=sys.stderr, flush=True)
 
 
+def quoted(names: Sequence[str]) -> str:
+    """At most eight names, for a message."""
+    listed = ", ".join(map(repr, names[:8])) or "nothing else"
+    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 class Progress:
     """Says every five seconds how many rows of a long piece of work are done."""
 
