@@ -113,8 +113,7 @@ def import_model(
         float | None, typer.Option(min=0, help="A value so close to the truth counts as correct.")
     ] = None,
     holdout: Annotated[
-        Path | None,
-        typer.Option(help="Rows with their truth that training never saw, for `make evaluate`."),
+        Path | None, typer.Option(help="Rows with their truth that training never saw, for `make evaluate`.")
     ] = None,
     add_requirements: Annotated[
         bool, typer.Option("--add-requirements", help="Add what the image lacks to requirements/runtime.in.")

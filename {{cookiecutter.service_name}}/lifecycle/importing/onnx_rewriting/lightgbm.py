@@ -2,15 +2,7 @@
 
 from typing import Any
 
-from lifecycle.importing.onnx_rewriting.graph import (
-    MISSING,
-    Frame,
-    Graph,
-    Numbers,
-    Unsupported,
-    Words,
-    converter,
-)
+from lifecycle.importing.onnx_rewriting.graph import MISSING, Frame, Graph, Numbers, Unsupported, converter
 from lifecycle.importing.onnx_rewriting.trees import Split, ensemble, grown
 
 EXPONENTIAL = ("poisson", "gamma", "tweedie")
@@ -52,13 +44,13 @@ def _coded(graph: Graph, model: Any, frame: Frame) -> Frame:
     categories = iter(model.pandas_categorical or [])
     made: Frame = []
     for part in frame:
-        if isinstance(part, Words):
-            known = next(categories, None)
-            if known is None:
-                raise Unsupported("LightGBM does not say which number each word had")
-            made.append(graph.table(part, known, [*([code] for code in range(len(known))), [MISSING]]))
-        else:
+        if isinstance(part, Numbers):
             made.append(part)
+            continue
+        known = next(categories, None)
+        if known is None:
+            raise Unsupported("LightGBM does not say which number each word had")
+        made.append(graph.table(part, known, [*([code] for code in range(len(known))), [MISSING]]))
     if next(categories, None) is not None:
         raise Unsupported("LightGBM on categories that are numbers has no ONNX form")
     return made
