@@ -224,7 +224,9 @@ def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
             (work / UNFIT).unlink()
             shutil.rmtree(work / "repository")
         changes = changed(work / "repository", assembly.version, check=check)
-        changes += outdated(work / "repository") if request.holdout or assembly.rewritten else []
+        if request.holdout or assembly.rewritten:  # rows of another contract, or in another format
+            there = sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{HOLDOUT}.*"))
+            changes += [path for path in there if not (work / "repository" / path).is_file()]
         point_out(table, made.names, request.target, read_sample(work / SAMPLE))
         compared = "labels equal, scores" if made.labels else "values"
         say(
@@ -312,7 +314,8 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
         query=f"{request.data.name}, all rows",
         code_revision=f"sha256:{sha256(request.model)}",
     )
-    there = manifests()
+    folders = [path.parent for path in (ROOT / ARTIFACTS).glob(f"v*/{MANIFEST}")]
+    there = {folder.name: read_manifest(folder) for folder in folders}
     current = None if rewritten else there.get(read_release(ROOT / ARTIFACTS).serving)
     version = version_for(there, training, made.runtime, "" if rewritten else contract)
     earlier = there.get(version)
@@ -402,12 +405,6 @@ def examples(work: Path, names: list[str]) -> list[dict[str, Any]]:
     return rows.take(sorted({0, rows.num_rows // 2})).to_pylist()  # type: ignore[no-any-return]
 
 
-def manifests() -> dict[str, Manifest]:
-    """Every version in artifacts/, by name; raises LifecycleError where a manifest cannot be read."""
-    folders = [path.parent for path in (ROOT / ARTIFACTS).glob(f"v*/{MANIFEST}")]
-    return {folder.name: read_manifest(folder) for folder in folders}
-
-
 def version_for(there: Mapping[str, Manifest], training: Training, runtime: str, contract: str) -> str:
     """The version that these inputs made for this contract before, or the next number."""
     for name, one in sorted(there.items(), key=lambda pair: int(pair[0][1:])):
@@ -448,12 +445,6 @@ def changed(copy: Path, version: str, *, check: bool) -> list[Path]:
         for path in found
         if not (ROOT / path).is_file() or (ROOT / path).read_bytes() != (copy / path).read_bytes()
     ] + [ARTIFACTS / version / name for name in differing if not (made / name).is_file()]
-
-
-def outdated(copy: Path) -> list[Path]:
-    """Rows to evaluate on that are of another contract, or in another format than those that come now."""
-    there = (path.relative_to(ROOT) for path in ROOT.glob(f"{HOLDOUT}.*"))
-    return sorted(path for path in there if not (copy / path).is_file())
 
 
 def announce(request: Request, made: Converted, assembly: Assembly, changes: list[Path]) -> None:

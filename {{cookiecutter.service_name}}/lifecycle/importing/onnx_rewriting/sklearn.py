@@ -56,31 +56,21 @@ def _pipeline_inverse(graph: Graph, pipeline: Any, values: Numbers) -> Numbers:
     return values
 
 
-@converter("ColumnTransformer", method="transform")
-def _column_transformer(graph: Graph, step: Any, frame: Frame) -> Frame:
-    made: Frame = []
-    for name, inner, _ in step.transformers_:
+@converter("ColumnTransformer", "FeatureUnion", method="transform")
+def _beside(graph: Graph, step: Any, frame: Frame) -> Frame:
+    parts = [(name, inner, frame) for name, inner in getattr(step, "transformer_list", ())]
+    for name, inner, _ in getattr(step, "transformers_", ()):
         indices = step._transformer_to_input_indices.get(name, [])
-        if len(indices) and not (isinstance(inner, str) and inner == "drop"):
-            made += _weighted(graph, step, name, transform(graph, inner, graph.columns(frame, list(indices))))
-    return made
-
-
-@converter("FeatureUnion", method="transform")
-def _feature_union(graph: Graph, step: Any, frame: Frame) -> Frame:
+        parts.append((name, inner, graph.columns(frame, list(indices))))
     made: Frame = []
-    for name, inner in step.transformer_list:
-        if inner != "drop":
-            made += _weighted(graph, step, name, transform(graph, inner, frame))
+    for name, inner, given in parts:
+        added = transform(graph, inner, given) if given else []
+        weight = (step.transformer_weights or {}).get(name)
+        if added and weight is not None:
+            numbers = graph.matrix(added)
+            added = [graph.number("Mul", numbers, float(weight), width=numbers.width)]
+        made += added
     return made
-
-
-def _weighted(graph: Graph, step: Any, name: str, frame: Frame) -> Frame:
-    weight = (step.transformer_weights or {}).get(name)
-    if weight is None:
-        return frame
-    numbers = graph.matrix(frame)
-    return [graph.number("Mul", numbers, float(weight), width=numbers.width)]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------
