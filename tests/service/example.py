@@ -152,7 +152,10 @@ def model_files(version: str, data: Data) -> dict[str, bytes]:
             # Text mode: the same on a checkout with other line ends.
             code_revision="sha256:" + hashlib.sha256(Path(__file__).read_text("utf-8").encode()).hexdigest(),
         ),
-        ranges=package.ranges_of(data.training),
+        ranges={
+            name: (float(column.min()), float(column.max()))
+            for name, column in zip(package.feature_names(), data.training.T, strict=True)
+        },
     )
 
 

@@ -142,12 +142,6 @@ def _commonest(values: Sequence[Any], most: int) -> dict[str, Any]:
     return {"categories": kept, "bins": names, "counts": [counts[one] for one in kept], "other": other}
 
 
-def ranges_of(rows: Rows) -> dict[str, tuple[float, float]]:
-    """The least and the greatest value of each column; `rows` is [rows, features], missing values NaN."""
-    low, high = np.nanmin(rows, axis=0).tolist(), np.nanmax(rows, axis=0).tolist()
-    return dict(zip(feature_names(), zip(low, high, strict=True), strict=True))
-
-
 def pack(
     *,
     version: str,

@@ -63,7 +63,8 @@ from sklearn.tree import DecisionTreeClassifier
 
 from app.core.runtimes import OnnxRuntime, skops_types
 from app.core.store import Input
-from lifecycle.importing.convert import Candidate, candidates
+from lifecycle.importing.convert import candidates
+from lifecycle.importing.original import Candidate
 
 ROWS = 240
 WORDS, NUMBERS = ["island", "sex"], ["bill", "flipper", "mass"]

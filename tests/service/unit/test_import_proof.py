@@ -14,11 +14,13 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import VotingClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
 from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, TunedThresholdClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
+from sklearn.svm import LinearSVC
 
 from app.core.store import Input
 from lifecycle.command import ROOT, LifecycleError
@@ -177,6 +179,39 @@ def request(**more: Any) -> Conversion:
     """A request that trusts nothing beyond the usual."""
     given = {"trust": [], "trust_listed": False, "inputs": [], "unusable": {}, "runtime": None} | more
     return Conversion(model=Path("model.joblib"), target="y", **given)
+
+
+def test_a_form_that_does_not_load_where_it_serves_gives_way(tmp_path: Path) -> None:
+    """Proven, and refused by the service: the next form is taken; the reason is told where there is none."""
+    model = logistic().fit(FRAME[["length"]], LABELS)
+    original, entries, rows = opened(tmp_path, model, LABELS, ["length"])
+    answers = original_answers(original, rows, entries)
+    strange, _ = proof.peculiar(original, entries, rows)
+    proven = proof.Proof(original, entries, rows, answers, strange)
+    unfit = {"ONNX": "it needs a locale"}
+    assert proof.taken(request(), proven)[0].form == "ONNX"
+    assert proof.taken(request(unfit=unfit), proven)[0].form == "scikit-learn itself"
+    line = refusal(partial(proof.taken, request(unfit=unfit, runtime="onnx"), proven))
+    assert line == "the model cannot be served: ONNX: it needs a locale"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (VotingClassifier([("a", LogisticRegression())]), "voting='soft'"),
+        (make_pipeline(StandardScaler(), VotingClassifier([("a", LogisticRegression())])), "voting='soft'"),
+        (SGDClassifier(), "loss='log_loss'"),
+        (GridSearchCV(SGDClassifier(), {"alpha": [0.1, 1]}), "loss='log_loss'"),
+        (RidgeClassifier(), "CalibratedClassifierCV"),
+        (LinearSVC(), "CalibratedClassifierCV"),
+    ],
+)
+def test_labels_without_scores_are_refused_with_what_gives_them(
+    model: Any, said: str, tmp_path: Path
+) -> None:
+    """A setting of the model's own where there is one, a calibration where there is none."""
+    model.fit(FRAME[["length"]], LABELS)
+    assert said in refusal(lambda: opened(tmp_path, model, LABELS, ["length"]))
 
 
 def test_types_are_trusted_by_where_they_are_from() -> None:

@@ -24,22 +24,12 @@ from app.core.errors import ArtifactError
 from app.core.pipeline import Pipeline
 from app.core.store import RELEASE, read_artifact
 from app.schemas.contract import contract_inputs
+from lifecycle import package
 from lifecycle.command import LifecycleError
 from lifecycle.importing.serving import Only
-from lifecycle.importing.steps import ANSWERS, SAMPLE, Assembly, Converted, step
+from lifecycle.importing.steps import ANSWERS, SAMPLE, UNFIT, Assembly, Converted, step
 from lifecycle.operations.documents import documents, snapshot
-from lifecycle.package import (
-    TOLERANCE,
-    Rule,
-    baseline,
-    canonical_json,
-    chosen_labels,
-    golden_set,
-    labels,
-    pack,
-    publish,
-    start_release,
-)
+from lifecycle.package import TOLERANCE, Rule, canonical_json, chosen_labels, labels
 from lifecycle.tables import contract_types, instances, read_sample, read_table, truths
 
 GOLDEN_ROWS, MAX_GOLDEN_ROWS = 60, 500
@@ -48,32 +38,29 @@ SCORE = "The model's probability of the label; not calibrated beyond training."
 
 
 def assemble(folder: Path) -> None:
-    """Write into folder/repository; raises LifecycleError for a version that the service would refuse."""
+    """Write into folder/repository, or why the service would refuse the version; raises LifecycleError."""
     assembly, model = Assembly.read(folder), Converted.read(folder)
     root = folder / "repository"
     sample = read_sample(folder / SAMPLE)
     content = {name: (folder / name).read_bytes() for name in model.files}
     made = version_files(assembly, model, content, sample, np.load(folder / ANSWERS))
     for name, files in made.items():
-        publish(root / "artifacts", name, files)
+        package.publish(root / "artifacts", name, files)
     if STUB in made:
         (root / "artifacts" / RELEASE).unlink(missing_ok=True)
-        start_release(root / "artifacts", serving=assembly.version, previous=STUB)
+        package.start_release(root / "artifacts", serving=assembly.version, previous=STUB)
     try:
         with Only(assembly.requirements):
             for name in made:
-                check(root / "artifacts", name)
+                Pipeline.offline(read_artifact(root / "artifacts", name)).model.replay()
             for path, text in (documents(root) | {"openapi.json": snapshot()}).items():
                 (root / path).write_text(text, "utf-8", newline="\n")
-    except (ArtifactError, ValueError) as error:  # a document may lack a heading
+    except ArtifactError as error:
+        (folder / UNFIT).write_text(str(error), "utf-8")
+        return
+    except ValueError as error:  # a document may lack a heading
         raise LifecycleError(f"the version that was made is not fit to be served: {error}") from None
     prepare_evaluation(root, assembly, sample.column(assembly.target))
-
-
-def check(root: Path, version: str) -> None:
-    """Raise ArtifactError unless the service takes the version, and answers its golden set as recorded."""
-    artifact = read_artifact(root, version)
-    Pipeline.offline(artifact).model.replay()
 
 
 def version_files(
@@ -91,25 +78,15 @@ def version_files(
         }
     files = {
         **content,
-        "baseline.json": baseline([values(sample.column(name)) for name in names], answers, rule),
-        "golden.jsonl": golden_set(rows, answers[chosen], model.tolerance, rule),
+        "baseline.json": package.baseline([values(sample.column(name)) for name in names], answers, rule),
+        "golden.jsonl": package.golden_set(rows, answers[chosen], model.tolerance, rule),
     }
-    made = {
-        assembly.version: pack(
-            version=assembly.version,
-            name=assembly.name,
-            runtime=model.runtime,
-            files=files,
-            outputs=outputs,
-            training=assembly.training,
-            ranges=assembly.ranges,
-            words=assembly.words,
-            **model.manifest,
-        )
-    }
-    if assembly.new_contract:
-        made[STUB] = ignorant_stub(assembly.name, rows, answers)
-    return made
+    described = assembly.model_dump(include={"version", "name", "ranges", "words"}) | model.manifest
+    packed = package.pack(
+        runtime=model.runtime, files=files, outputs=outputs, training=assembly.training, **described
+    )
+    stub = {STUB: ignorant_stub(assembly.name, rows, answers)} if assembly.new_contract else {}
+    return {assembly.version: packed} | stub
 
 
 def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Any) -> dict[str, bytes]:
@@ -136,9 +113,9 @@ def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Any)
         verdict, row = {"value": value}, [value]
         tolerance = 1e-9 * max(1.0, abs(value))
         outputs = {"value": "The model's mean answer to its training data, the same for every request."}
-    golden = golden_set(golden_rows, np.array([row] * len(golden_rows)), tolerance)
+    golden = package.golden_set(golden_rows, np.array([row] * len(golden_rows)), tolerance)
     files = {"rules.json": canonical_json({"rules": [], "otherwise": verdict}), "golden.jsonl": golden}
-    return pack(version=STUB, name=name, runtime="rules", files=files, outputs=outputs, libraries={})
+    return package.pack(version=STUB, name=name, runtime="rules", files=files, outputs=outputs, libraries={})
 
 
 def inputs() -> Mapping[str, dict[str, Any]]:
@@ -158,7 +135,9 @@ def golden_rows(sample: Any, answers: Any, rule: Rule = None) -> list[int]:
 
     Peculiar is a missing value of a column, and a category.
     """
-    strata = strata_of(answers, rule)
+    strata = chosen_labels(answers, rule) if labels() else answers[:, 0]
+    if not labels():  # which tenth of all values it is in
+        strata = np.searchsorted(np.quantile(strata, np.linspace(0.1, 0.9, 9)), strata)
     groups = [np.flatnonzero(strata == one) for one in np.unique(strata)]
     share = max(1, GOLDEN_ROWS // len(groups))
     draw = np.random.default_rng(0)
@@ -173,14 +152,6 @@ def golden_rows(sample: Any, answers: Any, rule: Rule = None) -> list[int]:
         ]
         chosen.update(dict.fromkeys(first.as_py() for first in firsts if first.as_py() >= 0))
     return sorted(list(chosen)[:MAX_GOLDEN_ROWS])
-
-
-def strata_of(answers: Any, rule: Rule = None) -> Any:
-    """A number for each row: of the answer's label, or of the tenth of all values that it is in."""
-    if labels():
-        return chosen_labels(answers, rule)
-    values = answers[:, 0]
-    return np.searchsorted(np.quantile(values, np.linspace(0.1, 0.9, 9)), values)
 
 
 def prepare_evaluation(root: Path, assembly: Assembly, target: Any) -> None:

@@ -7,13 +7,12 @@ scikit-learn -> skops, in the same bytes every time
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -28,24 +27,7 @@ from lifecycle.importing.onnx_rewriting.graph import (
     transform,
     unwrapped,
 )
-from lifecycle.importing.original import (
-    Original,
-    describe,
-)
-
-# --- the forms, the fastest first ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One form of the model; `make` gives its files by name."""
-
-    form: str
-    runtime: Literal["onnx", "skops"]
-    make: Callable[[], dict[str, bytes]]  # may raise anything; Unsupported gives a short reason
-    libraries: set[str]  # distributions whose versions decide on its answers
-    advice: str = ""  # what keeps the model from being ONNX
-    manifest: dict[str, Any] = field(default_factory=dict)  # what its manifest says beyond the usual
+from lifecycle.importing.original import WITH_ONNX, Candidate, Original, describe
 
 
 def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iterator[Candidate]:
@@ -53,8 +35,8 @@ def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iter
     estimator = unwrapped(original.estimator)
     output = "value" if original.task == "regression" else "probabilities"
     libraries = {"numpy", *original.libraries}
-    whole = libraries | {"onnx", "onnxruntime"}
-    mixed = whole | {"scikit-learn", "skops"}
+    whole = libraries | WITH_ONNX
+    mixed = libraries | {"onnxruntime", "scikit-learn", "skops"}
     reasons: list[str] = []
 
     def onnx() -> dict[str, bytes]:

@@ -36,17 +36,15 @@ from lifecycle.importing.serving import LOCALE, RUNTIME_IN, add, lacking
 from lifecycle.importing.steps import (
     SAMPLE,
     TEXT,
+    UNFIT,
     WORK,
     Assembly,
     Conversion,
     Converted,
     Progress,
     Runtime,
-    alone,
-    apply,
-    recover,
+    quoted,
     say,
-    unstopped,
 )
 from lifecycle.tables import MAX_DISTINCT, Column, Table, profile, read_sample, sample
 
@@ -115,8 +113,7 @@ def import_model(
         float | None, typer.Option(min=0, help="A value so close to the truth counts as correct.")
     ] = None,
     holdout: Annotated[
-        Path | None,
-        typer.Option(help="Rows with their truth that training never saw, for `make evaluate`."),
+        Path | None, typer.Option(help="Rows with their truth that training never saw, for `make evaluate`.")
     ] = None,
     add_requirements: Annotated[
         bool, typer.Option("--add-requirements", help="Add what the image lacks to requirements/runtime.in.")
@@ -143,10 +140,15 @@ def import_model(
         feedback_tolerance, holdout, add_requirements,
     )  # fmt: skip
     try:
-        version, changes = run(request, check=check)
+        with steps.alone(ROOT):
+            steps.recover(ROOT)
+            version, changes = made_version(request, check=check)
     except KeyboardInterrupt:
         typer.echo("import-model: stopped; nothing was changed", err=True)
         raise typer.Exit(130) from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
     if check and changes:
         raise LifecycleError(f"differs from what these inputs make: {', '.join(changes)}")
     for name in changes:
@@ -184,28 +186,23 @@ def parsed_bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float |
     return found
 
 
-def run(request: Request, *, check: bool) -> tuple[str, list[str]]:
+def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
     """Make a model's next version: its name, and the files that were written or removed, or would be.
 
     With `check` nothing is written. Raises LifecycleError; then the repository is as it was.
     """
-    try:
-        with alone(ROOT):
-            recover(ROOT)
-            return _import(request, check=check)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise LifecycleError(f"{error.strerror or error}{where}; nothing was changed") from None
-
-
-def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
     for path in filter(None, (request.model, request.data, request.holdout)):
         if not path.is_file():
             raise LifecycleError(f"{path}: there is no such file")
     if request.holdout and sha256(request.holdout) == sha256(request.data):
         raise LifecycleError(f"{request.holdout.name}: has the training rows, on which any model looks good")
     table = profile(request.data, Progress(f"reading {request.data.name}"))
-    check_target(table, request.target)
+    if request.target not in table.columns:
+        raise LifecycleError(
+            f"{request.data.name}: has no column {request.target!r}, only {quoted(list(table.columns))}"
+        )
+    if why := unusable(table.columns[request.target]):
+        raise LifecycleError(f"{request.data.name}: the target {request.target!r} {why}")
     work = ROOT / WORK
     work.mkdir()
     try:
@@ -214,45 +211,50 @@ def _import(request: Request, *, check: bool) -> tuple[str, list[str]]:
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
         if request.model.suffix != ".onnx":
             say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
-        made = convert(work, request, table)
-        assembly = prepare(work, request, table, made)
-        steps.run("assemble", work, cwd=work / "repository", environment=LOCALE | {"PYTHONPATH": str(ROOT)})
+        unfit: dict[str, str] = {}  # forms that are proven, and do not load where they would serve
+        while True:
+            made = convert(work, request, table, unfit)
+            assembly = prepare(work, request, table, made)
+            steps.run(
+                "assemble", work, cwd=work / "repository", environment=LOCALE | {"PYTHONPATH": str(ROOT)}
+            )
+            if not (work / UNFIT).is_file():
+                break
+            unfit[made.form] = (work / UNFIT).read_text("utf-8")
+            (work / UNFIT).unlink()
+            shutil.rmtree(work / "repository")
         changes = changed(work / "repository", assembly.version, check=check)
-        changes += outdated(work / "repository") if request.holdout or assembly.rewritten else []
+        if request.holdout or assembly.rewritten:  # rows of another contract, or in another format
+            there = sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{HOLDOUT}.*"))
+            changes += [path for path in there if not (work / "repository" / path).is_file()]
         point_out(table, made.names, request.target, read_sample(work / SAMPLE))
         compared = "labels equal, scores" if made.labels else "values"
         say(
             f"{made.described} as {made.form}: {compared} within {made.tolerance:.1g} of the original on "
-            f"{rows:,} rows (at most {made.gap:.1g} away); {made.rate:,} rows a second here, one a call"
+            f"{rows:,} rows (at most {made.gap:.1g} away); {made.rate:,} rows a second here, one a call "
+            f"(the original: {made.original_rate:,})"
         )
         if made.advice:
             say(made.advice)
         if not check:
             announce(request, made, assembly, changes)
-            apply(ROOT, work, changes)
+            steps.apply(ROOT, work, changes)
         return assembly.version, [path.as_posix() for path in changes]
     except LifecycleError as refusal:
         story = work / steps.LOG  # a line for the terminal is made of the first one
         told = f"{refusal}\n{story.read_text('utf-8')}" if story.is_file() else str(refusal)
         raise LifecycleError(told) from None
     finally:
-        with unstopped():
-            recover(ROOT)
+        with steps.unstopped():
+            steps.recover(ROOT)
 
 
-def check_target(table: Table, target: str) -> None:
-    """Raise LifecycleError where the data lacks the target, or what stands there cannot be one."""
-    if target not in table.columns:
-        close = ", ".join(map(repr, list(table.columns)[:8]))
-        more = " and more" if len(table.columns) > 8 else ""
-        raise LifecycleError(f"{table.path.name}: has no column {target!r}, only {close}{more}")
-    found = table.columns[target]
-    if found.unusable or found.dtype is None:
-        why = found.unusable or "has no value in any row"
-        raise LifecycleError(f"{table.path.name}: the target {target!r} {why}")
+def unusable(column: Column) -> str | None:
+    """Why nobody can use a column, if so."""
+    return column.unusable or (None if column.dtype else "has no value in any row")
 
 
-def convert(work: Path, request: Request, table: Table) -> Converted:
+def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]) -> Converted:
     """The model opened, converted and compared, in another process; raises LifecycleError.
 
     It may ask for columns to be read again as text, as the model knows them: codes like 08.
@@ -267,13 +269,10 @@ def convert(work: Path, request: Request, table: Table) -> Converted:
         inputs=[
             Input.model_validate({"name": one.name, "dtype": one.dtype, "nullable": one.nullable})
             for one in columns
-            if one.dtype and not one.unusable
+            if not unusable(one)
         ],
-        unusable={
-            one.name: one.unusable or "has no value in any row"
-            for one in columns
-            if one.unusable or not one.dtype
-        },
+        unusable={one.name: why for one in columns if (why := unusable(one))},
+        unfit=dict(unfit),
     ).write(work)
     steps.run("proof", work)
     if not (work / TEXT).is_file():
@@ -284,7 +283,7 @@ def convert(work: Path, request: Request, table: Table) -> Converted:
     again = profile(request.data, Progress(f"reading {request.data.name}"), dict.fromkeys(names, "string"))
     table.columns.update(again.columns)
     sample(table, work / SAMPLE, Progress(f"sampling {request.data.name}"))
-    return convert(work, request, table)
+    return convert(work, request, table, unfit)
 
 
 def prepare(work: Path, request: Request, table: Table, made: Converted) -> Assembly:
@@ -315,15 +314,17 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
         query=f"{request.data.name}, all rows",
         code_revision=f"sha256:{sha256(request.model)}",
     )
-    there = manifests()
+    folders = [path.parent for path in (ROOT / ARTIFACTS).glob(f"v*/{MANIFEST}")]
+    there = {folder.name: read_manifest(folder) for folder in folders}
     current = None if rewritten else there.get(read_release(ROOT / ARTIFACTS).serving)
     version = version_for(there, training, made.runtime, "" if rewritten else contract)
     earlier = there.get(version)
     said = current.outputs if current else Outputs(review_threshold=REVIEW_THRESHOLD)
     threshold, tolerance = request.review_threshold, request.feedback_tolerance
+    stem = re.sub("[^a-z0-9]+", "-", request.model.stem.lower()).strip("-")
     assembly = Assembly(
         version=version,
-        name=current.name if current else slug(request.model.stem),
+        name=current.name if current else stem or "model",
         target=request.target,
         new_contract=not current or current.contract_sha256 != contract,
         rewritten=rewritten,
@@ -404,23 +405,12 @@ def examples(work: Path, names: list[str]) -> list[dict[str, Any]]:
     return rows.take(sorted({0, rows.num_rows // 2})).to_pylist()  # type: ignore[no-any-return]
 
 
-def manifests() -> dict[str, Manifest]:
-    """Every version in artifacts/, by name; raises LifecycleError where a manifest cannot be read."""
-    folders = [path.parent for path in (ROOT / ARTIFACTS).glob(f"v*/{MANIFEST}")]
-    return {folder.name: read_manifest(folder) for folder in folders}
-
-
 def version_for(there: Mapping[str, Manifest], training: Training, runtime: str, contract: str) -> str:
     """The version that these inputs made for this contract before, or the next number."""
     for name, one in sorted(there.items(), key=lambda pair: int(pair[0][1:])):
         if (one.contract_sha256, one.runtime, one.training) == (contract, runtime, training):
             return name
     return f"v{max((int(name[1:]) for name in there), default=0) + 1}"
-
-
-def slug(text: str) -> str:
-    """A name of letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
 
 
 def copy_repository(work: Path, version: str) -> Path:
@@ -455,12 +445,6 @@ def changed(copy: Path, version: str, *, check: bool) -> list[Path]:
         for path in found
         if not (ROOT / path).is_file() or (ROOT / path).read_bytes() != (copy / path).read_bytes()
     ] + [ARTIFACTS / version / name for name in differing if not (made / name).is_file()]
-
-
-def outdated(copy: Path) -> list[Path]:
-    """Rows to evaluate on that are of another contract, or in another format than those that come now."""
-    there = (path.relative_to(ROOT) for path in ROOT.glob(f"{HOLDOUT}.*"))
-    return sorted(path for path in there if not (copy / path).is_file())
 
 
 def announce(request: Request, made: Converted, assembly: Assembly, changes: list[Path]) -> None:

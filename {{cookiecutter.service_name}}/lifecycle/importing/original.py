@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +24,12 @@ import numpy as np
 from app.core.runtimes import OnnxRuntime
 from app.core.store import Input
 from lifecycle.command import LifecycleError
-from lifecycle.importing.steps import Progress
+from lifecycle.importing.steps import Progress, quoted
 from lifecycle.tables import spelling
 
 SCORE_TOLERANCE = 1e-5
 OPSET = {"": 18, "ai.onnx.ml": 3}
+WITH_ONNX = {"numpy", "onnx", "onnxruntime"}  # distributions that an ONNX model depends on
 ROWS_A_CALL = 8_192
 ROUNDING = 1e-7
 INDEX = "Unnamed: 0"  # as pandas reads the index that it wrote itself
@@ -36,6 +38,10 @@ BARE = {  # what people save in place of an estimator
     "lightgbm.basic.Booster": "LGBMClassifier or LGBMRegressor",
     "xgboost.core.Booster": "XGBClassifier or XGBRegressor",
 }
+WITH_SCORES = {  # classifiers that need no calibration to have probabilities
+    "VotingClassifier": "give it voting='soft', with models that all have `predict_proba`,",
+    "SGDClassifier": "give it loss='log_loss'",
+}
 MOVE = (
     "move it to app/own/features.py, import it from `app.own.features` where you fit the model, "
     "fit and save it again"
@@ -43,7 +49,6 @@ MOVE = (
 
 Task = Literal["classification", "regression"]
 Answers = np.ndarray[Any, np.dtype[np.float64]]
-Form = tuple[str, Callable[[], bytes]]  # what it is, and how it is made
 
 
 class Unanswered(LifecycleError):
@@ -52,6 +57,18 @@ class Unanswered(LifecycleError):
 
 class AsText(Exception):
     """Columns that the model knows as text, where the file was read as numbers: codes like 08."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form of the model; `make` gives its files by name."""
+
+    form: str
+    runtime: Literal["onnx", "skops"]
+    make: Callable[[], dict[str, bytes]]  # may raise anything; Unsupported gives a short reason
+    libraries: set[str]  # distributions whose versions decide on its answers
+    advice: str = ""  # what keeps the model from being ONNX
+    manifest: dict[str, Any] = field(default_factory=dict)  # what its manifest says beyond the usual
 
 
 @dataclass
@@ -65,10 +82,11 @@ class Original:
     answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
     libraries: set[str]  # packages whose versions decide on the answers
     estimator: Any = None
-    forms: Sequence[Form] = ()  # ONNX forms, of models that are no estimators
+    forms: Sequence[Candidate] = ()  # of a model that is no estimator
     outputs: dict[str, Any] = field(default_factory=dict)  # threshold and classes, as a manifest has them
     takes: dict[str, Any] = field(default_factory=dict)  # takes and dtypes, as a manifest has them
     framed: bool = False  # whether it is asked with DataFrames
+    asked: Callable[[Any], Any] = lambda part: part  # rows of the sample as the estimator takes them
 
     def chosen(self, scores: Answers) -> Any:
         """The position of each row's label: by the threshold, or the most probable one."""
@@ -85,6 +103,13 @@ class Original:
             apart = np.subtract(*np.sort(scores, axis=1)[:, [-1, -2]].T)
         return (apart > 0) & (apart < ROUNDING)
 
+    def call(self, row: Any) -> Callable[[], Any]:
+        """What a program would call for the answer to one row, which is made ready before."""
+        if self.estimator is None:
+            return partial(self.answer, row)
+        method = self.estimator.predict_proba if self.labels else self.estimator.predict
+        return partial(method, self.asked(row))
+
 
 def open_model(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
@@ -95,15 +120,15 @@ def open_model(
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
-    kind = type(estimator)
-    if instead := BARE.get(f"{kind.__module__}.{kind.__name__}"):
-        raise LifecycleError(f"{path.name}: holds a bare {kind.__name__}: save the fitted {instead} itself")
+    found = type(estimator).__name__
+    if instead := BARE.get(f"{type(estimator).__module__}.{found}"):
+        raise LifecycleError(f"{path.name}: holds a bare {found}: save the fitted {instead} itself")
     if not hasattr(estimator, "predict"):
-        raise LifecycleError(f"{path.name}: holds a {kind.__name__}, not an estimator with `predict`")
+        raise LifecycleError(f"{path.name}: holds a {found}, not an estimator with `predict`")
     try:
         check_is_fitted(estimator)
     except (NotFittedError, TypeError):
-        raise LifecycleError(f"{path.name}: the {kind.__name__} is not fitted") from None
+        raise LifecycleError(f"{path.name}: the {found} is not fitted") from None
     if not is_classifier(estimator) and not is_regressor(estimator):
         raise LifecycleError(f"{path.name}: {_final(estimator)} is neither a classifier nor a regressor")
     named = fitted_names(estimator, inputs)
@@ -116,14 +141,16 @@ def open_model(
     outputs, labels, classes = {}, [], []  # type: dict[str, Any], list[Any], list[Any]
     if is_classifier(estimator):
         if not hasattr(estimator, "predict_proba"):
+            kind = _final(estimator)
+            advice = WITH_SCORES.get(kind, "wrap it in CalibratedClassifierCV")
             raise LifecycleError(
-                f"{path.name}: {_final(estimator)} has no `predict_proba`, and every answer has a score; "
-                "wrap it in CalibratedClassifierCV and fit again"
+                f"{path.name}: {kind} has no `predict_proba`, and every answer has a score; {advice} and fit "
+                "again"
             )
-        found = getattr(estimator, "classes_", None)
-        if found is None or isinstance(found, list):
+        known = getattr(estimator, "classes_", None)
+        if known is None or isinstance(known, list):
             raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
-        classes = np.asarray(found).tolist()
+        classes = np.asarray(known).tolist()
         labels = as_words(path, as_labels(path, classes), table.column(target), target)
         if labels != classes:
             outputs["classes"] = as_labels(path, classes)
@@ -137,12 +164,13 @@ def open_model(
         labels,
         names,
         describe(estimator),
-        lambda part: answers(path, original, classes, asked(part, columns, takes, named=named is not None)),
+        lambda part: answers(path, original, classes, original.asked(part)),
         packages,
         estimator,
         outputs=outputs,
         takes=takes,
         framed=named is not None or takes.get("takes") == "frame",
+        asked=lambda part: asked(part, columns, takes, named=named is not None),
     )
     return original
 
@@ -370,9 +398,8 @@ def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target: str) -> 
 
     task: Task = "classification" if labels else "regression"
     digest = hashlib.sha256(content).hexdigest()[:8]
-    return Original(
-        task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[("as it is", lambda: content)]
-    )
+    form = Candidate("ONNX as it is", "onnx", lambda: {"model.onnx": content}, WITH_ONNX)
+    return Original(task, labels, names, f"an ONNX model ({digest})", answer, set(), forms=[form])
 
 
 def without_zipmap(model: Any) -> None:
@@ -442,8 +469,8 @@ def as_labels(path: Path, labels: list[Any]) -> list[Any]:
 
 
 def _final(estimator: Any) -> str:
-    while hasattr(estimator, "steps"):
-        estimator = estimator.steps[-1][1]
+    while hasattr(estimator, "steps") or hasattr(estimator, "best_estimator_"):
+        estimator = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator.best_estimator_
     return type(estimator).__name__
 
 
@@ -455,12 +482,6 @@ def describe(estimator: Any) -> str:
         inner = [describe(step) for _, step, _ in estimator.transformers_ if hasattr(step, "get_params")]
         return f"{type(estimator).__name__}({', '.join(inner)})"
     return type(estimator).__name__
-
-
-def quoted(names: Sequence[str]) -> str:
-    """At most eight names, for a message."""
-    listed = ", ".join(map(repr, names[:8])) or "nothing else"
-    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 # --- asking ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Conversion -> original.py: the model; its answers to the sample, and to rows tha
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -23,13 +24,14 @@ from app.core.pipeline import Model, Policy
 from app.core.runtimes import load_runtime, skops_types
 from app.core.store import Artifact, FileEntry, Input, Manifest, Outputs, own_code
 from lifecycle.command import LifecycleError
-from lifecycle.importing.convert import Candidate, candidates
+from lifecycle.importing.convert import candidates
 from lifecycle.importing.original import (
     BOOSTERS,
     MOVE,
     SCORE_TOLERANCE,
     Answers,
     AsText,
+    Candidate,
     Original,
     Unanswered,
     fitted_on_text,
@@ -37,14 +39,22 @@ from lifecycle.importing.original import (
     open_onnx,
     original_answers,
     parts,
-    quoted,
 )
-from lifecycle.importing.steps import ANSWERS, SAMPLE, TEXT, Conversion, Converted, Progress, log, step
+from lifecycle.importing.steps import (
+    ANSWERS,
+    SAMPLE,
+    TEXT,
+    Conversion,
+    Converted,
+    Progress,
+    log,
+    quoted,
+    step,
+)
 from lifecycle.tables import read_sample
 
 VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
 PECULIAR_ROWS, ROWS_ALONE, WORDS, TIES = 600, 40, 60, 6
-FOR_CONVERSION = {"onnx", "skl2onnx"}  # what serving does without
 UNSEEN, NEW_WORD = "no row has this", "of a new word"
 SECONDS_MEASURED = 0.1
 # Types that estimators of these libraries are made of; anything else is for the person to trust.
@@ -93,7 +103,8 @@ def prove(folder: Path) -> None:
         files=list(made.artifact.files),
         tolerance=proof.tolerance,
         gap=gap,
-        rate=rows_a_second(made, rows),
+        rate=rows_a_second(partial(made.runtime.infer, made.matrix(tuples(rows.slice(0, 1))))),
+        original_rate=rows_a_second(original.call(rows.slice(0, 1))),
         closed=closed,
         outputs=original.outputs,
         manifest=manifest.model_dump(
@@ -280,11 +291,15 @@ def taken(request: Conversion, proof: Proof) -> tuple[Candidate, Model, float]:
     """The first candidate that is proven, loaded, and how far its answers are; raises LifecycleError."""
     import onnxruntime
 
+    original = proof.original
     onnxruntime.set_default_logger_severity(4)
     reasons: dict[str, str] = {}
     refused = ""
-    for candidate in forms(proof):
+    for candidate in original.forms or candidates(original, proof.entries, proof.rows):
         if request.runtime not in (None, candidate.runtime):
+            continue
+        if why := request.unfit.get(candidate.form):
+            reasons[why] = candidate.form
             continue
         try:
             model = loaded(request, proof, candidate)
@@ -304,32 +319,16 @@ def taken(request: Conversion, proof: Proof) -> tuple[Candidate, Model, float]:
     raise LifecycleError(f"the model cannot be served: {form}: {reason}")
 
 
-def forms(proof: Proof) -> Iterator[Candidate]:
-    """The candidates of an estimator; of anything else its own ONNX forms."""
-    original = proof.original
-    if original.estimator is not None:
-        yield from candidates(original, proof.entries, proof.rows)
-    for form, make in original.forms:
-        libraries = {"numpy", "onnx", "onnxruntime", *original.libraries}
-        yield Candidate(f"ONNX {form}", "onnx", partial(_alone, make), libraries)
-
-
-def _alone(make: Callable[[], bytes]) -> dict[str, bytes]:
-    return {"model.onnx": make()}
-
-
 def loaded(request: Conversion, proof: Proof, candidate: Candidate) -> Model:
     """A candidate as the service would load it; raises LifecycleError where its types are not trusted."""
     files = candidate.make()
     types = sorted(skops_types(files["model.skops"])) if "model.skops" in files else []
     original, libraries = proof.original, candidate.libraries | trusted(request, types)
     takes: dict[str, Any] = {}
-    if types:
-        libraries -= FOR_CONVERSION
-        if candidate.manifest.get("stages", ["model.skops"])[0] == "model.skops":
-            takes = original.takes
-            frame = original.framed and any(one.dtype != "float64" for one in proof.entries)
-            libraries |= {"pandas"} if takes.get("takes", "frame" if frame else "array") == "frame" else set()
+    if types and candidate.manifest.get("stages", ["model.skops"])[0] == "model.skops":
+        takes = original.takes
+        frame = original.framed and any(one.dtype != "float64" for one in proof.entries)
+        libraries |= {"pandas"} if takes.get("takes", "frame" if frame else "array") == "frame" else set()
     manifest = Manifest(
         name="model",
         version="v1",
@@ -369,13 +368,14 @@ def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
     return {providers[one][0] for one in modules if one in providers}
 
 
-def rows_a_second(model: Model, rows: Any) -> int:
-    """How many calls of one row the model answers, measured here; two digits, because more are noise."""
-    matrix = model.matrix(tuples(rows.slice(0, 1)))
+def rows_a_second(call: Callable[[], Any]) -> int:
+    """How many calls of one row a model answers, measured here; two digits, because more are noise."""
     calls, began = 0, perf_counter()
-    while perf_counter() - began < SECONDS_MEASURED:
-        model.runtime.infer(matrix)
-        calls += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while perf_counter() - began < SECONDS_MEASURED:
+            call()
+            calls += 1
     return int(float(f"{calls / (perf_counter() - began):.2g}"))
 
 

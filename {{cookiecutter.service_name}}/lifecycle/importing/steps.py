@@ -1,7 +1,7 @@
 """How an import runs: its processes, the documents that they exchange, and the move into the repository.
 
 importer -> Conversion -> proof    -> Converted, answers.npy, model.*; or text.txt, columns to read as text
-importer -> Assembly   -> assemble -> repository/
+importer -> Assembly   -> assemble -> repository/; or unfit.txt, why this form cannot be served
 either step -> refusal.txt, if it found a reason to stop
 .import/repository/ (made) -> .import/backup/ (the old files), journal.json -> moved, file by file
 a failure, Ctrl-C, or the next import after a kill -> recover() puts back what the journal names
@@ -26,11 +26,7 @@ from app.core.errors import ArtifactError
 from app.core.store import Input, Training
 from lifecycle.command import ROOT, LifecycleError
 
-ANSWERS, SAMPLE, TEXT = (
-    "answers.npy",
-    "sample.arrow",
-    "text.txt",
-)  # the original's answers to the rows of the sample
+ANSWERS, SAMPLE, TEXT, UNFIT = "answers.npy", "sample.arrow", "text.txt", "unfit.txt"
 WORK, JOURNAL, REFUSAL, LOG = ".import", "journal.json", "refusal.txt", "log.txt"
 SECONDS_A_LINE = 5
 Runtime = Literal["onnx", "skops"]
@@ -59,6 +55,7 @@ class Conversion(_Document):
     trust_listed: bool
     inputs: list[Input]
     unusable: dict[str, str]  # by column: why no model can take it
+    unfit: dict[str, str] = {}  # by form: why it cannot be served
 
 
 class Converted(_Document):
@@ -75,6 +72,7 @@ class Converted(_Document):
     tolerance: float
     gap: float  # the largest difference from the original's answers
     rate: int  # rows a second on this machine, at one row a call
+    original_rate: int
     closed: list[str]  # columns of text of which the model takes no word that it does not know
     outputs: dict[str, Any]  # threshold and classes, as the manifest has them
     manifest: dict[str, Any]  # its libraries, trusted_types, code, takes, dtypes, stages
@@ -147,6 +145,12 @@ def log(words: str) -> None:
 def say(words: str) -> None:
     """Write a line of progress to stderr."""
     print(f"import-model: {words}", file=sys.stderr, flush=True)
+
+
+def quoted(names: Sequence[str]) -> str:
+    """At most eight names, for a message."""
+    listed = ", ".join(map(repr, names[:8])) or "nothing else"
+    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class Progress:

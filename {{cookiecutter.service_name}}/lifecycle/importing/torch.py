@@ -20,7 +20,17 @@ import numpy as np
 
 from app.core.store import Input
 from lifecycle.command import LifecycleError
-from lifecycle.importing.original import OPSET, Answers, Original, as_labels, as_served, parts, unpickle
+from lifecycle.importing.original import (
+    OPSET,
+    WITH_ONNX,
+    Answers,
+    Candidate,
+    Original,
+    as_labels,
+    as_served,
+    parts,
+    unpickle,
+)
 from lifecycle.importing.steps import say
 
 EXAMPLE_ROWS = 4  # one row would be taken for a constant
@@ -73,6 +83,10 @@ def open_torch(
     if labels:
         tell(path, reading, labels, finished(raw, reading), table.column(target).to_pylist())
     example = torch.from_numpy(as_served(table.slice(0, EXAMPLE_ROWS), columns, dtype))
+    form = Candidate(
+        "ONNX torch.onnx makes it", "onnx", lambda: {"model.onnx": to_onnx(torch, saved, example, reading)},
+        WITH_ONNX | {"torch"},
+    )  # fmt: skip
     return Original(
         "classification" if labels else "regression",
         labels,
@@ -80,7 +94,7 @@ def open_torch(
         type(module).__name__ if saved is module else "torch.export program",
         lambda part: finished(outputs(part), reading),
         {"torch"},
-        forms=[("torch.onnx makes it", partial(to_onnx, torch, saved, example, reading))],
+        forms=[form],
     )
 
 

@@ -68,26 +68,23 @@ def transform(graph: "Graph", step: Any, frame: Frame) -> Frame:
     """Add a transformer to the graph: its output's columns."""
     if step is None or isinstance(step, str):
         return frame if step == "passthrough" or step is None else []
-    if function := _found("transform", step):
-        found = function(graph, step, frame)
-        return found if isinstance(found, list) else [found]
-    return [foreign(graph, step, frame, transforms=True)]
+    found = _added("transform", graph, step, frame)
+    if found is None:
+        found = foreign(graph, step, frame, transforms=True)
+    return found if isinstance(found, list) else [found]
 
 
 def answer(graph: "Graph", estimator: Any, frame: Frame) -> Numbers:
     """Add a predictor: probabilities [rows, labels] of a classifier, or values [rows, 1]."""
     estimator = unwrapped(estimator)
-    if function := _found("answer", estimator):
-        found: Numbers = function(graph, estimator, frame)
-        return found
-    return foreign(graph, estimator, frame)
+    return _added("answer", graph, estimator, frame) or foreign(graph, estimator, frame)
 
 
 def decision(graph: "Graph", estimator: Any, frame: Frame) -> Numbers:
     """Add what calibration looks at: `decision_function` [rows, 1 or labels], else probabilities."""
     estimator = unwrapped(estimator)
-    if function := _found("decision", estimator):
-        found: Numbers = function(graph, estimator, frame)
+    found: Numbers | None = _added("decision", graph, estimator, frame)
+    if found:
         return found
     if hasattr(estimator, "decision_function"):
         raise Unsupported(f"the decision function of {type(estimator).__name__} has no ONNX form")
@@ -97,8 +94,8 @@ def decision(graph: "Graph", estimator: Any, frame: Frame) -> Numbers:
 
 def inverse(graph: "Graph", step: Any, values: Numbers) -> Numbers:
     """Add a transformer's way back."""
-    if function := _found("inverse", step):
-        found: Numbers = function(graph, step, values)
+    found: Numbers | None = _added("inverse", graph, step, values)
+    if found:
         return found
     raise Unsupported(f"the inverse of {type(step).__name__} has no ONNX form")
 
@@ -116,8 +113,8 @@ def unwrapped(estimator: Any) -> Any:
     return estimator
 
 
-def _found(method: Method, step: Any) -> Callable[..., Any] | None:
-    """The registered function for a step."""
+def _added(method: Method, graph: "Graph", step: Any, given: Any) -> Any:
+    """What the registered function for a step adds; None if there is none."""
     for kind in type(step).__mro__:
         library = kind.__module__.partition(".")[0]
         for file in FILES.get(library, (library,)):
@@ -125,7 +122,7 @@ def _found(method: Method, step: Any) -> Callable[..., Any] | None:
             with suppress(ModuleNotFoundError):
                 importlib.import_module(module)
             if function := CONVERTERS.get((method, module, kind.__name__)):
-                return function
+                return function(graph, step, given)
     return None
 
 
@@ -175,12 +172,8 @@ class Graph:
 
     def number(self, operator: str, *taken: Any, width: int, **attributes: Any) -> Numbers:
         """One operator whose output is a matrix of doubles."""
-        return Numbers(
-            self.node(
-                operator, *(one.tensor if isinstance(one, Numbers) else one for one in taken), **attributes
-            ),
-            width,
-        )
+        tensors = [one.tensor if isinstance(one, Numbers) else one for one in taken]
+        return Numbers(self.node(operator, *tensors, **attributes), width)
 
     def matrix(self, frame: Frame) -> Numbers:
         """All columns side by side; raises Unsupported for words."""
@@ -324,23 +317,6 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value  # NaN
 
 
-def to_onnx(estimator: Any, declared: list[tuple[str, Any]], options: dict[str, Any] | None = None) -> bytes:
-    """An estimator as skl2onnx makes it; the same model and form give the same bytes."""
-    import skl2onnx
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = skl2onnx.to_onnx(
-            estimator,
-            initial_types=declared,
-            options={id(estimator): options} if options else None,
-            name="model",  # the default is a new random name each time
-            target_opset=OPSET,
-        )
-    model.domain = ""
-    return bytes(model.SerializeToString())
-
-
 def foreign(
     graph: Graph, estimator: Any, frame: Frame, *, transforms: bool = False, raw_scores: bool = False
 ) -> Numbers:
@@ -348,8 +324,8 @@ def foreign(
 
     It gets doubles, or floats where onnxruntime has no operator for doubles.
     """
-    import onnx
     import onnxruntime
+    import skl2onnx
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
     from sklearn.base import is_classifier
 
@@ -361,16 +337,24 @@ def foreign(
         raise Unsupported(f"{name} of text has no ONNX form")
     numbers = graph.matrix(frame)
     classifier = is_classifier(estimator) and not transforms
-    options = {"zipmap": False} | ({"raw_scores": True} if raw_scores else {}) if classifier else None
+    options = {id(estimator): {"zipmap": False} | ({"raw_scores": True} if raw_scores else {})}
     for dtype, tensor in ((np.float64, DoubleTensorType), (np.float32, FloatTensorType)):
         try:
-            made = to_onnx(estimator, [("features", tensor([None, numbers.width]))], options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = skl2onnx.to_onnx(
+                    estimator,
+                    initial_types=[("features", tensor([None, numbers.width]))],
+                    options=options if classifier else None,
+                    target_opset=OPSET,
+                )
+            made = model.SerializeToString()
             onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
         except Exception as error:  # both raise many types
             failure = error
             continue
         taken = numbers.tensor if dtype is np.float64 else graph.cast(numbers.tensor, dtype)
-        output = graph.cast(graph.include(onnx.load_from_string(made), taken)[-1], np.float64)
+        output = graph.cast(graph.include(model, taken)[-1], np.float64)
         if classifier:
             return Numbers(output, len(estimator.classes_))
         if not transforms:

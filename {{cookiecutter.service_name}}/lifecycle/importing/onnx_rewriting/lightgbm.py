@@ -2,18 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
-from lifecycle.importing.onnx_rewriting.graph import (
-    MISSING,
-    Frame,
-    Graph,
-    Numbers,
-    Unsupported,
-    Words,
-    converter,
-)
-from lifecycle.importing.onnx_rewriting.trees import Growing, ensemble
+from lifecycle.importing.onnx_rewriting.graph import MISSING, Frame, Graph, Numbers, Unsupported, converter
+from lifecycle.importing.onnx_rewriting.trees import Split, ensemble, grown
 
 EXPONENTIAL = ("poisson", "gamma", "tweedie")
 PLAIN = ("regression", "regression_l1", "huber", "fair", "quantile", "mape")
@@ -29,7 +19,7 @@ def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
     """Probabilities or values, by the booster's objective."""
     document = model.dump_model()
     targets = document["num_tree_per_iteration"]
-    made = [_tree(one["tree_structure"], target=at % targets) for at, one in enumerate(document["tree_info"])]
+    made = [grown(one["tree_structure"], _node, at % targets) for at, one in enumerate(document["tree_info"])]
     raw = ensemble(graph, graph.matrix(_coded(graph, model, frame)), made, targets)
     if document["average_output"]:
         raw = graph.number("Div", raw, len(made) / targets, width=targets)
@@ -54,34 +44,28 @@ def _coded(graph: Graph, model: Any, frame: Frame) -> Frame:
     categories = iter(model.pandas_categorical or [])
     made: Frame = []
     for part in frame:
-        if isinstance(part, Words):
-            known = next(categories, None)
-            if known is None:
-                raise Unsupported("LightGBM does not say which number each word had")
-            made.append(graph.table(part, known, [*([code] for code in range(len(known))), [MISSING]]))
-        else:
+        if isinstance(part, Numbers):
             made.append(part)
+            continue
+        known = next(categories, None)
+        if known is None:
+            raise Unsupported("LightGBM does not say which number each word had")
+        made.append(graph.table(part, known, [*([code] for code in range(len(known))), [MISSING]]))
     if next(categories, None) is not None:
         raise Unsupported("LightGBM on categories that are numbers has no ONNX form")
     return made
 
 
-def _tree(root: dict[str, Any], target: int) -> Any:
-    grown = Growing()
-
-    def grow(node: dict[str, Any]) -> int:
-        if "leaf_value" in node:
-            if "leaf_coeff" in node:
-                raise Unsupported("LightGBM's linear trees have no ONNX form")
-            return grown.leaf(node["leaf_value"])
-        feature, threshold = node["split_feature"], node["threshold"]
-        left, right = (lambda: grow(node["left_child"])), (lambda: grow(node["right_child"]))
-        if node["decision_type"] == "==":
-            return grown.member(feature, [float(one) for one in threshold.split("||")], left, right)
-        missing = node["default_left"] if node["missing_type"] != "None" else threshold >= 0
-        if node["missing_type"] == "Zero" and missing != (threshold >= 0):
-            raise Unsupported("LightGBM with zero_as_missing has no ONNX form")
-        return grown.split(feature, float(np.float64(threshold)), missing, left, right)
-
-    grow(root)
-    return grown.tree(target)
+def _node(node: dict[str, Any]) -> Split | float:
+    if "leaf_coeff" in node:
+        raise Unsupported("LightGBM's linear trees have no ONNX form")
+    if "leaf_value" in node:
+        return float(node["leaf_value"])
+    feature, threshold = node["split_feature"], node["threshold"]
+    left, right = node["left_child"], node["right_child"]
+    if node["decision_type"] == "==":
+        return Split(feature, threshold.split("||"), False, left, right, "BRANCH_EQ")
+    missing = node["default_left"] if node["missing_type"] != "None" else threshold >= 0
+    if node["missing_type"] == "Zero" and missing != (threshold >= 0):
+        raise Unsupported("LightGBM with zero_as_missing has no ONNX form")
+    return Split(feature, [threshold], missing, left, right)

@@ -4,7 +4,7 @@ pipelines, numbers, categories -> linear models -> models of models
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from lifecycle.importing.onnx_rewriting.graph import (
     MISSING,
     Frame,
     Graph,
+    Method,
     Numbers,
     Unsupported,
     Words,
@@ -34,27 +35,18 @@ UNSEEN = "a word that nobody has written"
 # --- steps made of steps ----------------------------------------------------------------------------------
 
 
-def prepared(graph: Graph, pipeline: Any, frame: Frame) -> Frame:
-    """The frame after all steps but the last. imblearn's samplers only work while a model is fitted."""
-    for _, step in pipeline.steps[:-1]:
-        if not hasattr(step, "fit_resample"):
-            frame = transform(graph, step, frame)
-    return frame
+def _pipeline(method: Method, last: Callable[..., Any]) -> None:
+    @converter("Pipeline", method=method)
+    def _steps(graph: Graph, pipeline: Any, frame: Frame) -> Any:
+        for _, step in pipeline.steps[:-1]:
+            if not hasattr(step, "fit_resample"):  # imblearn's samplers only work while a model is fitted
+                frame = transform(graph, step, frame)
+        return last(graph, pipeline.steps[-1][1], frame)
 
 
-@converter("Pipeline", method="transform")
-def _pipeline(graph: Graph, pipeline: Any, frame: Frame) -> Frame:
-    return transform(graph, pipeline.steps[-1][1], prepared(graph, pipeline, frame))
-
-
-@converter("Pipeline")
-def _pipeline_answer(graph: Graph, pipeline: Any, frame: Frame) -> Numbers:
-    return answer(graph, pipeline.steps[-1][1], prepared(graph, pipeline, frame))
-
-
-@converter("Pipeline", method="decision")
-def _pipeline_decision(graph: Graph, pipeline: Any, frame: Frame) -> Numbers:
-    return decision(graph, pipeline.steps[-1][1], prepared(graph, pipeline, frame))
+_pipeline("transform", transform)
+_pipeline("answer", answer)
+_pipeline("decision", decision)
 
 
 @converter("Pipeline", method="inverse")
@@ -64,31 +56,21 @@ def _pipeline_inverse(graph: Graph, pipeline: Any, values: Numbers) -> Numbers:
     return values
 
 
-@converter("ColumnTransformer", method="transform")
-def _column_transformer(graph: Graph, step: Any, frame: Frame) -> Frame:
-    made: Frame = []
-    for name, inner, _ in step.transformers_:
+@converter("ColumnTransformer", "FeatureUnion", method="transform")
+def _beside(graph: Graph, step: Any, frame: Frame) -> Frame:
+    parts = [(name, inner, frame) for name, inner in getattr(step, "transformer_list", ())]
+    for name, inner, _ in getattr(step, "transformers_", ()):
         indices = step._transformer_to_input_indices.get(name, [])
-        if len(indices) and not (isinstance(inner, str) and inner == "drop"):
-            made += _weighted(graph, step, name, transform(graph, inner, graph.columns(frame, list(indices))))
-    return made
-
-
-@converter("FeatureUnion", method="transform")
-def _feature_union(graph: Graph, step: Any, frame: Frame) -> Frame:
+        parts.append((name, inner, graph.columns(frame, list(indices))))
     made: Frame = []
-    for name, inner in step.transformer_list:
-        if inner != "drop":
-            made += _weighted(graph, step, name, transform(graph, inner, frame))
+    for name, inner, given in parts:
+        added = transform(graph, inner, given) if given else []
+        weight = (step.transformer_weights or {}).get(name)
+        if added and weight is not None:
+            numbers = graph.matrix(added)
+            added = [graph.number("Mul", numbers, float(weight), width=numbers.width)]
+        made += added
     return made
-
-
-def _weighted(graph: Graph, step: Any, name: str, frame: Frame) -> Frame:
-    weight = (step.transformer_weights or {}).get(name)
-    if weight is None:
-        return frame
-    numbers = graph.matrix(frame)
-    return [graph.number("Mul", numbers, float(weight), width=numbers.width)]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------

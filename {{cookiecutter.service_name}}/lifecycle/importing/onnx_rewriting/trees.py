@@ -5,6 +5,7 @@ Tree(splits, leaves) ... -> ensemble() -> the sum of the leaves that a row reach
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,49 +88,42 @@ def ensemble(
     return graph.number("Add", graph.cast(output, np.float64), base, width=targets)
 
 
-class Growing:
-    """A tree that is written node by node, for libraries that have no arrays of it."""
+@dataclass(frozen=True)
+class Split:
+    """A node that is no leaf; `yes` and `no` are nodes as the library has them, or splits."""
 
-    def __init__(self) -> None:
-        self.rows: list[list[Any]] = []  # feature, threshold, yes, no, missing, mode, value
+    feature: int
+    values: Sequence[float]  # a row goes to `yes` where the comparison with any of them is true
+    missing: bool  # whether a missing value goes to `yes`
+    yes: Any
+    no: Any
+    mode: str = "BRANCH_LEQ"
 
-    def leaf(self, value: float) -> int:
-        """Add a leaf; its number."""
-        self.rows.append([0, 0.0, -1, -1, False, "LEAF", value])
-        return len(self.rows) - 1
 
-    def split(
-        self, feature: int, threshold: float, missing: bool, yes: Callable[[], int], no: Callable[[], int],
-        mode: str = "BRANCH_LEQ",
-    ) -> int:  # fmt: skip
-        """Add a split, then what `yes` and `no` add; its number."""
-        row = [feature, threshold, 0, 0, missing, mode, 0.0]
-        self.rows.append(row)
-        number = len(self.rows) - 1
-        row[2], row[3] = yes(), no()
-        return number
+def grown(root: Any, read: Callable[[Any], Split | float], target: int = 0) -> Tree:
+    """A tree of a library that has no arrays of it; `read` gives a split, or the value of a leaf."""
+    rows: list[list[Any]] = []  # feature, threshold, yes, no, missing, mode, value
 
-    def member(
-        self, feature: int, categories: Sequence[float], yes: Callable[[], int], no: Callable[[], int]
-    ) -> int:
-        """Splits that lead each of the categories to `yes`, and all else, missing values too, to `no`."""
-        if not len(categories):
-            return no()
-        first = len(self.rows)
-        for category in categories:
-            self.rows.append([feature, float(category), 0, 0, False, "BRANCH_EQ", 0.0])
-        inside = yes()
-        for at in range(first, first + len(categories)):
-            self.rows[at][2:4] = inside, at + 1
-        self.rows[first + len(categories) - 1][3] = no()
+    def grow(node: Any) -> int:
+        found = node if isinstance(node, Split) else read(node)
+        first = len(rows)
+        if not isinstance(found, Split):
+            rows.append([0, 0.0, -1, -1, False, "LEAF", found])
+            return first
+        if not len(found.values):
+            return grow(found.no)
+        last = first + len(found.values) - 1
+        for at, value in enumerate(found.values, first):
+            rows.append([found.feature, float(value), 0, at + 1, found.missing, found.mode, 0.0])
+        yes = grow(found.yes)
+        for row in rows[first : last + 1]:
+            row[2] = yes
+        rows[last][3] = grow(found.no)
         return first
 
-    def tree(self, target: int = 0, scale: float = 1.0) -> Tree:
-        """The tree as arrays."""
-        feature, threshold, yes, no, missing, mode, value = (
-            np.array(one) for one in zip(*self.rows, strict=True)
-        )
-        return Tree(feature, threshold, yes, no, missing, value[:, None] * scale, target, mode.astype(object))
+    grow(root)
+    feature, threshold, yes, no, missing, mode, value = map(np.array, zip(*rows, strict=True))
+    return Tree(feature, threshold, yes, no, missing, value[:, None], target, mode.astype(object))
 
 
 def floats(graph: Graph, numbers: Numbers) -> Numbers:
@@ -190,44 +184,31 @@ def _boosted(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
 def _histogram(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
     if estimator._preprocessor is not None:
         frame = transform(graph, estimator._preprocessor, frame)
-    known, places = estimator._bin_mapper.make_known_categories_bitsets()
-    made = []
-    for stage in estimator._predictors:
-        for target, predictor in enumerate(stage):
-            nodes = predictor.nodes
-            if nodes["is_categorical"].any():
-                made.append(_with_categories(predictor, known, places).tree(target))
-                continue
-            leaf = nodes["is_leaf"] > 0
-            yes, no = (np.where(leaf, -1, nodes[side].astype(int)) for side in ("left", "right"))
-            made.append(
-                Tree(nodes["feature_idx"].astype(int), nodes["num_threshold"], yes, no,
-                     nodes["missing_go_to_left"], nodes["value"][:, None], target)
-            )  # fmt: skip
+    known = estimator._bin_mapper.make_known_categories_bitsets()
+    made = [
+        grown(0, partial(_histogram_node, known, predictor, predictor.nodes), target)
+        for stage in estimator._predictors
+        for target, predictor in enumerate(stage)
+    ]
     start = estimator._baseline_prediction.ravel()
     raw = ensemble(graph, graph.matrix(frame), made, len(start))
     return graph.number("Add", raw, start, width=len(start))
 
 
-def _with_categories(predictor: Any, known: Any, places: Any) -> Growing:
-    grown = Growing()
-
-    def grow(at: int) -> int:
-        node = predictor.nodes[at]
-        if node["is_leaf"]:
-            return grown.leaf(float(node["value"]))
-        feature, missing = int(node["feature_idx"]), bool(node["missing_go_to_left"])
-        left, right = (lambda: grow(int(node["left"]))), (lambda: grow(int(node["right"])))
-        if not node["is_categorical"]:
-            return grown.split(feature, float(node["num_threshold"]), missing, left, right)
-        inside = _members(predictor.raw_left_cat_bitsets[node["bitset_idx"]])
-        if missing:  # so do categories that are not known
-            others = sorted(_members(known[places[feature]]) - inside)
-            return grown.member(feature, others, right, left)
-        return grown.member(feature, sorted(inside), left, right)
-
-    grow(0)
-    return grown
+def _histogram_node(known: Any, predictor: Any, nodes: Any, at: int) -> Split | float:
+    node = nodes[at]
+    if node["is_leaf"]:
+        return float(node["value"])
+    feature, missing = int(node["feature_idx"]), bool(node["missing_go_to_left"])
+    left, right = int(node["left"]), int(node["right"])
+    if not node["is_categorical"]:
+        return Split(feature, [node["num_threshold"]], missing, left, right)
+    inside = _members(predictor.raw_left_cat_bitsets[node["bitset_idx"]])
+    if not missing:
+        return Split(feature, sorted(inside), False, left, right, "BRANCH_EQ")
+    bits, places = known  # a category that is not known goes where a missing value goes
+    others = sorted(_members(bits[places[feature]]) - inside)
+    return Split(feature, others, False, right, left, "BRANCH_EQ")
 
 
 def _members(bits: Any) -> set[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lifecycle.importing.onnx_rewriting.graph import MISSING, Frame, Graph, Numbers, Unsupported, converter
-from lifecycle.importing.onnx_rewriting.trees import Growing, Tree, ensemble, floats
+from lifecycle.importing.onnx_rewriting.trees import Split, Tree, ensemble, floats, grown
 
 LOGISTIC = ("binary:logistic", "reg:logistic", "binary:logitraw")
 EXPONENTIAL = ("count:poisson", "reg:gamma", "reg:tweedie")
@@ -83,35 +83,20 @@ def _coded(graph: Graph, categories: Any, frame: Frame) -> Frame:
 
 def _tree(tree: dict[str, Any], target: int, factor: float) -> Tree:
     single = np.array(tree["split_conditions"], np.float32).astype(np.float64)
-    left, right = np.array(tree["left_children"]), np.array(tree["right_children"])
-    missing, feature = np.array(tree["default_left"], bool), np.array(tree["split_indices"])
-    if not any(tree["split_type"]):
-        return Tree(feature, single, left, right, missing, single[:, None] * factor, target, "BRANCH_LT")
+    left, right = tree["left_children"], tree["right_children"]
     segments = zip(
         tree["categories_nodes"], tree["categories_segments"], tree["categories_sizes"], strict=True
     )
     members = {node: tree["categories"][start : start + size] for node, start, size in segments}
-    grown = Growing()
 
-    def grow(at: int) -> int:
+    def read(at: int) -> Split | float:
         if left[at] < 0:
-            return grown.leaf(float(single[at]) * factor)
-        place, lost = int(feature[at]), bool(missing[at])
-
-        def below() -> int:
-            return grow(int(left[at]))
-
-        def above() -> int:
-            return grow(int(right[at]))
-
+            return float(single[at]) * factor
+        feature, missing = tree["split_indices"][at], bool(tree["default_left"][at])
         if not tree["split_type"][at]:
-            return grown.split(place, float(single[at]), lost, below, above, "BRANCH_LT")
-        if lost:
-            return grown.member(place, members[at], above, below)
+            return Split(feature, [single[at]], missing, left[at], right[at], "BRANCH_LT")
+        chosen = Split(feature, members[at], False, right[at], left[at], "BRANCH_EQ")
         # A missing value goes where the categories go: it is not below infinity.
-        return grown.split(
-            place, float("inf"), False, lambda: grown.member(place, members[at], above, below), above
-        )
+        return chosen if missing else Split(feature, [np.inf], False, chosen, right[at], "BRANCH_LT")
 
-    grow(0)
-    return grown.tree(target)
+    return grown(0, read, target)
