@@ -291,7 +291,8 @@ def checked(page: Path) -> Iterator[tuple[str, str, str | None]]:
     own = {f"{urls['Runbooks']}/": FOLDER, f"{urls['Repository']}/blob/main/": ROOT}
     for number, line in prose(page.read_text("utf-8")):
         for found in _LINK.finditer(re.sub(r"`[^`]*`", "", line)):
-            link, fault = found[1] or found[2] or "", ""
+            link = found[1] or found[2] or ""
+            fault: str | None = ""
             address = next(filter(link.startswith, own), "")
             path, _, heading = link.removeprefix(address).partition("#")
             file = own.get(address, page.parent) / path if address or path else page
