@@ -18,7 +18,7 @@ import math
 import re
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -80,8 +80,12 @@ def batches(path: Path, text: Collection[str] = ()) -> Iterator[Batch]:
         ".parquet": _parquet, ".pq": _parquet, ".arrow": _arrow, ".feather": _arrow, ".ipc": _arrow,
         ".xlsx": _excel,
     }.get(suffix)  # fmt: skip
-    if reader is None:
-        raise _untaken(path, suffix)
+    if reader is None or (reader is _excel and not find_spec("openpyxl")):
+        unless = ", unless openpyxl is installed" if reader else ""
+        raise LifecycleError(
+            f"{path.name}: takes .csv, .parquet, .jsonl or .arrow, not {suffix or 'this'}{unless}; "
+            "compressed as .gz, .bz2, .xz, .zst or .zip"
+        )
     try:
         if not path.stat().st_size:
             raise LifecycleError(f"{path.name}: is empty")
@@ -90,13 +94,6 @@ def batches(path: Path, text: Collection[str] = ()) -> Iterator[Batch]:
         raise LifecycleError(f"{path.name}: {error.strerror or _without_values(error)}") from None
     except (ValueError, RuntimeError, EOFError, csv.Error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise LifecycleError(f"{path.name}: cannot be read as {suffix}: {_without_values(error)}") from None
-
-
-def _untaken(path: Path, suffix: str, why: str = "") -> LifecycleError:
-    return LifecycleError(
-        f"{path.name}: takes .csv, .parquet, .jsonl or .arrow, not {suffix or 'this'}{why}; compressed as "
-        f".gz, .bz2, .xz, .zst or .zip"
-    )
 
 
 def format_of(path: Path) -> str:
@@ -163,15 +160,13 @@ class _Rest:
     closed = False
 
     def __init__(self, file: io.TextIOWrapper) -> None:
-        self._file, self._left, self.quotes = file, b"", 0
+        self._file, self.quotes = file, 0
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes."""
-        while len(self._left) < size and (more := self._file.read(BLOCK_BYTES)):
-            self._left += more.encode()
-            self.quotes += more.count('"')
-        found, self._left = self._left[:size], self._left[size:]
-        return found
+        """At most so many bytes: a character has up to four."""
+        text = self._file.read(size // 4)
+        self.quotes += text.count('"')
+        return text.encode()
 
 
 def _csv(path: Path, text: Collection[str]) -> Iterator[Batch]:
@@ -190,13 +185,10 @@ def _csv(path: Path, text: Collection[str]) -> Iterator[Batch]:
         commas = {name: mark for name, mark in _commas(names, rows, delimiter).items() if name not in text}
         rest = _Rest(file)
         yield from _csv_batches(path, rest, names, delimiter, commas)
-    if (
-        rest.quotes % 2
-    ):  # rare, and then mostly a quote within a value; Arrow does not miss the end of another
+    if rest.quotes % 2:  # mostly a quote within a value, but Arrow does not miss one that never ends
         with _text(path) as file:
             try:
-                for _ in csv.reader(file, delimiter=delimiter, strict=True):
-                    pass
+                deque(csv.reader(file, delimiter=delimiter, strict=True), maxlen=0)
             except csv.Error:
                 raise LifecycleError(f"{path.name}: a quote is opened and never closed") from None
 
@@ -241,9 +233,8 @@ def _csv_batches(
     def misfit(row: Any) -> str:
         if row.text.startswith("#"):
             return "skip"
-        ragged.append(
-            f"Row #{row.number + 1}: Expected {row.expected_columns} columns, got {row.actual_columns}"
-        )
+        counts = f"Expected {row.expected_columns} columns, got {row.actual_columns}"
+        ragged.append(f"Row #{row.number + 1}: {counts}")
         return "error"
 
     try:
@@ -251,7 +242,7 @@ def _csv_batches(
             pa.PythonFile(rest, mode="r"),
             # Of a line that is wrong, threads do not know the number.
             read_options=pyarrow.csv.ReadOptions(
-                use_threads=False, block_size=BLOCK_BYTES, column_names=keys
+                use_threads=False, block_size=4 * BLOCK_BYTES, column_names=keys
             ),
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=delimiter, newlines_in_values=True, invalid_row_handler=misfit
@@ -266,9 +257,8 @@ def _csv_batches(
             yield Batch(batch.num_rows, columns)
     except pa.ArrowInvalid as error:
         if "Empty CSV" not in str(error):
-            raise LifecycleError(
-                f"{path.name}: {(ragged or ['is broken: ' + _without_values(error)])[0]}"
-            ) from None
+            why = ragged[-1] if ragged else f"is broken: {_without_values(error)}"
+            raise LifecycleError(f"{path.name}: {why}") from None
 
 
 def _without_commas(array: Any, mark: str) -> Any:
@@ -321,8 +311,6 @@ def _without_index(schema: Any, batch: Any) -> Batch:
 
 
 def _excel(path: Path, text: Collection[str]) -> Iterator[Batch]:
-    if not find_spec("openpyxl"):
-        raise _untaken(path, ".xlsx", ", unless openpyxl is installed")
     import pandas as pd  # here, because it takes a second
 
     frame = pd.read_excel(path, dtype=object)
@@ -331,36 +319,31 @@ def _excel(path: Path, text: Collection[str]) -> Iterator[Batch]:
 
 
 def _json(path: Path, text: Collection[str]) -> Iterator[Batch]:
-    row, names = 0, dict[str, None]()
+    rows, names = 0, dict[str, None]()
+
+    def parsed(line: str, number: int) -> Any:
+        with suppress(orjson.JSONDecodeError):
+            return orjson.loads(line)
+        try:
+            return json.loads(line)  # takes the NaN that Python's own writer writes
+        except (ValueError, RecursionError):
+            raise LifecycleError(f"{path.name}: line {number} is not JSON") from None
+
     with _text(path) as file:
         first = file.readline()
         if first.lstrip().startswith("["):  # one array of objects
-            lines: Iterator[tuple[int, Any]] = ((1, one) for one in _parsed(path, first + file.read()))
+            found = ((1, one) for one in parsed(first + file.read(), 1))
         else:
-            lines = _lines(path, chain([first], file))
-        while some := list(islice(lines, BATCH_ROWS)):
+            lines = enumerate(chain([first], file), 1)
+            found = ((number, parsed(line, number)) for number, line in lines if line.strip())
+        while some := list(islice(found, BATCH_ROWS)):
             for number, one in some:
                 if not isinstance(one, dict):
                     raise LifecycleError(f"{path.name}: line {number} is not an object of named values")
                 names.update(dict.fromkeys(one))
-            columns = {name: _array([one.get(name) for _, one in some], row + 1) for name in names}
+            columns = {name: _array([one.get(name) for _, one in some], rows + 1) for name in names}
             yield Batch(len(some), columns)
-            row += len(some)
-
-
-def _lines(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield number, _parsed(path, line, number)
-
-
-def _parsed(path: Path, text: str, number: int = 1) -> Any:
-    with suppress(orjson.JSONDecodeError):
-        return orjson.loads(text)
-    try:
-        return json.loads(text)  # takes the NaN that Python's own writer writes
-    except (ValueError, RecursionError):
-        raise LifecycleError(f"{path.name}: line {number} is not JSON") from None
+            rows += len(some)
 
 
 def _array(values: list[Any], first: int) -> Any:
@@ -371,16 +354,12 @@ def _array(values: list[Any], first: int) -> Any:
         usual = next(iter(kinds))
         odd = next(row for row, value in enumerate(values) if type(value) not in (usual, type(None)))
         named = " and ".join(sorted(kind.__name__ for kind in kinds))
-        return f"mixes {named}: row {first + odd} holds {shown(values[odd])}; give all rows one type"
+        text = json.dumps(values[odd], ensure_ascii=False, default=str)
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        return f"mixes {named}: row {first + odd} holds {shown}; give all rows one type"
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError):
         if kinds.keys() <= {int, float}:  # integers beyond 64 bits, or beyond what a float holds
             return pa.array([None if value is None else float(value) for value in values], pa.float64())
         return "is of mixed lists or objects, which no model takes: write a column for each value"
-
-
-def shown(value: Any) -> str:
-    """A value for a message, at most 40 characters of it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -13,7 +13,7 @@ All rows decide on a column's type, never the first block alone, and every forma
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +76,7 @@ class Table:
 def profile(path: Path, progress: Progress, wanted: Mapping[str, str] | None = None) -> Table:
     """Every column's type, missing values and range, from every row. Raises LifecycleError."""
     columns: dict[str, Column] = {}
-    rows, wanted = 0, wanted or {}
-    as_text = {name for name, dtype in wanted.items() if dtype == "string"}
+    rows, as_text = 0, {name for name, dtype in (wanted or {}).items() if dtype == "string"}
     text = format_of(path) in TEXT
     for batch in batches(path, as_text):
         for name, array in batch.columns.items():
@@ -97,18 +96,18 @@ def profile(path: Path, progress: Progress, wanted: Mapping[str, str] | None = N
 
 def _learn(column: Column, array: Any, before: int, *, text: bool, wanted: str | None) -> None:
     """Update a column from a batch that `before` rows precede; with `text` the type is read from the text."""
-    kind = wanted or _kind(array)
-    if not _kind(array):
+    kind = _kind(array)
+    if not kind:
         column.unusable = f"is of type {array.type}, which JSON has no like of: write it as text or numbers"
         return
-    if text:
-        present = values = array.drop_null()
-        kind = wanted or ("string" if column.dtype == "string" else "null")
-        if len(present) and kind == "null":
-            kind, values = _narrowest(present)
+    kind = wanted or kind
+    if not text:
+        values = (array if kind == "null" else _typed(array, kind)).drop_null()
+    elif wanted or column.dtype == "string":
+        kind, values = "string", array.drop_null()
     else:
-        present = values = (array if kind == "null" else _typed(array, kind or "")).drop_null()
-    column.present += len(present)
+        kind, values = _narrowest(array.drop_null())
+    column.present += len(values)
     if kind == "null":
         return
     if column.dtype in (None, kind):
@@ -117,15 +116,21 @@ def _learn(column: Column, array: Any, before: int, *, text: bool, wanted: str |
         column.dtype = "float64"
     elif text:
         column.dtype = "string"
-    elif len(present):
+    elif len(values):
         column.unusable = f"mixes {column.dtype} and {kind} from row {before + 1} on; give all rows one type"
         return
-    if kind in ("int64", "float64") and len(values):
-        _widen_range(column, values)
+    if kind == "float64" and pc.any(pc.is_inf(values)).as_py():
+        column.unusable = "holds infinity, which JSON has no word for: leave such values empty"
+    elif kind in ("int64", "float64") and len(values):
+        ends = pc.min_max(values).as_py()
+        column.low = ends["min"] if column.low is None else min(column.low, ends["min"])
+        column.high = ends["max"] if column.high is None else max(column.high, ends["max"])
 
 
 def _narrowest(present: Any) -> tuple[str, Any]:
     """The narrowest type that takes every one of these texts, and the values as that type."""
+    if not len(present):
+        return "null", present
     if pc.all(pc.is_in(present, pa.array(TRUE + FALSE))).as_py():
         return "bool", present
     numbers = _numerals(present)
@@ -143,24 +148,14 @@ def _numerals(array: Any) -> Any:
 
 def _kind(array: Any) -> str | None:
     """float64, int64, bool or string; `null` where there are no values; None if JSON has no such type."""
-    type_ = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
-    kind = next((kind for is_such, kind in KINDS if is_such(type_)), None)
-    if pa.types.is_uint64(type_) and (pc.max(_decoded(array)).as_py() or 0) > np.iinfo(np.int64).max:
+    array = _decoded(array)
+    if pa.types.is_uint64(array.type) and (pc.max(array).as_py() or 0) > np.iinfo(np.int64).max:
         return "float64"
-    return kind
+    return next((kind for is_such, kind in KINDS if is_such(array.type)), None)
 
 
 def _decoded(array: Any) -> Any:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-
-
-def _widen_range(column: Column, values: Any) -> None:
-    if pa.types.is_floating(values.type) and pc.any(pc.is_inf(values)).as_py():
-        column.unusable = "holds infinity, which JSON has no word for: leave such values empty"
-        return
-    ends = pc.min_max(values).as_py()
-    column.low = ends["min"] if column.low is None else min(column.low, ends["min"])
-    column.high = ends["max"] if column.high is None else max(column.high, ends["max"])
 
 
 def _typed(array: Any, dtype: str) -> Any:
@@ -172,9 +167,7 @@ def _typed(array: Any, dtype: str) -> Any:
             return pc.if_else(pc.is_null(array), None, pc.is_in(array, pa.array(TRUE)))
         array = _numerals(array)
     array = pc.cast(array, ARROW[dtype], safe=dtype != "float64")  # to float64 whatever precision it costs
-    if dtype == "float64":
-        array = pc.if_else(pc.is_nan(array), None, array)
-    return array
+    return pc.if_else(pc.is_nan(array), None, array) if dtype == "float64" else array
 
 
 def typed_batches(table: Table, columns: Sequence[Column]) -> Iterator[Any]:
@@ -182,13 +175,11 @@ def typed_batches(table: Table, columns: Sequence[Column]) -> Iterator[Any]:
     schema = pa.schema([(one.name, ARROW.get(one.dtype or "", pa.null())) for one in columns])
     for batch in batches(table.path, {one.name for one in columns if one.dtype == "string"}):
         arrays = [batch.columns.get(one.name) if one.dtype else None for one in columns]
-        yield pa.record_batch(
-            [
-                pa.nulls(batch.rows, type_) if array is None else _typed(array, one.dtype or "")
-                for one, array, type_ in zip(columns, arrays, schema.types, strict=True)
-            ],
-            schema,
-        )
+        typed = [
+            pa.nulls(batch.rows, type_) if array is None else _typed(array, one.dtype or "")
+            for one, array, type_ in zip(columns, arrays, schema.types, strict=True)
+        ]
+        yield pa.record_batch(typed, schema)
 
 
 def sample(table: Table, target: Path, progress: Progress) -> int:
@@ -206,7 +197,10 @@ def sample(table: Table, target: Path, progress: Progress) -> int:
         for part in typed_batches(table, columns):
             rows = part.num_rows
             for one, array in zip(columns, part.columns, strict=True):
-                _count(one, array)
+                if one.dtype == "string" and one.counts is not None:
+                    found = pc.value_counts(array.drop_null()).to_pylist()
+                    one.counts.update({entry["values"]: entry["counts"] for entry in found})
+                    one.counts = one.counts if len(one.counts) <= MAX_DISTINCT else None
             if chosen is not None:
                 first, last = np.searchsorted(chosen, [start, start + rows])
                 part = part.take(pa.array(chosen[first:last] - start))
@@ -215,16 +209,6 @@ def sample(table: Table, target: Path, progress: Progress) -> int:
             start += rows
             progress(start)
     return min(table.rows, SAMPLE_ROWS)
-
-
-def _count(column: Column, array: Any) -> None:
-    if column.dtype != "string" or column.counts is None:
-        return
-    for entry in pc.value_counts(array.drop_null()).to_pylist():
-        column.counts[entry["values"]] += entry["counts"]
-        if len(column.counts) > MAX_DISTINCT:
-            column.counts = None
-            return
 
 
 def read_sample(path: Path) -> Any:
@@ -236,23 +220,19 @@ def read_sample(path: Path) -> Any:
 
 
 def read_table(
-    path: Path, wanted: Mapping[str, str] | None = None, columns: Iterable[str] | None = None
+    path: Path, wanted: Mapping[str, str] | None = None, columns: Collection[str] | None = None
 ) -> Any:
     """All rows of a data file as a pyarrow table; raises LifecycleError if one of `columns` is unusable.
 
     Without `columns` all are judged; with them, those that are unusable and not among them are left out.
     """
     table = profile(path, lambda _: None, wanted)
-    require(table, table.columns if columns is None else columns)
-    kept = [one for one in table.columns.values() if not one.unusable]
-    return pa.Table.from_batches(typed_batches(table, kept))
-
-
-def require(table: Table, names: Iterable[str]) -> None:
-    """Raise LifecycleError for the first of these columns that no model can take."""
-    for name in names:
-        if name in table.columns and (why := table.columns[name].unusable):
-            raise LifecycleError(f"{table.path.name}: column {name!r} {why}")
+    for one in table.columns.values():
+        if one.unusable and (columns is None or one.name in columns):
+            raise LifecycleError(f"{path.name}: column {one.name!r} {one.unusable}")
+    return pa.Table.from_batches(
+        typed_batches(table, [one for one in table.columns.values() if not one.unusable])
+    )
 
 
 def contract_types(target: str, labels: Sequence[Any]) -> dict[str, str]:
@@ -315,14 +295,10 @@ def instances(table: Any, name: str) -> Iterator[list[Features]]:
             try:
                 found.append(Features.model_validate(values))
             except ValidationError as error:
-                raise LifecycleError(f"{name}: row {number}: {first_error(error)}") from None
+                first = error.errors(include_input=False, include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise LifecycleError(f"{name}: row {number}: {where}: {first['msg']}") from None
         yield found
-
-
-def first_error(error: ValidationError) -> str:
-    """Where the first error of a document is, and which; without the value."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def truths(column: Iterable[Any], labels: Sequence[Any], name: str, target: str) -> NDArray[Any]:

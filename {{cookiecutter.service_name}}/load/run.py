@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,31 +91,28 @@ async def _drive(address: str, connections: int, seconds: float) -> Answers:
     requests = itertools.cycle(
         f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies
     )
-    clients = [
-        asyncio.create_task(_client(where.hostname or "", where.port or 80, requests, answers, end))
-        for _ in range(connections)
-    ]
+
+    async def client() -> None:
+        """On one keep-alive connection: the next request leaves when the last is answered."""
+        try:
+            reader, writer = await asyncio.open_connection(where.hostname, where.port)
+            while (sent := perf_counter()) < end:
+                writer.write(next(requests))
+                answer = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"\r\ncontent-length: *(\d+)", answer, re.IGNORECASE)
+                await reader.readexactly(int(length[1] if length else 0))
+                if (status := int(answer[9:12])) == 200:
+                    answers.seconds.append(perf_counter() - sent)
+                else:
+                    answers.others[status] += 1
+            writer.close()
+        except (OSError, asyncio.IncompleteReadError):
+            answers.others[0] += 1
+
+    clients = [asyncio.create_task(client()) for _ in range(connections)]
     _, silent = await asyncio.wait(clients, timeout=seconds + LAST_ANSWER_SECONDS)
     answers.others[0] += len(silent)
     return answers
-
-
-async def _client(host: str, port: int, requests: Iterator[bytes], answers: Answers, end: float) -> None:
-    """One client on one keep-alive connection: the next request leaves when the last is answered."""
-    try:
-        reader, writer = await asyncio.open_connection(host, port)
-        while (sent := perf_counter()) < end:
-            writer.write(next(requests))
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
-            await reader.readexactly(int(length[1] if length else 0))
-            if (status := int(head[9:12])) == 200:
-                answers.seconds.append(perf_counter() - sent)
-            else:
-                answers.others[status] += 1
-        writer.close()
-    except (OSError, asyncio.IncompleteReadError):
-        answers.others[0] += 1
 
 
 @dataclass(frozen=True)
@@ -149,24 +146,21 @@ def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
 
 def step(running: Running, connections: int, seconds: float) -> Step:
     """Measure one number of connections."""
-    workers, own = running.workers(), [psutil.Process()]
-    before = _scrape(running)
+    users, before = (running.workers(), [psutil.Process()]), _scrape(running)
     psutil.cpu_percent()  # what it says next is of the time since this call
-    began, server, client = perf_counter(), _processor_seconds(workers), _processor_seconds(own)
+    began, used = perf_counter(), np.array([*map(_processor_seconds, users)])
     answers = uvloop.run(_drive(running.address, connections, seconds))
     took = perf_counter() - began
-    server = (_processor_seconds(workers) - server) / took
-    client = (_processor_seconds(own) - client) / took
+    server, client = ((np.array([*map(_processor_seconds, users)]) - used) / took).tolist()
     busy = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
     after = _scrape(running)
 
     def grown(name: str, labels: dict[str, str]) -> float:
-        return sum(
-            sign * one.value
-            for sign, samples in ((1, after), (-1, before))
-            for one in samples
-            if one.name == name and labels.items() <= one.labels.items()
+        was, now = (
+            sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+            for samples in (before, after)
         )
+        return now - was
 
     def mean(name: str, **labels: str) -> float:
         return grown(f"{name}_sum", labels) / max(grown(f"{name}_count", labels), 1)
@@ -176,13 +170,9 @@ def step(running: Running, connections: int, seconds: float) -> Step:
     p50, p95, p99 = (1000 * np.quantile(answers.seconds or [np.nan], (0.5, 0.95, 0.99))).tolist()
     good, others = len(answers.seconds), answers.others.total()
     return Step(
-        connections, good / took, p50, p95, p99,
-        refused=+answers.others,
+        connections, good / took, p50, p95, p99, refused=+answers.others,
         refused_share=others / max(others + good, 1),
-        stages=stages,
-        rows_a_call=mean("inference_batch_rows"),
-        client=client,
-        server=server,
+        stages=stages, rows_a_call=mean("inference_batch_rows"), client=client, server=server,
         model=stages["inference"] / 1000 * grown("inference_batch_rows_count", {}) / took,
         stray=max(0.0, busy - server - client),
     )  # fmt: skip
@@ -232,12 +222,17 @@ def report(steps: Sequence[Step], workers: int, cpus: int, model: str, picture: 
     held = f"holds up to {kept[-1]} connections, of {CONNECTIONS[-1]} tried" if kept else "does not hold"
     what, advice = bottleneck(peak, workers, cpus)
     warning = f"- **Do not quote:** other programs used up to {stray:.1f} processors meanwhile.\n"
-    figures = [
-        f"| {one.connections} | {one.rate:,.0f} | {_ms(one.p50)} | {_ms(one.p95)} | {_ms(one.p99)} "
-        f"| {_statuses(one.refused)} | {one.rows_a_call:.1f} | {one.server:.2f} | {one.client:.2f} "
-        f"| {' | '.join(f'{one.stages[name]:.3f}' for name in (*STAGES, 'total'))} |"
-        for one in steps
-    ]
+    figures = []
+    for one in steps:
+        lost = ", ".join(
+            f"{n} of {status or 'connections lost'}" for status, n in sorted(one.refused.items())
+        )
+        times = " | ".join(map(_ms, (one.p50, one.p95, one.p99)))
+        parts = " | ".join(f"{one.stages[name]:.3f}" for name in (*STAGES, "total"))
+        figures.append(
+            f"| {one.connections} | {one.rate:,.0f} | {times} | {lost or 0} | {one.rows_a_call:.1f} "
+            f"| {one.server:.2f} | {one.client:.2f} | {parts} |"
+        )
     return f"""\
 # Performance profile
 
@@ -265,11 +260,6 @@ beyond them is HTTP, validation and waiting for other requests.
 
 def _ms(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def _statuses(refused: dict[int, int]) -> str:
-    named = (f"{count} of {status or 'connections lost'}" for status, count in sorted(refused.items()))
-    return ", ".join(named) or "0"
 
 
 def draw(steps: Sequence[Step], path: Path) -> None:

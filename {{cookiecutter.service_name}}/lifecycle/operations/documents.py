@@ -11,6 +11,7 @@ Links between runbooks are absolute, because a wiki keeps nothing else through a
 of this project (`[project.urls]` of pyproject.toml) are looked up in its files; others are only listed.
 """
 
+import itertools
 import json
 import re
 import shlex
@@ -25,7 +26,6 @@ import typer
 
 from app.core.pipeline import Pipeline
 from app.core.store import Input, Manifest, read_artifact, read_manifest, read_release
-from app.schemas.contract import contract_outputs
 from app.schemas.predict import Features
 from lifecycle.command import ROOT, LifecycleError, read_text
 
@@ -56,14 +56,14 @@ def docs(
     texts = documents() | ({"openapi.json": snapshot()} if openapi else {})
     there = {name: (ROOT / name).read_text("utf-8") for name in texts if (ROOT / name).exists()}
     differing = [name for name, text in texts.items() if there.get(name) != text]
-    for name in differing:
-        if not check:
-            (ROOT / name).write_text(texts[name], "utf-8", newline="\n")
-        typer.echo(
-            f"{name}: {'differs; python -m lifecycle docs writes it' if check else 'written'}", err=check
-        )
     if check and differing:
+        typer.echo(
+            "\n".join(f"{name}: differs; python -m lifecycle docs writes it" for name in differing), err=True
+        )
         raise typer.Exit(1)
+    for name in differing:
+        (ROOT / name).write_text(texts[name], "utf-8", newline="\n")
+        typer.echo(f"{name}: written")
 
 
 def runbooks(
@@ -83,7 +83,7 @@ def runbooks(
         raise typer.Exit(1)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(document, "utf-8", newline="\n")
-    for link in sorted({link for page in pages for _, link in links(page) if target(page, link) is None}):
+    for link in sorted({link for page in pages for _, link, fault in checked(page) if fault is None}):
         typer.echo(f"not checked, because it leads elsewhere: {link}")
     typer.echo(f"{output}: every link to a page of this project leads somewhere")
 
@@ -160,19 +160,14 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
     script = shlex.quote(rf's/.*"prediction_id":"\([0-9a-f]*\)".*/{told}/')
     batch = _quoted({"instances": [example, *others]})
     lines = ",\n".join(f"  {_json(key)}: {_json(value)}" for key, value in answer.items())
-    feedback = (
-        "Sent again, the same label changes nothing. The first label counts: another one for the same "
-        "prediction is refused with 409. An id that no version here can have given out is 404."
-    )
-    if contract_outputs()["task"] == "regression":
-        feedback = "`label` is the true value. " + feedback
+    said = "" if manifest.outputs.labels else "`label` is the true value. "
     return {
         "Predict": f"```sh\n{POST}{_quoted(example)}\n```\n```json\n{{\n{lines}\n}}\n```",
-        "Features": _table(
-            ("input", "type", "unit", "allowed", "seen in training"), map(_row, manifest.inputs)
-        )
-        + "\n\nEvery one is required and has its own JSON type (a number is no string and no "
-        "boolean); `null` is taken only where the table says so, and nothing else may stand beside them.",
+        "Features": (
+            f"{_table(('input', 'type', 'unit', 'allowed', 'seen in training'), map(_row, manifest.inputs))}"
+            "\n\nEvery one is required and has its own JSON type (a number is no string and no "
+            "boolean); `null` is taken only where the table says so, and nothing else may stand beside them."
+        ),
         "Answer": _outputs(manifest),
         "Predict several": (
             "Answers come in the order of the instances. The batch is validated as a whole: one invalid "
@@ -182,42 +177,43 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
         "Say what was right": (
             "When the truth is known, seconds or months later, send it with the id of the prediction; the "
             f"answer is 202.\n```sh\n{POST}@docs/example.json | sed {script} | "
-            f"curl -s {SERVICE}/v1/feedback -H 'content-type: application/json' -d @-\n```\n{feedback}"
+            f"curl -s {SERVICE}/v1/feedback -H 'content-type: application/json' -d @-\n```\n{said}"
+            "Sent again, the same label changes nothing. The first label counts: another one for the same "
+            "prediction is refused with 409. An id that no version here can have given out is 404."
         ),
     }
 
 
 def _outputs(manifest: Manifest) -> str:
-    labels, answers, review = _listed(manifest.outputs.labels), {}, "a value"
-    if contract_outputs()["task"] == "regression":
-        answers["value"] = manifest.outputs.value or "what the model predicts"
-    else:
-        answers = {
-            "label": f"one of {labels}: the most probable one",
-            "score": "the model's probability of `label`, from 0 to 1",
-            "probabilities": "every label with its probability; they sum to 1",
-        }
-        review = "the score is below the review threshold, or a value"
+    outputs = manifest.outputs
     rows = {
         "prediction_id": "32 characters that name this prediction; keep it for questions and for feedback, "
         "and read nothing from it",
         "model_version": "the version that answered",
-        **answers,
-        "action": f"`accept`; or `review`, when a person should look: {review} lies outside the range seen "
-        "in training",
     }
+    if outputs.labels:
+        rows |= {
+            "label": f"one of {_listed(outputs.labels)}: the most probable one",
+            "score": "the model's probability of `label`, from 0 to 1",
+            "probabilities": "every label with its probability; they sum to 1",
+        }
+    else:
+        rows["value"] = outputs.value or "what the model predicts"
+    low = "the score is below the review threshold, or " if outputs.labels else ""
+    rows["action"] = (
+        f"`accept`; or `review`, when a person should look: {low}a value lies outside the range seen in "
+        "training"
+    )
     return _table(("output", "meaning"), ((f"`{key}`", words) for key, words in rows.items()))
 
 
 def _row(one: Input) -> tuple[str, ...]:
     """A feature's line in the table."""
-    least, most = one.minimum, one.maximum
-    if least is None:
-        allowed = "any" if most is None else f"up to {most:g}"
-    else:
-        allowed = f"from {least:g}" if most is None else f"{least:g} to {most:g}"
-    if one.categories:
-        allowed = _listed(one.categories)
+    bounds = {
+        (False, False): "{:g} to {:g}", (False, True): "from {:g}", (True, False): "up to {1:g}",
+        (True, True): "any",
+    }[one.minimum is None, one.maximum is None]  # fmt: skip
+    allowed = _listed(one.categories) if one.categories else bounds.format(one.minimum, one.maximum)
     seen = "{:g} to {:g}".format(*one.training_range) if one.training_range else ""
     null = ", or `null`" if one.nullable else ""
     return f"`{one.name}`", TYPES[one.dtype], one.unit or "", allowed + null, seen
@@ -289,50 +285,32 @@ def headings(text: str, level: int | None = None) -> list[str]:
     return [match[1] for _, line in prose(text) if (match := re.fullmatch(f"{hashes} (.+)", line))]
 
 
-def links(page: Path) -> Iterator[tuple[int, str]]:
-    """Line number and target of every link outside code."""
-    for number, line in prose(page.read_text("utf-8")):
-        text = re.sub(r"`[^`]*`", "", line)
-        yield from ((number, found[1] or found[2] or "") for found in _LINK.finditer(text))
-
-
-def target(page: Path, link: str) -> tuple[Path, str] | None:
-    """The file here that a link in `page` means, and the heading in it; None for links out of the project."""
-    path, _, fragment = link.partition("#")
-    for address, folder in _own_addresses().items():
-        if link.startswith(address):
-            return folder / path.removeprefix(address), fragment
-    return None if "://" in link else (page.parent / path if path else page, fragment)
-
-
-def _own_addresses() -> dict[str, Path]:
-    """Addresses of this project on the web, and their folders here."""
+def checked(page: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Place, target and fault of every link outside code: "" without fault, None for one to elsewhere."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
-    return {f"{urls['Runbooks']}/": FOLDER, f"{urls['Repository']}/blob/main/": ROOT}
+    own = {f"{urls['Runbooks']}/": FOLDER, f"{urls['Repository']}/blob/main/": ROOT}
+    for number, line in prose(page.read_text("utf-8")):
+        for found in _LINK.finditer(re.sub(r"`[^`]*`", "", line)):
+            link = found[1] or found[2] or ""
+            fault: str | None = ""
+            address = next(filter(link.startswith, own), "")
+            path, _, heading = link.removeprefix(address).partition("#")
+            file = own.get(address, page.parent) / path if address or path else page
+            if not address and "://" in link:
+                fault = None
+            elif not address and page.parent == FOLDER:
+                fault = "is relative, so a paste into a wiki breaks it"
+            elif not file.exists():
+                fault = "there is no such file"
+            elif heading and heading not in map(anchor, headings(file.read_text("utf-8"))):
+                fault = "there is no such heading"
+            yield f"{page.relative_to(ROOT).as_posix()}:{number}", link, fault
 
 
 def broken(pages: list[Path]) -> list[str]:
     """One line for every link that leads nowhere in this project."""
-    return [
-        f"{page.relative_to(ROOT).as_posix()}:{number}: {link}: {what}"
-        for page in pages
-        for number, link in links(page)
-        if (what := _fault(page, link))
-    ]
-
-
-def _fault(page: Path, link: str) -> str | None:
-    found = target(page, link)
-    if found is None:
-        return None
-    if page.parent == FOLDER and not link.startswith(tuple(_own_addresses())):
-        return "is relative, so a paste into a wiki breaks it"
-    file, heading = found
-    if not file.exists():
-        return "there is no such file"
-    if heading and heading not in map(anchor, headings(file.read_text("utf-8"))):
-        return "there is no such heading"
-    return None
+    found = itertools.chain.from_iterable(map(checked, pages))
+    return [f"{place}: {link}: {fault}" for place, link, fault in found if fault]
 
 
 def _deeper(text: str) -> str:

@@ -9,9 +9,8 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -110,7 +109,7 @@ def ask(address: str, query: str) -> list[tuple[dict[str, str], float]]:
 def scraped(path: Path) -> Iterator[tuple[str, dict[str, str], float]]:
     """Name, labels and value of each sample in a saved answer of /metrics."""
     try:
-        for family in text_string_to_metric_families(_read(path)):
+        for family in text_string_to_metric_families(path.read_text("utf-8", errors="replace")):
             for sample in family.samples:
                 yield sample.name, sample.labels, sample.value
     except ValueError as error:
@@ -119,17 +118,13 @@ def scraped(path: Path) -> Iterator[tuple[str, dict[str, str], float]]:
 
 def log_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a log, also where a log collector put something in front of them."""
-    for line in _read(path).splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             document = json.loads(line[line.find("{") :])
         except ValueError:
             continue
         if isinstance(document, dict):
             yield document
-
-
-def _read(path: Path) -> str:
-    return path.read_text("utf-8", errors="replace")
 
 
 def _words(error: Exception) -> str:
@@ -160,12 +155,8 @@ def observed(prometheus: str, window: str, metrics: Path | None) -> Counts:
     return counts
 
 
-@dataclass(frozen=True, eq=False)
-class Moved:
-    """One feature of one version beside its baseline; `bins` and the shares have an entry a bin.
-
-    `trained` says whether training had enough rows for the index to mean something.
-    """
+class Moved(NamedTuple):
+    """One feature of one version beside its baseline; shares and terms have an entry a bin."""
 
     version: str
     feature: str
@@ -173,13 +164,8 @@ class Moved:
     bins: list[str]
     then: NDArray[np.float64]
     now: NDArray[np.float64]
-    trained: bool
-
-    @property
-    def terms(self) -> NDArray[np.float64]:
-        """What each bin adds to the index."""
-        then, now = np.maximum(self.then, FLOOR), np.maximum(self.now, FLOOR)
-        return np.asarray((now - then) * np.log(now / then))
+    terms: NDArray[np.float64]  # what each bin adds to the index
+    trained: bool  # whether training had enough rows for the index to mean something
 
     @property
     def psi(self) -> float:
@@ -202,12 +188,13 @@ def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Move
     values = baseline.get("values")  # a regressor's
     expected[PREDICTION] = baseline_counts(values) if values else Counter(baseline["labels"])
     found = []
-    for name, then in expected.items():
-        now = np.array([counts[version, name][bin_] for bin_ in then], float)
+    for name, counted in expected.items():
         rows = float(counts[version, name].total())
-        trained = settled(then.values(), baseline["rows"])
-        before = np.array([*then.values()]) / baseline["rows"]
-        found.append(Moved(version, name, rows, [*then], before, now / max(rows, 1e-9), trained))
+        then = np.array([*counted.values()]) / baseline["rows"]
+        now = np.array([counts[version, name][bin_] for bin_ in counted]) / max(rows, 1e-9)
+        low, high = np.maximum(then, FLOOR), np.maximum(now, FLOOR)
+        terms, trained = (high - low) * np.log(high / low), settled(counted.values(), baseline["rows"])
+        found.append(Moved(version, name, rows, [*counted], then, now, terms, trained))
     return found
 
 
@@ -232,9 +219,7 @@ def drift_table(found: Sequence[Moved]) -> str:
         most = int(one.terms.argmax())
         moved = f"{one.bins[most]}: {one.then[most]:.0%} in training, {one.now[most]:.0%} now"
         psi = "-" if one.verdict == "too few rows" else f"{one.psi:.3f}"
-        rows.append(
-            (one.version, one.feature, psi, one.verdict, f"{one.rows:,.0f}", moved if one.rows else "-")
-        )
+        rows += [(*one[:2], psi, one.verdict, f"{one.rows:,.0f}", moved if one.rows else "-")]
     return table(("version", "feature", "PSI", "verdict", "rows", "moved most"), rows)
 
 
@@ -333,24 +318,22 @@ def _classified(version: str, known: "pd.DataFrame") -> str:
 
 
 def _measured(version: str, known: "pd.DataFrame") -> str:
-    """RMSE, MAE and bias, in all and by tenths of the predictions in ascending order."""
+    """RMSE, MAE and bias (too large is positive), in all and by tenths of the predictions in order."""
+
+    def errors(part: "pd.DataFrame") -> tuple[str, str, str]:
+        off = part.value - part.truth
+        return f"{(off**2).mean() ** 0.5:.4g}", f"{off.abs().mean():.4g}", f"{off.mean():+.4g}"
+
     ordered = known.sort_values("value")
-    rows = []
-    for tenth in np.array_split(np.arange(len(ordered)), min(BINS, len(ordered))):
-        own = ordered.iloc[tenth]
-        low, high = own.value.iloc[0], own.value.iloc[-1]
-        rows.append((f"{low:.4g} to {high:.4g}", f"{len(own):,}", *_errors(own)))
-    rmse, mae, bias = _errors(known)
+    parts = map(ordered.iloc.__getitem__, np.array_split(np.arange(len(known)), min(BINS, len(known))))
+    rows = [
+        (f"{one.value.min():.4g} to {one.value.max():.4g}", f"{len(one):,}", *errors(one)) for one in parts
+    ]
+    rmse, mae, bias = errors(known)
     return (
         f"{version}: {len(known):,} predictions with a true value, RMSE {rmse}, MAE {mae}, bias {bias}\n\n"
         + table(("predicted", "predictions", "RMSE", "MAE", "bias"), rows)
     )
-
-
-def _errors(known: "pd.DataFrame") -> tuple[str, str, str]:
-    """Root of the mean square, mean of the absolute, and mean of the errors; too large is positive."""
-    errors = known.value - known.truth
-    return f"{(errors**2).mean() ** 0.5:.4g}", f"{errors.abs().mean():.4g}", f"{errors.mean():+.4g}"
 
 
 def draw_quality(version: str, known: "pd.DataFrame", folder: Path) -> Path:

@@ -81,13 +81,11 @@ class Running:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
-        workers: list[psutil.Process] = self.process.children()
-        return workers
+        return list(self.process.children())
 
     def model(self) -> dict[str, Any]:
         """The `model` part of /version: version, runtime, how it is run."""
-        model: dict[str, Any] = httpx2.get(f"{self.address}/version").raise_for_status().json()["model"]
-        return model
+        return dict(httpx2.get(f"{self.address}/version").raise_for_status().json()["model"])
 
 
 @contextmanager
@@ -99,11 +97,12 @@ def service(**settings: str) -> Iterator[Running]:
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "app.main:create_app()"]
     environment = {**os.environ, **settings, "APP_HOST": "127.0.0.1", "APP_PORT": str(port)}
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "service.log")
-        with started(command, log, lambda: _is_ready(address), environment) as process:
-            yield Running(address, process)
 
+    def ready() -> bool:
+        return httpx2.get(f"{address}/ready", timeout=2).status_code == 200
 
-def _is_ready(address: str) -> bool:
-    return httpx2.get(f"{address}/ready", timeout=2).status_code == 200
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(command, Path(folder, "service.log"), ready, environment) as process,
+    ):
+        yield Running(address, process)

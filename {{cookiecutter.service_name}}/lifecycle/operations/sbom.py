@@ -42,8 +42,9 @@ def requirements(file: Path) -> list[Requirement]:
     return [one for one in wanted if one.marker is None or one.marker.evaluate()]
 
 
-def installed() -> dict[str, Any]:
-    """Everything in this environment, as CycloneDX. A test validates it, which takes twenty times as long."""
+def bill_of_materials(root: Path = ROOT) -> dict[str, Any]:
+    """The locked packages that hold here, and the models, as CycloneDX; LifecycleError if one is missing."""
+    # Everything in this environment. A test validates it, which takes twenty times as long.
     options = ["--output-reproducible", "--short-PURLs", "--no-validate"]
     options += ["--pyproject", str(ROOT / "pyproject.toml"), sys.executable]
     made = subprocess.run(  # noqa: S603  # nothing in it comes from outside
@@ -52,25 +53,6 @@ def installed() -> dict[str, Any]:
     if made.returncode:
         raise LifecycleError(made.stderr)
     bill: dict[str, Any] = json.loads(made.stdout)
-    return bill
-
-
-def _model(folder: Path) -> dict[str, Any]:
-    """A version in artifacts/, with the sha256 of its model file as it stands there."""
-    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    return {
-        "type": "machine-learning-model",
-        "bom-ref": f"model {manifest.version}",
-        "name": manifest.name,
-        "version": manifest.version,
-        "hashes": [{"alg": "SHA-256", "content": sha256(folder / Artifact(manifest, {}).model_file)}],
-        "modelCard": {"modelParameters": {"task": manifest.task}},
-    }
-
-
-def bill_of_materials(root: Path = ROOT) -> dict[str, Any]:
-    """The locked packages that hold here, and the models, as CycloneDX; LifecycleError if one is missing."""
-    bill = installed()
     present = {component["purl"]: component for component in bill["components"]}
     # The image installs runtime.txt and the lock of each capability.
     files = sorted((root / "requirements").glob("*.txt"))
@@ -82,7 +64,15 @@ def bill_of_materials(root: Path = ROOT) -> dict[str, Any]:
     }
     if absent := sorted(locked - present.keys()):
         raise LifecycleError(f"{absent[0]} is locked but not installed here: run `make setup`")
-    models = [_model(file.parent) for file in sorted((root / "artifacts").glob(f"*/{MANIFEST}"))]
+    models = []
+    for file in sorted((root / "artifacts").glob(f"*/{MANIFEST}")):
+        manifest = Manifest.model_validate_json(file.read_bytes())
+        model_sha256 = sha256(file.with_name(Artifact(manifest, {}).model_file))
+        models.append({
+            "type": "machine-learning-model", "bom-ref": f"model {manifest.version}", "name": manifest.name,
+            "version": manifest.version, "hashes": [{"alg": "SHA-256", "content": model_sha256}],
+            "modelCard": {"modelParameters": {"task": manifest.task}},
+        })  # fmt: skip
     packages = [present[purl] for purl in sorted(locked)]
     own = {canonicalize_name(one.name) for lock in locks for one in requirements(lock.with_suffix(".in"))}
     direct = [one["bom-ref"] for one in packages if canonicalize_name(one["name"]) in own]

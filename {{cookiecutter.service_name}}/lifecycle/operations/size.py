@@ -12,7 +12,7 @@ import typer
 
 from app.rollout.fleet import Machine, default_workers, machine
 from lifecycle.command import ROOT, LifecycleError, table
-from lifecycle.operations.programs import Running, service
+from lifecycle.operations.programs import service
 from load.run import step
 
 MEMORY_SHARE = 0.8  # the rest is for buffers of the system and for unusually large requests
@@ -59,23 +59,16 @@ def measure(seconds: float) -> Cost:
         typer.echo(f"size: measuring with {workers} workers ...", err=True)
         with service(APP_WORKERS=str(workers), APP_METRICS_ENABLED="true") as running:
             busy = step(running, CONNECTIONS, seconds)
-            weights += _pss(running)
+            if psutil.LINUX:  # other systems have no PSS
+                processes = (running.process, *running.workers())
+                weights.append(sum(one.memory_full_info().pss for one in processes))
             alone = step(running, 1, seconds)
             execution = running.model()["execution"]
     if not (alone.rate and busy.rate):
         raise LifecycleError(f"the service answered nothing with 200; statuses: {busy.refused}")
-    worker = shared = None
-    if weights:
-        two, one = weights
-        worker = max(two - one, 1)
-        shared = max(one - worker, 0)
+    worker = max(weights[0] - weights[1], 1) if weights else None
+    shared = max(weights[1] - worker, 0) if worker else None
     return Cost(shared, worker, alone.stages["inference"] / 1000, busy.server / busy.rate, execution)
-
-
-def _pss(running: Running) -> list[int]:
-    """Bytes of the service's processes together; nothing where the system has no PSS (not Linux)."""
-    processes = (running.process, *running.workers())
-    return [sum(one.memory_full_info().pss for one in processes)] if psutil.LINUX else []
 
 
 def carried(cost: Cost, there: Machine) -> int | None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import typer
@@ -138,8 +138,7 @@ class Answers:
         return np.array(np.isfinite(self.values.reshape(len(self.values), -1)).all(axis=1), np.bool_)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One part of a slice; metrics are empty where it has no answered row."""
 
     name: str
@@ -148,31 +147,13 @@ class Part:
     served: Metrics
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """One condition of a release."""
 
     name: str
     found: str
     needed: str
     passed: bool
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that an evaluation found."""
-
-    verdict: Verdict
-    note: str  # why there is no comparison
-    data: Data
-    answers: Answers
-    slices: list[tuple[Slice, list[Part]]]
-    gates: list[Gate]
-
-    @property
-    def failed(self) -> list[str]:
-        """A line for each gate that keeps the version from being released; none if it passed."""
-        return self.verdict.failed
 
 
 def evaluate(
@@ -184,7 +165,7 @@ def evaluate(
     ] = None,
     target: Annotated[str | None, typer.Option(envvar="TARGET", help="The column with the truth.")] = None,
     root: Root = ROOT,
-) -> Evaluation:
+) -> Verdict:
     """Hold a version to evaluation/thresholds.toml: golden set, quality, slices, and the served version.
 
     Writes its verdict, and a report with pictures; nothing, if it cannot be evaluated. It passed if nothing
@@ -203,18 +184,15 @@ def evaluate(
             f"such rows as evaluation/{thresholds.data.file}"
         )
     rows = read_data(path, column, manifest.outputs.labels, root)
-    pipeline, replayed = Pipeline.offline(artifact), "the recorded answers"
+    pipeline, recorded = Pipeline.offline(artifact), "the recorded answers"
     try:
         pipeline.model.replay()
+        gates = [Gate("golden set", recorded, recorded, passed=True)]
     except ArtifactError as error:
-        replayed = str(error)
-    same_answers = replayed == "the recorded answers"
-    gates = [Gate("golden set", replayed, "the recorded answers", same_answers)]
+        gates = [Gate("golden set", str(error), recorded, passed=False)]
     if training and thresholds.data.training_rows == "refuse":
         same = training.data_sha256 == rows.sha256
-        gates.append(
-            Gate("other rows than in training", "the same" if same else "others", "others", not same)
-        )
+        gates += [Gate("other rows than in training", "the same" if same else "others", "others", not same)]
     answers, served, note, theirs = ask(pipeline, rows), read_release(artifacts).serving, "", None
     if served == version:
         note = f"{version} is the one that serves"
@@ -238,15 +216,15 @@ def evaluate(
         served=served if theirs else None,
         served_metrics=others,
     )
-    found = Evaluation(verdict, note, rows, answers, cut, gates)
-    report = write_report(found, root / "build" / f"evaluation-{version}")
+    folder = root / "build" / f"evaluation-{version}"
+    report = write_report(folder, verdict, gates, rows, answers, cut, note)
     write_file(root / "evaluation" / f"{version}.json", canonical_json(verdict.model_dump()))
     typer.echo(f"{gate_table(gates)}\nreport: {report}")
     for line in failed:
         typer.echo(f"evaluate: {version}: {line}", err=True)
     if not failed:
         typer.echo(f"{version} passed: make promote VERSION={version}")
-    return found
+    return verdict
 
 
 def read_thresholds(path: Path) -> Thresholds:
@@ -322,15 +300,12 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> Metr
             found["r2"] = metrics.r2_score(truths, values)
         return {name: float(value) for name, value in found.items()}
     right = values.argmax(axis=1) == truths
-    found = {
-        "accuracy": right.mean(),
-        "calibration": calibration_error(reliability(values.max(axis=1), right)),
-    }
+    error = calibration_error(reliability(values.max(axis=1), right))
+    found = {"accuracy": right.mean(), "calibration": error}
     if len(labels) > 1:
         # Probabilities in float32 sum to 1 only nearly, and those of rules and other models need not.
-        shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-9)
-        every = range(len(labels))
-        found["brier"] = metrics.brier_score_loss(truths, shares, labels=[*every], scale_by_half=False)
+        shares, every = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-9), [*range(len(labels))]
+        found["brier"] = metrics.brier_score_loss(truths, shares, labels=every, scale_by_half=False)
     areas = [
         metrics.roc_auc_score(truths == index, values[:, index])
         for index in range(len(labels))
@@ -350,11 +325,13 @@ def slices(
         name = one.column if one.column in data.table.column_names or one.column != "target" else data.target
         if name not in data.table.column_names:
             raise LifecycleError(f"{data.name}: has no column {name!r}, which {THRESHOLDS} has a slice of")
-        cut = []
-        for part, mask in parts(data.table.column(name).to_pylist(), one.edges).items():
-            rows = int(mask.sum())
-            cut.append(Part(part, rows, measured(data, answers, mask), measured(data, served, mask)))
-        found.append((one, cut))
+        cut = parts(data.table.column(name).to_pylist(), one.edges)
+        found.append(
+            (one, [
+                Part(part, int(mask.sum()), measured(data, answers, mask), measured(data, served, mask))
+                for part, mask in cut.items()
+            ])
+        )  # fmt: skip
     return found
 
 
@@ -414,12 +391,9 @@ def judge(
     for one, parts in sliced:
         found = {part.name: part for part in parts}
         for metric in ("accuracy",) if data.labels else ("rmse", "mae"):
-            needed = getattr(one, metric)
-            if needed is None:
-                continue
-            for name, threshold in (
-                needed if isinstance(needed, dict) else dict.fromkeys(found, needed)
-            ).items():
+            every = getattr(one, metric)
+            needed = every if isinstance(every, dict) else dict.fromkeys(found, every)
+            for name, threshold in needed.items() if every is not None else ():
                 where = f" where {one.column} is {name}"
                 if name not in found:
                     yield Gate(metric + where, "no such rows", f"{threshold:g}", passed=False)
@@ -427,11 +401,47 @@ def judge(
                     yield gate(metric, found[name].metrics.get(metric), threshold, where)
 
 
-def write_report(found: Evaluation, folder: Path) -> Path:
-    """Write report.md and its pictures (PNG) into `folder`; returns the path of report.md."""
+def gate_table(gates: Sequence[Gate]) -> str:
+    """The gates as Markdown."""
+    cells = [("ok" if one.passed else "**FAILED**", *one[:3]) for one in gates]
+    return table(("", "gate", "found", "needed"), cells)
+
+
+def write_report(
+    folder: Path,
+    verdict: Verdict,
+    gates: Sequence[Gate],
+    data: Data,
+    answers: Answers,
+    cut: list[tuple[Slice, list[Part]]],
+    note: str,
+) -> Path:
+    """Write report.md and its pictures (PNG) into `folder`; `note` says why there is no comparison."""
+    version, served, theirs = verdict.version, verdict.served, verdict.served_metrics
+    both, main = [version, served] if served else [version], "accuracy" if data.labels else "rmse"
+
+    def cells(name: str, *metrics: Metrics) -> list[str]:
+        return [f"{one[name]:.4g}" if name in one else "-" for one in metrics[: len(both)]]
+
+    beside = f"beside {served}, which serves" if served else f"no comparison: {note}"
+    metrics = [(name, *cells(name, verdict.metrics, theirs)) for name in verdict.metrics]
+    lines = [
+        f"# Evaluation of {version}: {'failed' if verdict.failed else 'passed'}",
+        f"{data.table.num_rows:,} rows of `{data.name}` (sha256 `{data.sha256[:12]}`), truth in "
+        f"`{data.target}`; {beside}.\nTo review: {answers.reviewed:.1%} of them.",
+        f"## Gates\n{gate_table(gates)}",
+        f"## Metrics\n{table(('metric', *both), metrics)}",
+    ]
+    for one, parts in cut:
+        few = ["" if part.rows >= one.minimum_rows else "too few to judge" for part in parts]
+        rows = [
+            (part.name, f"{part.rows:,}", *cells(main, part.metrics, part.served), said)
+            for part, said in zip(parts, few, strict=True)
+        ]
+        head = (one.column, "rows", *(f"{main} of {name}" for name in both), "")
+        lines.append(f"## By {one.column}\n{table(head, rows)}")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [*sections(found)]
-    for name, figure in pictures(found):
+    for name, figure in pictures(version, data, answers):
         figure.savefig(folder / f"{name}.png", dpi=110)
         lines.append(f"![{name}.png]({name}.png)")
     path = folder / "report.md"
@@ -439,80 +449,31 @@ def write_report(found: Evaluation, folder: Path) -> Path:
     return path
 
 
-def gate_table(gates: Sequence[Gate]) -> str:
-    """The gates as Markdown."""
-    cells = [("ok" if one.passed else "**FAILED**", one.name, one.found, one.needed) for one in gates]
-    return table(("", "gate", "found", "needed"), cells)
-
-
-def sections(found: Evaluation) -> Iterator[str]:
-    """Headings, paragraphs and tables, in order."""
-    data, version, served = found.data, found.verdict.version, found.verdict.served
-    both, main, own = (
-        [version, *([served] if served else [])],
-        "accuracy" if found.data.labels else "rmse",
-        found.verdict.metrics,
-    )
-
-    def cells(name: str, *metrics: Metrics) -> list[str]:
-        return [f"{one[name]:.4g}" if name in one else "-" for one in metrics[: len(both)]]
-
-    yield f"# Evaluation of {version}: {'failed' if found.failed else 'passed'}"
-    beside = f"beside {served}, which serves" if served else f"no comparison: {found.note}"
-    yield (
-        f"{data.table.num_rows:,} rows of `{data.name}` (sha256 `{data.sha256[:12]}`), truth in "
-        f"`{data.target}`; {beside}.\n"
-        f"To review: {found.answers.reviewed:.1%} of them."
-    )
-    yield f"## Gates\n{gate_table(found.gates)}"
-    metrics = [(name, *cells(name, own, found.verdict.served_metrics)) for name in own]
-    yield f"## Metrics\n{table(('metric', *both), metrics)}"
-    for one, parts in found.slices:
-        head = (one.column, "rows", *(f"{main} of {name}" for name in both), "")
-        rows = [
-            (
-                part.name,
-                f"{part.rows:,}",
-                *cells(main, part.metrics, part.served),
-                "" if part.rows >= one.minimum_rows else "too few to judge",
-            )
-            for part in parts
-        ]
-        yield f"## By {one.column}\n{table(head, rows)}"
-
-
-def pictures(found: Evaluation) -> Iterator[tuple[str, Any]]:
+def pictures(version: str, data: Data, answers: Answers) -> Iterator[tuple[str, Any]]:
     """Name and figure: calibration, and the errors of labels or values."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay
 
-    def figure(title: str) -> tuple[Figure, Any]:
-        one = Figure(figsize=(6, 4.5), layout="constrained")
-        return one, one.add_subplot(title=f"{found.verdict.version}: {title}")
+    def axes(title: str) -> Any:
+        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        return figure.add_subplot(title=f"{version}: {title}")
 
-    known, labels = found.answers.known, found.data.labels
-    truths, values = found.data.truths[known], found.answers.values[known]
-    if not len(truths):
-        return
-    if labels:
-        picture, axes = figure("score and share of right answers")
-        plot_reliability(axes, reliability(values.max(axis=1), values.argmax(axis=1) == truths))
-        yield "calibration", picture
-        picture, axes = figure("rows by truth and answer")
+    known, labels = answers.known, data.labels
+    truths, values = data.truths[known], answers.values[known]
+    if labels and len(truths):
+        drawn = axes("score and share of right answers")
+        plot_reliability(drawn, reliability(values.max(axis=1), values.argmax(axis=1) == truths))
+        yield "calibration", drawn.figure
+        few, names = len(labels) <= MAX_VALUES, {"labels": range(len(labels)), "display_labels": labels}
+        drawn = axes("rows by truth and answer")
+        turned = "horizontal" if len(labels) < 5 else "vertical"
         ConfusionMatrixDisplay.from_predictions(
-            truths,
-            values.argmax(axis=1),
-            labels=range(len(labels)),
-            display_labels=labels,
-            include_values=len(labels) <= MAX_VALUES,
-            xticks_rotation="horizontal" if len(labels) < 5 else "vertical",
-            ax=axes,
+            truths, values.argmax(axis=1), include_values=few, xticks_rotation=turned, ax=drawn, **names
         )
-        yield "confusion", picture
-        return
-    for name, kind in (("calibration", "actual_vs_predicted"), ("residuals", "residual_vs_predicted")):
-        picture, axes = figure(kind.replace("_", " "))
-        PredictionErrorDisplay.from_predictions(
-            truths, values, kind=kind, ax=axes, subsample=min(MAX_POINTS, len(truths)), random_state=0
-        )
-        yield name, picture
+        yield "confusion", drawn.figure
+    elif len(truths):
+        dots = {"subsample": min(MAX_POINTS, len(truths)), "random_state": 0}
+        for name, kind in (("calibration", "actual_vs_predicted"), ("residuals", "residual_vs_predicted")):
+            drawn = axes(kind.replace("_", " "))
+            PredictionErrorDisplay.from_predictions(truths, values, kind=kind, ax=drawn, **dots)
+            yield name, drawn.figure

@@ -27,16 +27,7 @@ from pydantic import ValidationError
 
 from app.core.errors import ArtifactError
 from app.core.pipeline import Pipeline
-from app.core.store import (
-    MANIFEST,
-    RELEASE,
-    SIGNATURE,
-    VERSION_PATTERN,
-    Manifest,
-    Release,
-    read_artifact,
-    read_release,
-)  # fmt: skip
+from app.core.store import MANIFEST, RELEASE, SIGNATURE, Manifest, Release, read_artifact, read_release
 from lifecycle.command import ROOT, LifecycleError, read_text, sha256, table, write_file
 from lifecycle.operations.documents import DOCUMENTS, documents
 from lifecycle.package import write_release
@@ -111,7 +102,7 @@ def rollback(
     in_git = has_git(root)
     # Other changes in a document are not for this commit.
     own = [name for name in texts if in_git and not git(root, "status", "--porcelain", "--", name)]
-    text = f"## Model {now} again, {today()}\n- Rolled back from `{before}`.\n"
+    text = f"## Model {now} again, {datetime.now(UTC).date()}\n- Rolled back from `{before}`.\n"
     switch(root, Release(serving=now, previous=before), text, texts)
     typer.echo(f"{now} serves in place of {before} (make rollback again undoes this)")
     if untold:
@@ -127,23 +118,13 @@ def rollback(
 
 
 def check(root: Path, version: str, release: Release) -> tuple[Manifest, Verdict]:
-    """Manifest and verdict of a version that may be promoted; raises ArtifactError or LifecycleError."""
+    """Manifest and verdict of a version that may be promoted; raises ArtifactError or LifecycleError.
+
+    It passed an evaluation with these files, thresholds and rows, against the version that serves.
+    """
     if release.serving == version:
         raise LifecycleError(f"{version} serves already")
-    artifact = read_artifact(root / "artifacts", version)
-    verdict = read_verdict(root, version)
-    if verdict.served not in (None, release.serving):
-        raise LifecycleError(
-            f"{version} was compared with {verdict.served}, and {release.serving} serves now: "
-            f"make evaluate VERSION={version}"
-        )
-    Pipeline.offline(artifact).model.replay()
-    return artifact.manifest, verdict
-
-
-def read_verdict(root: Path, version: str) -> Verdict:
-    """The verdict on `version`, if it passed with these files, thresholds and rows; else LifecycleError."""
-    again = f"make evaluate VERSION={version}"
+    artifact, again = read_artifact(root / "artifacts", version), f"make evaluate VERSION={version}"
     try:
         verdict = Verdict.model_validate_json((root / "evaluation" / f"{version}.json").read_bytes())
     except FileNotFoundError:
@@ -153,16 +134,20 @@ def read_verdict(root: Path, version: str) -> Verdict:
     known = [
         ("its manifest", verdict.manifest_sha256, root / "artifacts" / version / MANIFEST),
         (f"evaluation/{THRESHOLDS}", verdict.thresholds_sha256, root / "evaluation" / THRESHOLDS),
+        (verdict.data.file, verdict.data.sha256, root / verdict.data.file),
     ]
-    data = root / verdict.data.file
-    if data.is_file():  # rows that are kept elsewhere cannot be compared
-        known.append((verdict.data.file, verdict.data.sha256, data))
     for name, then, path in known:
-        if sha256(path) != then:
+        # Rows that are kept elsewhere cannot be compared.
+        if (name != verdict.data.file or path.is_file()) and sha256(path) != then:
             raise LifecycleError(f"{version} was evaluated before {name} changed: {again}")
     if not verdict.passed:
         raise LifecycleError(f"{version} failed its evaluation: {(*verdict.failed, 'see its report')[0]}")
-    return verdict
+    if verdict.served not in (None, release.serving):
+        raise LifecycleError(
+            f"{version} was compared with {verdict.served}, and {release.serving} serves now: {again}"
+        )
+    Pipeline.offline(artifact).model.replay()
+    return artifact.manifest, verdict
 
 
 def known_limits(root: Path) -> str:
@@ -176,12 +161,11 @@ def known_limits(root: Path) -> str:
 def entry(manifest: Manifest, verdict: Verdict, before: str, limits: str) -> str:
     """The changelog entry of a release."""
     training, data, theirs = manifest.training, verdict.data, verdict.served_metrics
-    if training is None:
-        trained = "none; its rules are its own source."
-    else:
-        window = " to ".join(training.date_range) if training.date_range else training.query
+    trained = "none; its rules are its own source."
+    if training:
+        window = " to ".join(training.date_range or ()) or training.query or "dates not recorded"
         trained = (
-            f"{training.rows:,} rows, {window or 'dates not recorded'}; data `{training.data_sha256[:12]}`, "
+            f"{training.rows:,} rows, {window}; data `{training.data_sha256[:12]}`, "
             f"target `{training.target}`, code `{training.code_revision[:19]}`."
         )
     figures = ", ".join(
@@ -189,17 +173,12 @@ def entry(manifest: Manifest, verdict: Verdict, before: str, limits: str) -> str
         for name, value in verdict.metrics.items()
     )
     return (
-        f"## Model {manifest.version}, {today()}\n"
+        f"## Model {manifest.version}, {datetime.now(UTC).date()}\n"
         f"- Serves in place of `{before}`.\n"
         f"- Training: {trained}\n"
         f"- Quality on {data.rows:,} rows of `{data.file}` (`{data.sha256[:12]}`): {figures}.\n"
         f"- Known limits: {' '.join(limits.split())}\n"
     )
-
-
-def today() -> str:
-    """The date, as a changelog has it."""
-    return datetime.now(UTC).date().isoformat()
 
 
 def told(root: Path, version: str) -> dict[str, str]:
@@ -250,14 +229,10 @@ def git(root: Path, *arguments: str) -> str:
 def has_git(root: Path) -> bool:
     """Whether there is git, and a work tree that does not ignore this folder."""
     try:
-        inside = git(root, "rev-parse", "--is-inside-work-tree") == "true"
+        said = git(root, "status", "--porcelain", "--ignored", "--", f"artifacts/{RELEASE}")
     except (LifecycleError, OSError):
         return False
-    try:
-        git(root, "check-ignore", "--quiet", f"artifacts/{RELEASE}")
-    except LifecycleError:  # it is not ignored
-        return inside
-    return False
+    return not said.startswith("!!")
 
 
 def commit(root: Path, message: str, *more: str) -> None:
@@ -293,8 +268,7 @@ def release_check(version: Version, *, root: Root = ROOT) -> None:
 
     A ticked copy goes to build/, to be kept with the release, beside the output of each command.
     """
-    if not re.fullmatch(VERSION_PATTERN, version):
-        raise LifecycleError(f"{version!r} is not a version name like v2")
+    read_artifact(root / "artifacts", version)
     document = read_text(root / CHECKLIST).replace("$VERSION", version)
     folder, copy, rows = root / "build" / f"release-check-{version}", document.splitlines(), []
     for number, command, text in parse(document):
@@ -303,15 +277,14 @@ def release_check(version: Version, *, root: Root = ROOT) -> None:
             rows.append(("SIGN", "", text))
             copy[number - 1] = f"{box} {item} Name: ____ Date: ____"
             continue
-        began, log = perf_counter(), folder / f"{number}.log"
-        passed = _run(command, root, log)
+        began = perf_counter()
+        passed, said = _run(command, root)
+        write_file(folder / f"{number}.log", said)
         outcome = "PASS" if passed else "FAIL"
         rows.append((outcome, f"{perf_counter() - began:.0f} s", f"{command}: {text}"))
         copy[number - 1] = f"- [x] {item}" if passed else f"{box} **FAILED** {item}"
-        typer.echo(f"release-check: {outcome} {command}", err=True)
-        if not passed:
-            last = log.read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:]
-            typer.echo("\n".join(last), err=True)
+        last = said.decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        typer.echo("\n".join([f"release-check: {outcome} {command}", *([] if passed else last)]), err=True)
     ticked = folder / Path(CHECKLIST).name
     write_file(ticked, ("\n".join(copy) + "\n").encode())
     typer.echo(table(("", "took", "line"), rows))
@@ -321,20 +294,17 @@ def release_check(version: Version, *, root: Root = ROOT) -> None:
         raise LifecycleError(f"{version} is not ready")
 
 
-def _run(command: str, root: Path, log: Path) -> bool:
-    """Run a command of the checklist without a shell, its output into a file."""
+def _run(command: str, root: Path) -> tuple[bool, bytes]:
+    """Run a command of the checklist without a shell: whether it passed, and its output."""
     # A make around this one would hand its flags down.
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        try:
-            done = subprocess.run(  # noqa: S603  # a command in the repository's own document
-                shlex.split(command), cwd=root, env=own, stdout=output, stderr=subprocess.STDOUT, check=False
-            )
-        except OSError as error:
-            output.write(f"{command}: {error.strerror}\n".encode())
-            return False
-    return not done.returncode
+    try:
+        done = subprocess.run(  # noqa: S603  # a command in the repository's own document
+            shlex.split(command), cwd=root, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except OSError as error:
+        return False, f"{command}: {error.strerror}\n".encode()
+    return not done.returncode, done.stdout
 
 
 def new_key(path: Annotated[Path, typer.Argument(help="Where to write the private key, in PEM.")]) -> str:

@@ -35,8 +35,7 @@ Sample = tuple[str, dict[str, str], float]
 
 def shadow(version: Beside = None, *, end: End = False, artifacts: Artifacts = ROOT / "artifacts") -> None:
     """Ask VERSION what clients ask, after they got their answer; clients never see its answers."""
-    chosen = _beside("shadow", artifacts, version, end=end)
-    typer.echo(f"shadow: {chosen}; a running service follows within seconds")
+    _beside("shadow", artifacts, version, end=end)
 
 
 def canary(
@@ -47,12 +46,10 @@ def canary(
     artifacts: Artifacts = ROOT / "artifacts",
 ) -> None:
     """Let VERSION answer PERCENT of the clients, until it does worse than the served version."""
-    share = 0 if end else percent
-    chosen = _beside("canary", artifacts, version, end=end, canary_percent=share)
-    typer.echo(f"canary: {chosen}, {share}% of clients; a running service follows within seconds")
+    _beside("canary", artifacts, version, end=end, canary_percent=0 if end else percent)
 
 
-def _beside(role: str, root: Path, version: str | None, *, end: bool, **more: int) -> str:
+def _beside(role: str, root: Path, version: str | None, *, end: bool, **more: int) -> None:
     """Change release.json; raises ArtifactError or LifecycleError for a version that cannot be beside."""
     release = read_release(root)
     if bool(version) == end:
@@ -62,7 +59,8 @@ def _beside(role: str, root: Path, version: str | None, *, end: bool, **more: in
             raise LifecycleError(f"{version} serves already")
         read_artifact(root, version)
     write_release(root, Release(**release.model_dump() | {role: version or None} | more))
-    return version or "none"
+    share = "".join(f", {percent}% of clients" for percent in more.values())
+    typer.echo(f"{role}: {version or 'none'}{share}; a running service follows within seconds")
 
 
 @dataclass
@@ -108,22 +106,17 @@ class Side:
         """The name of the histogram of its scores, or of a regressor's values."""
         return next((name for name in self.buckets if name.endswith(("_score", "_value"))), "")
 
-    @property
-    def latency(self) -> str:
-        """The name of the histogram by which it is compared: a canary's requests, a shadow's calls."""
-        return REQUESTS if self.role == "canary" else CALLS
-
     def verdict(self, served: "Side") -> str:
         """The conclusion, by the margins that stop a canary too."""
         if self.role == "serving":
             return "-"
         if (self.counts["canary_requests_total"] if self.role == "canary" else self.rows) < MINIMUM:
             return "too little to say"
-        own = served.failures if self.role == "canary" and not math.isnan(served.failures) else 0.0
-        if self.failures > own + ERROR_MARGIN:
+        own = served.failures if self.role == "canary" else 0.0
+        if self.failures > (0.0 if math.isnan(own) else own) + ERROR_MARGIN:
             return "fails too often"
-        longest = LATENCY_FACTOR * served.quantile(self.latency, 0.95) + LATENCY_SECONDS
-        if self.quantile(self.latency, 0.95) > longest:
+        calls = REQUESTS if self.role == "canary" else CALLS
+        if self.quantile(calls, 0.95) > LATENCY_FACTOR * served.quantile(calls, 0.95) + LATENCY_SECONDS:
             return "too slow"
         return "promote" if self.role == "canary" else "try as canary"
 
@@ -180,6 +173,10 @@ def sides(samples: Iterable[Sample]) -> list[Side]:
 
 def comparison(found: Sequence[Side]) -> str:
     """A table with a line for each version."""
+
+    def shown(*values: float, form: str = ".3g") -> str:
+        return "-" if any(map(math.isnan, values)) else ", ".join(format(value, form) for value in values)
+
     head = ["version", "role", "rows", "dropped", "agreement", "failures", "model p50, p95 ms"]
     rows = [
         (
@@ -187,25 +184,15 @@ def comparison(found: Sequence[Side]) -> str:
             side.role,
             f"{side.rows:,.0f}",
             f"{side.counts['dropped']:,.0f}",
-            _share(side.agreement if side.role == "shadow" else math.nan),
-            _share(side.failures),
-            _quantiles(side, CALLS, (0.5, 0.95), 1000),
-            _quantiles(side, REQUESTS, (0.5, 0.95), 1000),
-            _quantiles(side, side.spread, (0.1, 0.5, 0.9)),
+            shown(side.agreement if side.role == "shadow" else math.nan, form=".1%"),
+            shown(side.failures, form=".1%"),
+            *(shown(*(1000 * side.quantile(name, one) for one in (0.5, 0.95))) for name in (CALLS, REQUESTS)),
+            shown(*(side.quantile(side.spread, share) for share in (0.1, 0.5, 0.9))),
             side.verdict(found[0]),
         )
         for side in found
     ]
     return table([*head, "request p50, p95 ms", "score p10, p50, p90", "verdict"], rows)
-
-
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"
-
-
-def _quantiles(side: Side, histogram: str, shares: Sequence[float], factor: float = 1) -> str:
-    values = [side.quantile(histogram, share) for share in shares]
-    return "-" if any(map(math.isnan, values)) else ", ".join(f"{factor * value:.3g}" for value in values)
 
 
 def draw(found: Sequence[Side], path: Path) -> None:
