@@ -207,7 +207,7 @@ def test_a_killed_worker_is_replaced(start: Start, fault: Fault) -> None:
     assert traffic.ends["refused"] == 0
     after = service.metrics()
     assert {name for name in monotonic(before) if after[name] < before[name]} == set()
-    assert after["inference_admission_limit"] == before["inference_admission_limit"]  # of two workers
+    assert after["inference_admission_limit"] <= 2 * 8192  # of two workers, each at most its ceiling
     assert after["inference_in_flight"] == 0
     assert service.stop() == 0
     fault("kill -9 of a worker under load", **traffic.counts())

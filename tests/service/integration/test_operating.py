@@ -341,7 +341,7 @@ def test_metrics_survive_the_cleaning_of_temporary_files(
     (folder,) = tmp_path.glob("metrics-*")
     shutil.rmtree(folder)
     assert service.client.get("/metrics").status_code == 200
-    until(lambda: predictions(service) == 20, "the counts of both workers")
+    until(lambda: folder.is_dir() and predictions(service) == 20, "the counts of both workers")
     assert [value for name, value in service.metrics().items() if name.startswith("model_info")] == [1]
     shutil.rmtree(folder)
     os.kill(service.workers()[0], signal.SIGKILL)

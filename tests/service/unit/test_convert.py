@@ -304,6 +304,15 @@ def test_classifiers(case: str) -> None:
             prove(estimator, frame[NUMBERS])
 
 
+def test_ratios_of_vanishing_probabilities() -> None:
+    """Far from all that was seen, each label against the rest is near 0; their shares stay the original's."""
+    frame, three, _, _ = penguins()
+    estimator = SGDClassifier(loss="log_loss", random_state=0).fit(frame[NUMBERS], three)
+    estimator.coef_, estimator.intercept_ = np.zeros_like(estimator.coef_), np.array([-700.0, -698.0, -705.0])
+    runtime = prove(estimator, frame[NUMBERS])
+    assert np.max(runtime.infer(matrix(frame[NUMBERS].iloc[[0]], runtime))) < 0.9
+
+
 REGRESSORS: dict[str, Any] = {
     "forest": make_pipeline(StandardScaler(), RandomForestRegressor(10)),
     "extra trees": ExtraTreesRegressor(10),

@@ -215,6 +215,11 @@ class Graph:
         product = self.node("MatMul", numbers.tensor, weights)
         return self.number("Add", product, np.atleast_1d(bias), width=weights.shape[1])
 
+    def sigmoid(self, raw: Numbers) -> Numbers:
+        """The logistic function. ONNX Runtime's own is 0 below -36, where ratios of probabilities still matter."""
+        grown = self.node("Exp", self.node("Neg", raw.tensor))
+        return self.number("Div", 1.0, self.node("Add", 1.0, grown), width=raw.width)
+
     def both(self, second: Numbers) -> Numbers:
         """Probabilities of both labels from that of the second."""
         first = self.node("Sub", 1.0, second.tensor)
@@ -223,7 +228,7 @@ class Graph:
     def scores(self, raw: Numbers) -> Numbers:
         """Probabilities of all labels from raw scores: a logit of the second of two, or one of each."""
         if raw.width == 1:
-            return self.both(self.number("Sigmoid", raw, width=1))
+            return self.both(self.sigmoid(raw))
         return self.number("Softmax", raw, width=raw.width, axis=1)
 
     def normalised(self, scores: Numbers, *, otherwise: float | None = None) -> Numbers:

@@ -31,7 +31,7 @@ def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
         return graph.scores(raw)
     if objective == "multiclassova":
         scaled = graph.number("Mul", raw, factor, width=targets)
-        return graph.number("Sigmoid", scaled, width=targets)
+        return graph.sigmoid(scaled)
     if objective in EXPONENTIAL:
         return graph.number("Exp", raw, width=1)
     if objective in PLAIN and "sqrt" not in settings:

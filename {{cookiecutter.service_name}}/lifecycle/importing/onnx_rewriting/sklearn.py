@@ -153,7 +153,7 @@ FUNCTIONS: dict[str, list[tuple[str, list[Any]]]] = {
     "tanh": [("Tanh", [])],
     "floor": [("Floor", [])],
     "ceil": [("Ceil", [])],
-    "expit": [("Sigmoid", [])],
+    "expit": [("Neg", []), ("Exp", []), ("Add", [1]), ("Reciprocal", [])],  # as Graph.sigmoid
     "check_array": [],  # it looks at the numbers, and hands them on
     "identity": [],
 }
@@ -324,7 +324,7 @@ def _gradient_descent(graph: Graph, model: Any, frame: Frame) -> Numbers:
     if model.loss != "log_loss":
         raise Unsupported(f"SGDClassifier of loss {model.loss} has no ONNX form")
     raw = decision(graph, model, frame)
-    scores = graph.number("Sigmoid", raw, width=raw.width)
+    scores = graph.sigmoid(raw)
     return graph.both(scores) if raw.width == 1 else graph.normalised(scores, otherwise=1 / raw.width)
 
 
@@ -443,7 +443,7 @@ def _one_calibrated(graph: Graph, one: Any, raw: Numbers, inner: Any) -> Numbers
         column = graph.select(raw, [at])
         if hasattr(calibrator, "a_"):
             line = graph.affine(column, [[-calibrator.a_]], -calibrator.b_)
-            scores.append(graph.number("Sigmoid", line, width=1))
+            scores.append(graph.sigmoid(line))
         else:
             scores.append(interpolated(graph, column, calibrator.X_thresholds_, calibrator.y_thresholds_))
     if labels == BINARY:

@@ -56,7 +56,7 @@ def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
     if objective.startswith(("binary:logistic", "multi:soft")):
         return graph.scores(raw)
     if objective == "reg:logistic":
-        return graph.number("Sigmoid", raw, width=1)
+        return graph.sigmoid(raw)
     if objective in EXPONENTIAL:
         return graph.number("Exp", raw, width=1)
     if objective in PLAIN:
