@@ -1,9 +1,9 @@
-"""Micro-batching without a timer: requests that arrive while a batch runs are the next batch.
+"""Micro-batching without a timer: requests that arrive while a batch runs form the next batch.
 
     submit(rows) -> queue -> at most max_rows -> run, on the loop or in one thread -> each caller its own
 
-`run` never raises for a bad row: it returns, per row, an answer or the error that is this row's own.
-A job whose caller has gone, or whose deadline passed, is dropped when its turn comes, never run.
+`run` never raises for a bad row: it returns an answer or an error for each row.
+A job whose caller is gone, or whose deadline passed, is dropped from the queue without running.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ from typing import Any
 
 from app.core.errors import ServiceError
 
-MAX_BYTES = 128 * 2**20  # of the requests inside, per worker
-REQUEST_BYTES, BODY_FACTOR = 16_384, 10  # a request holds this, and its body and what is read from it
-MEMORY = 0.9  # how much of its calls so far the pace of a model keeps at each further one
-HTTP_SECONDS = 1e-4  # of the event loop for a request, where it runs the model too
+MAX_BYTES = 128 * 2**20  # held by admitted requests, per worker
+REQUEST_BYTES, BODY_FACTOR = 16_384, 10  # a request: a fixed part, and its body with its parsed values
+MEMORY = 0.9  # weight of earlier calls in a model's pace, at each new call
+HTTP_SECONDS = 1e-4  # of HTTP work per row, for models that run on the event loop
 
 Row = tuple[Any, ...]
 
 
 class Admission:
-    """Refuses in microseconds what could not be answered in half of the deadline, or held in memory.
+    """Refuses requests that would wait longer than half of the deadline, or exceed the memory limit.
 
-    `bound`: with APP_MAX_QUEUE, the most requests inside. `lingering` says how many requests were answered
-    at their deadline while their rows still run; those keep their places.
+    `bound` is the maximum of admitted requests, if APP_MAX_QUEUE is set. `lingering` counts requests that
+    were answered at their deadline while their rows still run; they keep their places.
     """
 
     def __init__(
@@ -37,37 +37,37 @@ class Admission:
     ) -> None:
         self.budget = deadline_seconds / 2  # the other half is a reserve
         self.most = min(bound or MAX_BYTES, MAX_BYTES // REQUEST_BYTES)
-        self.limit = self.most  # requests that may be inside at the present pace, for people
+        self.limit = self.most  # requests that fit at the current pace; for metrics and shadows
         self.inside = self.bytes = 0
         self._bound, self._lingering = bound, lingering
 
     def check(self, wait: float) -> None:
-        """Raise ServiceError when a request would wait too long, or has no place; takes none.
+        """Raise ServiceError if a request would wait too long or exceed a limit; reserves nothing.
 
-        `wait` is the estimate in seconds until the model turns to it.
+        `wait` is the estimated number of seconds before the model runs the request.
         """
         full = self._bound is not None and self.inside + self._lingering() >= self._bound
         if full or wait > self.budget or self.bytes > MAX_BYTES:
             error = ServiceError("overloaded", "too many requests are waiting")
-            error.headers["retry-after"] = str(max(1, ceil(wait)))  # until those have been answered
+            error.headers["retry-after"] = str(max(1, ceil(wait)))  # when the queue should be empty
             raise error
 
     def enter(self, wait: float, body_bytes: int) -> None:
-        """Take a place, and give it back with `leave`; raises ServiceError like `check`."""
+        """Admit a request; call `leave` when it ends. Raises ServiceError like `check`."""
         self.check(wait)
         self.inside += 1
         self.bytes += REQUEST_BYTES + BODY_FACTOR * body_bytes
 
     def leave(self, body_bytes: int) -> None:
-        """Give back what `enter` took."""
+        """Release the place and the memory that `enter` reserved."""
         self.inside -= 1
         self.bytes -= REQUEST_BYTES + BODY_FACTOR * body_bytes
 
 
 class Pace:
-    """How long calls of a model take now: its cost at warm-up, times how much slower its calls have been.
+    """Current duration of a model's calls: the cost at warm-up times the slowdown of recent calls.
 
-    A call is `fixed` seconds and `each` for a row. Recent calls count more than older ones.
+    A call costs `fixed` seconds plus `each` seconds per row. Recent calls count more than older ones.
     """
 
     def __init__(self, fixed: float, each: float) -> None:
@@ -76,15 +76,15 @@ class Pace:
         self.rows_per_request = 1.0
 
     def expected(self, rows: int) -> float:
-        """Seconds of a call at warm-up."""
+        """Seconds that a call took at warm-up."""
         return self._fixed + self._each * rows
 
     def seconds(self, rows: int) -> float:
-        """Seconds of a call now."""
+        """Seconds that a call takes now."""
         return self.expected(rows) * self._taken / self._expected
 
     def learn(self, seconds: float, rows: int, requests: int) -> None:
-        """A call with so many rows, of so many requests, took so long."""
+        """Record the duration of a call with these numbers of rows and requests."""
         self._expected = MEMORY * self._expected + self.expected(rows)
         self._taken = MEMORY * self._taken + seconds
         self.rows_per_request += (1 - MEMORY) * (rows / requests - self.rows_per_request)
@@ -94,22 +94,22 @@ class Pace:
 class Batch:
     """The result of one call of the model."""
 
-    answers: list[Any]  # per row an answer, or the exception that is this row's own
+    answers: list[Any]  # one answer or exception per row
     stages: tuple[float, float, float]  # seconds of preprocess, inference, postprocess
     out_of_range: dict[str, int]  # values outside the training range, by feature
-    matrix: Any = None  # the rows as the model saw them, until they are counted
-    version: str = ""  # of the model; none if it saw nothing
-    rows: Sequence[Row] = ()  # as they were sent, for a shadow
+    matrix: Any = None  # the model's input, kept until drift has counted it
+    version: str = ""  # of the model; empty if the call failed
+    rows: Sequence[Row] = ()  # as the client sent them, for a shadow
 
 
 class Observer:
-    """Is told of every call of the model, on the event loop only; this one keeps nothing."""
+    """Receives every call of the model, on the event loop. This base class ignores them."""
 
     def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """One call of the model, and the seconds each request in it waited."""
+        """Take a call of the model, and the seconds that each of its requests waited."""
 
     def shed(self, reason: str) -> None:
-        """A request whose deadline passed before its answer."""
+        """Take the reason why a request was given up: its deadline passed before its answer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +118,7 @@ class _Job:
     future: asyncio.Future[list[Any]]
     queued: float
     deadline: float
-    waits: bool = True  # counted as such; no longer once it is run, or its caller has gone
+    waits: bool = True  # counted in `_rows`; False once it is taken or its caller is gone
 
 
 def _rows_in(jobs: Sequence[_Job]) -> int:
@@ -142,9 +142,9 @@ class Batcher:
         self._max_rows, self._max_wait = max_rows, max_wait_seconds
         self._executor = ThreadPoolExecutor(1, "inference") if threaded else None
         self._queue: deque[_Job] = deque()
-        self._rows = 0  # in the queue, whose callers are still there
-        self._running: list[_Job] = []  # in the thread now
-        self._began = 0.0  # when they got there; on the loop: when the last call ended, if more waited then
+        self._rows = 0  # in the queue, without those of callers that are gone
+        self._running: list[_Job] = []  # jobs of the current call in the thread
+        self._began = 0.0  # thread: start of the current call; loop: end of the last if more waited, else 0
         self._draining: asyncio.Handle | asyncio.Task[None] | None = None
         self._retired = False
 
@@ -155,7 +155,7 @@ class Batcher:
 
     @property
     def wait(self) -> float:
-        """Seconds until a request that comes now is run: the queue's, and by how many a call is late."""
+        """Estimated seconds before a new request runs: the queue, plus the overrun of the current call."""
         late = 0.0
         if self._running:
             late = max(0.0, self.busy_seconds - self._pace.seconds(_rows_in(self._running)))
@@ -163,17 +163,17 @@ class Batcher:
 
     @property
     def requests_per_second(self) -> float:
-        """What full calls answer at the present pace."""
+        """Requests that full calls answer per second at the current pace."""
         return self._max_rows / self._pace.seconds(self._max_rows) / self._pace.rows_per_request
 
     @property
     def abandoned(self) -> int:
-        """Requests whose caller has gone or was answered while their rows still run."""
+        """Requests in the current call whose caller is gone or already answered."""
         return sum(job.future.done() for job in self._running) if self._running else 0
 
     @property
     def busy_seconds(self) -> float:
-        """For how long the call that is in the thread now has been there."""
+        """Seconds since the current call in the thread began; 0 without one."""
         return perf_counter() - self._began if self._running else 0.0
 
     async def submit(self, rows: Sequence[Row], deadline: float) -> list[Any]:
@@ -187,7 +187,7 @@ class Batcher:
                 self._draining = loop.create_task(self._drain_in_thread(loop, self._executor))
             elif self._max_wait:
                 self._draining = loop.call_later(self._max_wait, self._drain_here)
-            else:  # after everything that is ready on the loop now, so that its requests join
+            else:  # after all callbacks that are ready now, so that their requests join
                 self._draining = loop.call_soon(self._drain_here)
         try:
             if self._executor is None:
@@ -200,22 +200,22 @@ class Batcher:
             self._count_out(job)
 
     def retire(self) -> None:
-        """Answer the requests that are here, then end: another model takes the next ones."""
+        """Answer the queued requests, then close; new requests go to another model."""
         self._retired = True
         if self._draining is None:
             self.close()
 
     def close(self) -> None:
-        """Let the thread end once its current call has."""
+        """Stop the thread after its current call."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _drain_here(self) -> None:
-        """One call each turn of the loop, so that probes and new requests get theirs."""
+        """Run one call per iteration of the loop, so that probes and new requests are served in between."""
         if jobs := self._take():
             started = perf_counter()
             self._finish(jobs, started, self._call(jobs))
-            # Between two calls the loop reads and answers requests: that is a part of the pace.
+            # Between two calls the loop reads and answers requests: this time counts in the pace.
             began, self._began = self._began or started, perf_counter() if self._queue else 0.0
             self._pace.learn(perf_counter() - began, _rows_in(jobs), len(jobs))
         self._draining = asyncio.get_running_loop().call_soon(self._drain_here) if self._queue else None
@@ -236,18 +236,18 @@ class Batcher:
             self.close()
 
     def _take(self) -> list[_Job]:
-        """Jobs for one call: at least one, and otherwise no more rows than fit."""
+        """Jobs for the next call: at most `max_rows` rows, unless the first job alone has more."""
         jobs: list[_Job] = []
         rows, now = 0, perf_counter()
         while self._queue and not (jobs and rows + len(self._queue[0].rows) > self._max_rows):
             job = self._queue.popleft()
-            if job.future.done():  # its caller has gone
+            if job.future.done():  # its caller is gone
                 continue
             self._count_out(job)
             if job.deadline > now:
                 jobs.append(job)
                 rows += len(job.rows)
-            elif self._executor is None:  # otherwise its own timeout answers
+            elif self._executor is None:  # in a thread, the timeout in `submit` answers
                 job.future.set_exception(self._expired())
         return jobs
 
@@ -257,7 +257,7 @@ class Batcher:
             self._rows -= len(job.rows)
 
     def _call(self, jobs: Sequence[_Job]) -> list[Batch]:
-        """If a call fails in any way, its callers get an answer and the next call its turn."""
+        """Run the model. If it raises, the rows of that call get an error and the next call goes on."""
         rows, batches = [row for job in jobs for row in job.rows], []
         for at in range(0, len(rows), self._max_rows):
             part = rows[at : at + self._max_rows]

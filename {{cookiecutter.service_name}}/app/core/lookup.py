@@ -1,6 +1,6 @@
-"""Features that the service looks up by key, in place of being sent: those of `Features` with a default.
+"""Features that the service looks up by key if the client does not send them: fields with a default.
 
-    instances -> app/own/lookup.py, once for all that lack such a feature -> the contract -> instances, misses
+    instances -> app/own/lookup.py, one call for all that lack a feature -> the contract -> instances, misses
 
 A miss fails the request or, with APP_LOOKUP_ON_MISS=degrade, leaves the contract's defaults in place.
 """
@@ -22,12 +22,12 @@ from app.schemas.contract import KEYS
 from app.schemas.predict import Features, Prediction
 
 if TYPE_CHECKING:
-    from app.observability.logging import Logger  # it takes a while, and `make rollback` comes by here
+    from app.observability.logging import Logger  # slow to import, and `make rollback` imports this module
 
 Instance = dict[str, Any]
 Function = Callable[[list[Instance], float], Awaitable[list[Instance | None]]]
 
-SHARE = 0.5  # of the time that is left; the rest is the model's
+SHARE = 0.5  # of the remaining time; the model has the rest
 LOG_SECONDS = 60.0
 NAMES = {name: field.alias or name for name, field in Features.model_fields.items()}
 LOOKED_UP = {name for name, field in Features.model_fields.items() if not field.is_required()} - KEYS
@@ -60,9 +60,9 @@ class Lookup:
         self._next_line = 0.0
 
     async def complete(self, instances: Sequence[Any], deadline: float) -> tuple[list[Any], dict[int, str]]:
-        """Instances with all features, and why those by number have defaults for want of better.
+        """Instances with all features, and per index of an instance with defaults the reason.
 
-        `deadline` is a time of `perf_counter`. Raises ServiceError for a miss, unless it is to degrade.
+        `deadline` is a time of `perf_counter`. Raises ServiceError for a miss, unless set to degrade.
         """
         complete, misses, cause = list(instances), dict[int, str](), None
         lacking = [at for at, one in enumerate(instances) if LOOKED_UP - one.model_fields_set]
@@ -91,13 +91,13 @@ class Lookup:
 
 
 def _sent(instance: BaseModel) -> Instance:
-    """What the client sent of an instance, keys included, by column names."""
+    """The values that the client sent, keys included, by column name."""
     sent = instance.model_fields_set
     return {column: getattr(instance, name) for name, column in NAMES.items() if name in sent}
 
 
 def _checked(instance: Any, found: Instance | None) -> tuple[Any, str]:
-    """The instance with what was found for it, and why that is a miss, if it is one."""
+    """The completed instance, and the reason if it is a miss, else an empty string."""
     try:
         completed = Features.model_validate(found) if found is not None else instance
     except ValidationError:

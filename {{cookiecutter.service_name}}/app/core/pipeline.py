@@ -1,9 +1,9 @@
-"""From validated instances to predictions, by the model of one version.
+"""From validated instances to predictions, with the model of one version.
 
     predict(instances) -> rows -> [inline | micro-batched | micro-batched in a thread] -> Prediction each
 
-`Pipeline.load` is for the service: it chooses one of the three by what the model costs on this machine.
-`Pipeline.offline` is for everything that has no server: commands, evaluation, import.
+`Pipeline.load` is for the service: it chooses one of the three by the model's measured cost on this machine.
+`Pipeline.offline` is for code without a server: commands, evaluation, import.
 """
 
 import json
@@ -25,28 +25,28 @@ from app.core.store import Artifact
 from app.schemas.contract import KEYS, label_key
 from app.schemas.predict import Features, Prediction
 
-# A classifier's and a regressor's take different fields, and any one service has only one of the two.
+# Untyped, because a service has the fields either of a classifier or of a regressor.
 _prediction: Any = Prediction
 
 Flags = NDArray[np.bool_]
 Execution = Literal["inline", "batch", "thread"]
 
-ROUNDING = 1e-4  # a sum of float32 may leave the range 0 to 1 by this much
+ROUNDING = 1e-4  # a sum in float32 may leave the range 0 to 1 by this much
 GOLDEN = "golden.jsonl"
 WARM_UP_CALLS, WARM_UP_SECONDS = 20, 0.25
 MAX_LOOP_SECONDS = 0.002  # a call that holds the event loop longer than this goes to the thread
-MAX_CALL_SECONDS = 0.05  # rows are joined up to this: longer calls save nothing and keep others waiting
-MOST_INTEGER = 2.0**53  # beyond it floats leave integers out
+MAX_CALL_SECONDS = 0.05  # limit of a joined call: longer calls save nothing and delay others
+MOST_INTEGER = 2.0**53  # floats cannot hold every integer beyond it
 MOST_INT64 = float(np.nextafter(2.0**63, 0))
-FAR = 20  # times the width of the training range: a model that fails there need not be broken
+FAR = 20  # times the width of the training range: a failure beyond it is blamed on the input
 TOO_LARGE = "larger than the model can compute with", "too_large"
 OUT_OF_RANGE = "outside the range seen in training", "out_of_range"
-MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, or rows are run as they come
+MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, else rows run as they arrive
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The decisions an operator may change without a new model; None leaves one to manifest or warm-up."""
+    """Decisions that an operator may change without a new model; None leaves one to manifest or warm-up."""
 
     review_threshold: float | None = None
     out_of_range: Literal["accept", "review", "reject"] = "review"
@@ -70,7 +70,7 @@ def rows_of(instances: Iterable[BaseModel]) -> list[Row]:
 
 
 class Model:
-    """An artifact, the runtime that was loaded from it, and the policy for its answers."""
+    """An artifact, the runtime loaded from it, and the policy for its answers."""
 
     def __init__(self, artifact: Artifact, runtime: Runtime, policy: Policy) -> None:
         inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
@@ -83,9 +83,9 @@ class Model:
         own = policy.review_threshold
         self._threshold = outputs.review_threshold if own is None else own
         self._review, self._reject = policy.out_of_range == "review", policy.out_of_range == "reject"
-        # For the record of decisions.
+        # For the audit log.
         self.thresholds = {"review": self._threshold, "out_of_range": policy.out_of_range}
-        # Numbers are compared as precisely as the model takes them; without a range, all that it can hold.
+        # Numbers are compared in the model's precision; without a training range, up to its largest numbers.
         self._numeric = [index for index, entry in enumerate(inputs) if entry.dtype in ("float64", "int64")]
         self._every = len(self._numeric) == len(inputs) and runtime.dtype is not np.object_
         exact = np.float64 if runtime.dtype is np.object_ else runtime.dtype
@@ -99,12 +99,12 @@ class Model:
         self._low, self._high = np.array(ranges, exact).reshape(-1, 2).T
 
     def matrix(self, rows: Sequence[Row]) -> Matrix:
-        """Rows, with None for what is missing, as the runtime takes them: None is NaN among numbers."""
+        """Rows, None for a missing value, in the runtime's type: in a float matrix None becomes NaN."""
         with np.errstate(over="ignore"):
             return np.asarray(rows, self.runtime.dtype)
 
     def run(self, rows: Sequence[Row]) -> Batch:
-        """One call of the model; a bad row has its error for an answer."""
+        """One call of the model; the answer of a bad row is its error."""
         start = perf_counter()
         matrix, beyond = self._judged(rows)
         refused: dict[int, ServiceError] = {}
@@ -132,12 +132,12 @@ class Model:
             raise located(refused, single)
 
     def try_example(self, rows: int = 1) -> None:
-        """Raise ArtifactError unless the model answers so many rows of the manifest's own example."""
+        """Raise ArtifactError unless the model answers this many copies of the manifest's example."""
         if any(isinstance(answer, ServiceError) for answer in self.run([self._example] * rows).answers):
             raise ArtifactError(f"{self.version}: the model cannot predict the manifest's own example")
 
     def warm_up(self, max_rows: int) -> Costs:
-        """Measure calls with one row and with `max_rows`; the best of several sheds the noise."""
+        """Measure calls with one row and with `max_rows`; the fastest of several has the least noise."""
         best = {}
         for rows in (1, max_rows):
             matrix = np.asarray([self._example] * rows, self.runtime.dtype)
@@ -151,7 +151,7 @@ class Model:
         return Costs(best[1], best[max_rows])
 
     def replay(self) -> None:
-        """Raise ArtifactError unless every golden row gets the answer recorded when the version was made."""
+        """Raise ArtifactError unless every golden row gets the answer that was recorded at the import."""
         lines = [json.loads(line) for line in self.artifact.files.get(GOLDEN, b"").splitlines()]
         rows = rows_of(Features.model_validate(line["features"]) for line in lines)
         answers = self.run(rows).answers if rows else []
@@ -160,13 +160,13 @@ class Model:
                 raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
 
     def _judged(self, rows: Sequence[Row]) -> tuple[Matrix, Flags]:
-        """The matrix, and which of its numbers lie outside of the training range, [rows, numbers]."""
+        """The matrix, and a flag for each number outside the training range, [rows, numbers]."""
         try:
             matrix = self.matrix(rows)
             numbers = self._numbers(matrix)
-        except OverflowError:  # an integer that no float can hold
+        except OverflowError:  # an integer beyond all floats
             return self._judged([tuple(map(_held, row)) for row in rows])
-        return matrix, (numbers < self._low) | (numbers > self._high)  # NaN, a missing value, is neither
+        return matrix, (numbers < self._low) | (numbers > self._high)  # a missing value, NaN, is inside
 
     def _numbers(self, matrix: Matrix) -> Matrix:
         return matrix if self._every else matrix[:, self._numeric].astype(self._low.dtype)
@@ -179,7 +179,7 @@ class Model:
         return found
 
     def _explain(self, answers: list[Any], matrix: Matrix, beyond: Flags) -> None:
-        """A failure is the client's where a number without bounds is far from training: name the number."""
+        """Blame the client, and name the number, if an unbounded number is far outside the training range."""
         failed = np.array([[isinstance(one, ServiceError)] for one in answers])
         numbers, low, high = self._numbers(matrix), self._low, self._high
         with np.errstate(over="ignore"):
@@ -189,13 +189,13 @@ class Model:
             answers[index] = failure
 
     def _infer(self, matrix: Matrix) -> list[Any]:
-        """The model's output per row; where the model raises, halves find the row that causes it."""
+        """The model's output per row; if it raises, the rows are halved until the bad row is found."""
         try:
             rows = self.runtime.infer(matrix)
             if len(rows) != len(matrix) or len(rows[0]) != max(len(self._labels), 1):
                 raise ValueError("the model answered in another shape than it was asked")
             return rows
-        except Exception as error:  # any exception of a model is this row's answer, not the service's end
+        except Exception as error:  # any exception of a model becomes the answer of its row
             if len(matrix) == 1:
                 failure = ServiceError("model_error")
                 failure.__cause__ = error
@@ -204,10 +204,10 @@ class Model:
             return self._infer(matrix[:half]) + self._infer(matrix[half:])
 
     def _answer(self, output: Any, outside: bool) -> Any:
-        """The prediction of a row, from a regressor's value or a classifier's probabilities."""
+        """The prediction of a row: from the value of a regressor or the probabilities of a classifier."""
         if isinstance(output, ServiceError):
             return output
-        if not math.isfinite(sum(output)):  # one NaN or infinity among them is enough
+        if not math.isfinite(sum(output)):  # NaN or infinite if any of them is
             return ServiceError("non_finite_output")
         if not self._labels:
             return _prediction("", self.version, output[0], "review" if outside else "accept")
@@ -234,7 +234,7 @@ def _held(value: Any) -> Any:
 
 
 def located(failures: Mapping[int, ServiceError], single: bool) -> ServiceError:
-    """One error for a request whose rows fail, by their number: the first one's, with all violations."""
+    """One error for a request with failed rows, given by index: the first row's, with all violations."""
     (at, first), *_ = failures.items()
     errors = [
         {**error, "loc": ["body", *([] if single else ["instances", index]), *error["loc"]]}
@@ -251,19 +251,19 @@ OFFLINE = Policy(batch_max_rows=256)
 
 
 def choose_execution(costs: Costs, max_rows: int) -> Execution:
-    """How to run a model, when a full call has `max_rows`."""
+    """How to run a model whose full call has `max_rows`."""
     if max(costs.per_call, costs.per_row * max_rows) > MAX_LOOP_SECONDS:
         return "thread"
     return "batch" if costs.per_call > MIN_BATCH_GAIN * costs.per_row else "inline"
 
 
 def rows_of_a_call(seconds_per_row: float, max_rows: int) -> int:
-    """How many rows to join at most, of a model that costs so much per row of a full call."""
+    """The maximum number of rows per call, from the seconds per row of a full call."""
     return max(1, min(max_rows, int(MAX_CALL_SECONDS / max(seconds_per_row, 1e-9))))
 
 
 def pace_of(costs: Costs, max_rows: int, http_seconds: float) -> Pace:
-    """What calls of any number of rows take, from those with one row and with `max_rows`."""
+    """The duration of calls by number of rows, from those with one row and with `max_rows`."""
     full = costs.per_row * max_rows
     each = max(0.0, (full - costs.per_call) / (max_rows - 1)) if max_rows > 1 else costs.per_row
     return Pace(max(1e-6, costs.per_call - each), each + http_seconds)
@@ -305,15 +305,15 @@ class Pipeline:
 
     @classmethod
     def offline(cls, artifact: Artifact, policy: Policy = OFFLINE, runtime: Runtime | None = None) -> Self:
-        """Without batching, thread or measuring, to ask with `answers`; raises ArtifactError."""
+        """Load without batching, thread or measurement, for `answers`; raises ArtifactError."""
         model = Model(artifact, runtime or load_runtime(artifact), policy)
         model.try_example()
         return cls(model, replace(policy, execution="inline"), Costs(), Observer())
 
     def answers(self, instances: Sequence[BaseModel]) -> list[Prediction | ServiceError]:
-        """Per instance its prediction, without an id, or the error that is its own; needs no event loop.
+        """Per instance its prediction, without an id, or its error; needs no event loop.
 
-        Raises ServiceError for values outside the training range if the policy is to reject them.
+        Raises ServiceError for values outside the training range if the policy is `reject`.
         """
         rows = rows_of(instances)
         self.model.reject(rows, single=False)
@@ -325,7 +325,7 @@ class Pipeline:
     ) -> list[Prediction]:
         """One prediction per validated instance, in order; `deadline` is a time of `perf_counter`.
 
-        Raises ServiceError; where several rows fail, the first one's.
+        Raises ServiceError; if several rows fail, the error of the first.
         """
         defaulted: Iterable[int] = ()
         if self._lookup is not None:

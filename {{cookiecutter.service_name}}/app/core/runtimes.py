@@ -1,9 +1,9 @@
 """Runtimes: from verified bytes to a function from rows to probabilities, or to values.
 
-    rows, each column of its own type in the contract -> one file, or the two of a split one after another
+    rows, columns typed by the contract -> one model file, or the two files of a split model in order
 
-A value's type never depends on other rows. Missing is NaN among numbers, "" in ONNX's text, and NaN in a
-frame's column of objects.
+A value's type never depends on other rows. A missing value is NaN in a column of numbers, "" in a text column
+of ONNX, and NaN in an object column of a DataFrame.
 """
 
 import io
@@ -32,9 +32,9 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Runtime(Protocol):
-    """A loaded model. Pure: the same rows give the same answer, and no call disturbs another."""
+    """A loaded model. Pure: the same rows give the same answer, and calls do not affect each other."""
 
-    dtype: Any  # of the rows it takes: a float, null being NaN; or object, values as they were sent
+    dtype: Any  # of the rows it takes: a float type with NaN for null, or object with values as sent
 
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """Rows (n, features) in the contract's order -> (n, labels), in the labels' order, or (n, 1)."""
@@ -63,31 +63,31 @@ def load_runtime(artifact: Artifact) -> Runtime:
 
 
 def import_libraries(artifact: Artifact) -> dict[str, Any]:
-    """The library that runs each model file; raises ArtifactError where it is not the one to use."""
+    """The library that runs each model file; raises ArtifactError if its version does not fit."""
     found: dict[str, Any] = {}
     with _refusing(artifact):
         if "model.skops" in artifact.model_files:
             _check_libraries(artifact.manifest.libraries)
-            # skops trusts some hundred types of its own accord; here the manifest alone has the say.
+            # skops trusts some hundred types by default; here only those in the manifest are trusted.
             trusted = set(artifact.manifest.trusted_types)
             if unlisted := sorted(skops_types(artifact.files["model.skops"]) - trusted):
                 raise Unfit(f"holds a {unlisted[0]}, which manifest.json does not list among trusted_types")
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # the service scales by workers
             found["model.skops"] = import_module("skops.io")
         if "model.onnx" in artifact.model_files:
-            # Kept from sending usage events to its maker; too late once it is imported.
+            # Stops it from sending usage events; must be set before the import.
             os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
             found["model.onnx"] = import_module("onnxruntime")
     return found
 
 
 class Unfit(Exception):
-    """A model that is not loaded, and the reason in a few words of ours."""
+    """A model that is refused; the message is the reason, in our own words."""
 
 
 @contextmanager
 def _refusing(artifact: Artifact) -> Iterator[None]:
-    """Turn whatever a malformed model makes its library raise into an ArtifactError."""
+    """Turn any exception that a malformed model causes in its library into an ArtifactError."""
     try:
         yield
     except Exception as error:
@@ -107,7 +107,7 @@ def _check_libraries(made_with: Mapping[str, str]) -> None:
             raise Unfit(f"{reason} requirements/runtime.in, run `make lock`, install again")
 
 
-# onnxruntime looks for tensors that lie in other files only in this folder, where there are none.
+# onnxruntime looks for external tensors only in this folder, which has none.
 _NO_FOLDER = ("session.model_external_initializers_file_folder_path", os.devnull)
 _TENSORS: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
@@ -116,16 +116,16 @@ _TENSORS: dict[str, Any] = {
 
 
 class OnnxRuntime:
-    """onnxruntime on one thread: the service scales by workers, and threads of threads only fight.
+    """onnxruntime on one thread: the service scales by workers, and more threads compete for the CPUs.
 
-    Each input takes as many columns as it is wide, the next input those after them; `features` is the number
-    of columns, None for the second stage of a split.
+    Each input takes as many columns as it is wide, in order; `features` is the total number of columns, None
+    for the second stage of a split.
     """
 
     def __init__(self, onnxruntime: Any, content: bytes, features: int | None) -> None:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry(*_NO_FOLDER)
-        # Not onnxruntime's own format, which it would recognise as well.
+        # Refuse onnxruntime's own format, which it detects by default.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         try:
@@ -158,7 +158,7 @@ class OnnxRuntime:
 
 
 def _tensor(columns: NDArray[Any], kind: Any) -> NDArray[Any]:
-    """Columns as `kind`; ONNX has no missing text, so that is empty text there."""
+    """Columns as `kind`; ONNX has no missing text, so missing text becomes an empty string."""
     if kind is np.object_:
         return _filled(columns, "")
     with np.errstate(over="ignore"):
@@ -166,11 +166,11 @@ def _tensor(columns: NDArray[Any], kind: Any) -> NDArray[Any]:
 
 
 def _filled(columns: NDArray[Any], missing: Any) -> NDArray[Any]:
-    return np.where(columns == None, missing, columns)  # noqa: E711  # of each
+    return np.where(columns == None, missing, columns)  # noqa: E711  # elementwise
 
 
 class SkopsRuntime:
-    """A scikit-learn model, made of `trusted` types; `takes` and `dtypes` are those of the manifest.
+    """A scikit-learn model of `trusted` types; `takes` and `dtypes` come from the manifest.
 
     `inputs` is None for the second stage of a split, `labels` for the first, which only transforms.
     """
@@ -201,11 +201,11 @@ class SkopsRuntime:
             self._expect(inputs, takes, dtypes or {})
         alone = {key: 1 for key in self._model.get_params() if key.rpartition("__")[2] == "n_jobs"}
         self._model.set_params(**alone)
-        # Columns are in order, as was just checked; an array need not carry their names.
+        # The order of the columns has been checked; arrays need no names.
         warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
 
     def _expect(self, inputs: Sequence[Input], takes: str | None, dtypes: Mapping[str, Any]) -> None:
-        """Refuse other columns than the model was fitted on, and know the type of each."""
+        """Refuse columns that the model was not fitted on, and set the type of each column."""
         self._kinds: dict[str, Any] = {entry.name: _kind(entry) for entry in inputs}
         exact = all(kind is np.float64 for kind in self._kinds.values()) and not dtypes
         names = [entry.name for entry in inputs]
@@ -221,7 +221,7 @@ class SkopsRuntime:
                 self._kinds[name] = pd.CategoricalDtype(kind) if isinstance(kind, list) else kind
 
     def transform(self, matrix: Matrix) -> Matrix:
-        """Rows (n, features) -> what the first stage of a split makes of them, (n, k)."""
+        """Rows (n, features) -> output of the first stage of a split, (n, k)."""
         made: Any = self._model.transform(self._rows(matrix))
         return np.asarray(made.toarray() if hasattr(made, "toarray") else made)
 
@@ -234,7 +234,7 @@ class SkopsRuntime:
         return [[float(value)] for value in self._model.predict(rows).ravel()]
 
     def _rows(self, matrix: Matrix) -> Any:
-        """The rows as the model was fitted on such: an estimator looks at the type of each column."""
+        """The rows in the types that the model was fitted on: estimators depend on the type of a column."""
         if self._takes == "column":
             return _filled(matrix[:, 0], "")
         if self._takes == "frame":
@@ -248,18 +248,18 @@ class SkopsRuntime:
 
     def _series(self, column: NDArray[Any], kind: Any) -> Any:
         pd = self._pandas
-        if isinstance(kind, pd.CategoricalDtype):  # of which any other value is no member
+        if isinstance(kind, pd.CategoricalDtype):  # an unknown value becomes missing
             return pd.Categorical.from_codes(kind.categories.get_indexer(column), dtype=kind)
         return pd.Series(_typed(column, kind), dtype=kind)
 
 
 def _plain(names: Iterable[Any]) -> list[str]:
-    """Columns' names as LightGBM keeps them."""
+    """Column names as LightGBM stores them."""
     return [str(one).replace(" ", "_") for one in names]
 
 
 def _kind(entry: Input) -> Any:
-    """A column's type in training, where nothing else is known."""
+    """The usual type of a column in training, if the manifest names no other."""
     if entry.dtype == "string" or (entry.dtype == "bool" and entry.nullable):
         return np.object_
     if entry.dtype == "float64" or entry.nullable:
@@ -268,14 +268,14 @@ def _kind(entry: Input) -> Any:
 
 
 def _typed(column: NDArray[Any], kind: Any) -> NDArray[Any]:
-    """A column of that type, or for pandas to make it; missing is NaN, whatever else is in the column."""
+    """A column as NumPy's `kind`, or as objects for pandas to convert; missing is NaN in every type."""
     if kind in (np.float64, np.int64, np.bool_):
         return column.astype(kind)
     return _filled(column, np.nan)
 
 
 class SplitRuntime:
-    """Two stages: what the first makes of the rows, the second takes as one matrix of numbers."""
+    """Two stages: the second takes the output of the first as one matrix of numbers."""
 
     def __init__(self, first: OnnxRuntime | SkopsRuntime, last: OnnxRuntime | SkopsRuntime) -> None:
         self._first, self._last, self.dtype = first, last, first.dtype
@@ -286,7 +286,7 @@ class SplitRuntime:
 
 
 def skops_types(content: bytes) -> set[str]:
-    """Every type, function and method owner that a skops file names, like `numpy.ndarray`."""
+    """All types, functions and owners of methods that a skops file names, like `numpy.ndarray`."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         pending, found = [json.loads(archive.read("schema.json"))], set()
     while pending:
@@ -302,7 +302,7 @@ def skops_types(content: bytes) -> set[str]:
 
 
 class RulesRuntime:
-    """A decision list: the first rule whose conditions all hold decides. No model, the same contract."""
+    """A decision list under the same contract: the first rule whose conditions all hold decides."""
 
     def __init__(self, document: dict[str, Any], inputs: list[Input], labels: list[Any]) -> None:
         self._labels = labels
@@ -330,7 +330,7 @@ class RulesRuntime:
         )
 
     def _spread(self, decision: dict[str, Any]) -> list[float]:
-        """The decided label's score, and the rest of 1 shared by the other labels; or the value."""
+        """The score of the decided label, and the rest of 1 shared by the other labels; or the value."""
         if not self._labels:
             return [float(decision["value"])]
         chosen, score = self._labels.index(decision["label"]), float(decision["score"])
