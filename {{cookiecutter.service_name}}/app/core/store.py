@@ -1,8 +1,8 @@
-"""From the artifacts folder to verified bytes. Nothing is deserialised here but JSON.
+"""From the artifacts folder to verified bytes. Only JSON is parsed here.
 
     release.json -> version -> manifest, its signature -> every file read once, checked -> Artifact (bytes)
 
-What is loaded later are these same bytes, so a file that changes on disk afterwards changes nothing.
+The runtime later loads these same bytes, so a file that changes on disk afterwards has no effect.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from app.schemas.contract import contract_outputs, contract_sha256, served_contr
 
 RELEASE, MANIFEST = "release.json", "manifest.json"
 OWN = Path(__file__).parents[1] / "own"
-MAX_JSON_BYTES = 2**24  # of release.json and of a manifest, the two files whose size nothing states
-# How a file starts, by its name. No pickle, of whatever protocol or compression, starts like any of these.
+MAX_JSON_BYTES = 2**24  # of release.json and manifest.json, whose sizes are not recorded
+# First bytes by file name. No pickle, in any protocol or compression, starts with any of these.
 STARTS: dict[str, bytes | tuple[bytes, ...]] = {
     ".onnx": b"\x08", ".skops": b"PK\x03\x04", ".json": (b"{", b"["), ".jsonl": b"{",
 }  # fmt: skip
@@ -34,7 +34,7 @@ _EXACT = re.compile(r"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Document = TypeVar("_Document", bound=BaseModel)
 _Value = TypeVar("_Value")
-_Optional = Annotated[_Value, Field(exclude_if=operator.not_)]  # left out of the JSON where it is empty
+_Optional = Annotated[_Value, Field(exclude_if=operator.not_)]  # left out of the JSON if empty
 
 
 class _Strict(BaseModel):
@@ -74,13 +74,13 @@ class Outputs(_Strict):
     """Answers of the model."""
 
     labels: list[bool | int | str] = []
-    # What the model itself calls each label, where that differs: 0, 1 and 2 of a LabelEncoder.
+    # The model's own name for each label, if different: 0, 1 and 2 of a LabelEncoder.
     classes: _Optional[list[bool | int | str]] = []
-    threshold: _Optional[Threshold | None] = None  # none: the most probable label, the first of equals
+    threshold: _Optional[Threshold | None] = None  # None: the most probable label, the first one of a tie
     score: str = ""  # its meaning, in a sentence
     value: _Optional[str] = ""  # a regressor's: meaning, unit
     review_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    # How far a regressor's value may be from the truth that feedback gives, to count as correct.
+    # Maximum distance between a regressor's value and the fed back truth to count as correct.
     feedback_tolerance: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
 
     @model_validator(mode="after")
@@ -116,21 +116,21 @@ class Manifest(_Strict):
     outputs: Outputs
     training: Training | None
     libraries: dict[str, str]
-    # Types that a skops model may be made of; serving loads no other.
+    # Types that a skops model may contain; others are refused.
     trusted_types: _Optional[list[str]] = []
-    # Files in app/own that this version was made with, by sha256; a service with others refuses it.
+    # sha256 of the files in app/own that this version was made with; a service with other files refuses it.
     code: _Optional[dict[str, Sha256]] = {}
-    # How a skops model takes its rows: a DataFrame, a 2-d array, or the one column as a 1-d array.
+    # The input of a skops model: a DataFrame, a 2-d array, or its only column as a 1-d array.
     takes: _Optional[Literal["frame", "array", "column"] | None] = None
-    # pandas types of a frame's columns that are not the usual ones; a list names categories in order.
+    # Unusual pandas types of a frame's columns; a list holds the categories in order.
     dtypes: _Optional[dict[str, str | list[bool | int | str]]] = {}
-    # The two files of a model that was split, in the order in which they run.
+    # The two files of a split model, in the order in which they run.
     stages: _Optional[list[Literal["model.skops", "model.onnx"]]] = []
     contract_sha256: Sha256
 
     @property
     def unpinned(self) -> str:
-        """The part that is missing to trace or rebuild the model; a rules model is its own source."""
+        """The missing part to trace or rebuild the model, or ""; a rules model is its own source."""
         if self.runtime == "rules":
             return ""
         if self.training is None:
@@ -140,12 +140,12 @@ class Manifest(_Strict):
 
 
 def verify(manifest: bytes, signature: bytes, trusted: Sequence[str]) -> bool:
-    """Whether `signature`, the content of manifest.sig, was made of these very bytes by a trusted key."""
+    """Whether `signature`, the content of manifest.sig, is a trusted key's signature of `manifest`."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     for key in trusted:
-        with suppress(InvalidSignature, ValueError):  # ValueError: it is no base64
+        with suppress(InvalidSignature, ValueError):  # ValueError: not base64
             raw = b64decode(signature.strip(), validate=True)
             Ed25519PublicKey.from_public_bytes(b64decode(key)).verify(raw, manifest)
             return True
@@ -153,7 +153,7 @@ def verify(manifest: bytes, signature: bytes, trusted: Sequence[str]) -> bool:
 
 
 class Release(_Strict):
-    """`release.json`: which version serves, and which one to go back to."""
+    """`release.json`: the versions that serve, that a rollback restores, and that are tried."""
 
     serving: str = Field(pattern=VERSION_PATTERN)
     previous: str | None = Field(default=None, pattern=VERSION_PATTERN)
@@ -164,14 +164,14 @@ class Release(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A verified version: its manifest and the very bytes that were verified."""
+    """A verified version: its manifest and the bytes that were verified."""
 
     manifest: Manifest
     files: dict[str, bytes]
 
     @property
     def model_files(self) -> Sequence[str]:
-        """The files that the runtime loads; of two, in the order in which they run."""
+        """The files that the runtime loads, in the order in which they run."""
         runtime = self.manifest.runtime
         return self.manifest.stages or ["rules.json" if runtime == "rules" else f"model.{runtime}"]
 
@@ -187,14 +187,14 @@ class Artifact:
 
 
 def read_release(root: Path) -> Release:
-    """The release that `root` names; raises ArtifactError."""
+    """The content of release.json in `root`; raises ArtifactError."""
     return _parse(Release, root / RELEASE, _read(root / RELEASE))
 
 
 def read_artifact(root: Path, version: str, trusted_keys: Sequence[str] = ()) -> Artifact:
-    """Read and verify one version below `root`; raises ArtifactError, which names file and reason.
+    """Read and verify a version below `root`; raises ArtifactError, which names file and reason.
 
-    With `trusted_keys`, the manifest must be signed by one of them; that is checked before it is parsed.
+    With `trusted_keys`, one of them must have signed the manifest; this is checked before parsing it.
     """
     if not re.fullmatch(VERSION_PATTERN, version):
         raise ArtifactError(f"{root}: {version[:20]!r} is not a version name like v1")
@@ -252,14 +252,14 @@ def _verified_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
 
 
 def own_code() -> dict[str, str]:
-    """sha256 of each file of own code that models share, by its path in app/own."""
+    """sha256 of each file in app/own that models use, by path."""
     shared = (path for path in sorted(OWN.rglob("*.py")) if path != OWN / "lookup.py")
     contents = {path.relative_to(OWN).as_posix(): path.read_text("utf-8").encode() for path in shared}
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def _mismatch(artifact: Artifact) -> str:
-    """In what a manifest does not fit its files, itself or the contract; else empty."""
+    """Why a manifest does not fit its files, itself or the contract, or an empty string."""
     manifest = artifact.manifest
     if missing := [name for name in artifact.model_files if name not in artifact.files]:
         return f"lists no {missing[0]}, which runtime {manifest.runtime} needs"
@@ -274,7 +274,7 @@ def _mismatch(artifact: Artifact) -> str:
 
 
 def _read(path: Path, size: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a regular file; at most one more than `size`, enough to show that it is wrong."""
+    """The content of a regular file; at most `size` + 1 bytes, enough to see that it is too large."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise ArtifactError(f"{path}: is no regular file but a link, a folder or a pipe")
@@ -285,7 +285,7 @@ def _read(path: Path, size: int = MAX_JSON_BYTES) -> bytes:
 
 
 def _parse(kind: type[_Document], path: Path, content: bytes) -> _Document:
-    """The content of a JSON file; raises ArtifactError with the first thing that is wrong in it."""
+    """The content of a JSON file; raises ArtifactError with the first violation."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

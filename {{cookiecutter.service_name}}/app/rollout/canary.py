@@ -1,7 +1,7 @@
-"""A new version for some of the clients, which ends where it does worse than the serving version.
+"""A new version for a share of the clients; it stops if it does worse than the serving version.
 
     client -> sha256 with the version -> below the released percentage: the canary, else the serving version
-    status, seconds -> Counts, in memory that all workers share -> once a second: worse? -> it ends
+    status, seconds -> Counts, in memory that all workers share -> once a second: worse? -> stop
 
 A client gets the same version from every worker and replica, and keeps it when the percentage grows.
 """
@@ -18,11 +18,11 @@ from app.monitoring.feedback import SharedMemory
 from app.observability.metrics import Metrics
 
 JUDGE_SECONDS = 1.0
-MIN_REQUESTS = 100  # of either version before it is judged
-SIGMAS = 3.0  # further than this chance goes once in a thousand times
-ERROR_MARGIN = 0.01  # a larger share of failures than this on top of the served version's is too much
-# So many of the served version's answers take longer than its p95; of the canary's so many may take longer
-# than that p95 times a factor, and a little.
+MIN_REQUESTS = 100  # of each version before it is judged
+SIGMAS = 3.0  # chance alone exceeds this once in a thousand times
+ERROR_MARGIN = 0.01  # the canary's share of failures may exceed the served version's by this
+# By definition this share of the served version's answers is slower than its p95. The same share of the
+# canary's answers may be slower than that p95 times the factor plus the seconds.
 SLOW_SHARE, LATENCY_FACTOR, LATENCY_SECONDS = 0.05, 1.5, 0.005
 REASONS = (None, "errors", "latency")
 
@@ -33,13 +33,13 @@ Arm = NDArray[np.int64]  # requests for a version: [failures, answers by latency
 
 
 def p95(arm: Arm) -> float:
-    """Seconds within which 95 of 100 answers came, at most a fifth too long."""
+    """The 95th percentile of latency in seconds, overestimated by at most a fifth."""
     reached = np.cumsum(arm[1:])
     return float(_BOUNDS[np.searchsorted(reached, (1 - SLOW_SHARE) * reached[-1])])
 
 
 def worse(served: Arm, canary: Arm) -> int:
-    """The reason why the canary is worse, by more than a margin and chance, as an index of REASONS."""
+    """Index in REASONS: why the canary is worse by more than the margin and chance; 0 if it is not."""
     theirs, own = int(served.sum()), int(canary.sum())
     if own < MIN_REQUESTS:
         return 0
@@ -54,22 +54,22 @@ def worse(served: Arm, canary: Arm) -> int:
 
 
 class Counts:
-    """Both versions' requests to all workers together, for as long as the same canary is released."""
+    """Requests for both versions, summed over all workers, while the same canary is released."""
 
     def __init__(self) -> None:
         self._shared = SharedMemory(8 * (2 + 2 * _WIDTH))
         numbers = np.frombuffer(self._shared.content, np.int64)
-        self._head, self._arms = numbers[:2], numbers[2:].reshape(2, _WIDTH)  # head: whose; why it ended
+        self._head, self._arms = numbers[:2], numbers[2:].reshape(2, _WIDTH)  # head: key, reason of the stop
 
     def begin(self, key: int) -> bool:
-        """Count for `key`, from nothing unless others do so already; whether that canary has ended."""
+        """Count for `key`, from 0 if no other worker has begun; returns whether this canary has stopped."""
         with self._shared.locked():
             if self._head[0] != key:
                 self._head[:], self._arms[:] = (key, 0), 0
             return bool(self._head[1])
 
     def add(self, key: int, own: Any) -> dict[str, Any] | None:
-        """Count one worker's requests [served, canary]; why the canary is to end, if it is."""
+        """Add one worker's requests [served, canary]; returns why the canary must stop, or None."""
         with self._shared.locked():
             if self._head[0] != key:  # another canary has been released since
                 return None
@@ -85,7 +85,7 @@ class Counts:
 
 
 class Canary:
-    """One worker's part in a canary, which `percent` of the clients get beside the version `beside`."""
+    """One worker's part in a canary: `percent` of the clients get it, the others the version `beside`."""
 
     def __init__(
         self, pipeline: Pipeline, beside: str, percent: int, counts: Counts, key: int, metrics: Metrics
@@ -100,12 +100,12 @@ class Canary:
             metrics.canary_failures.labels(version)
 
     def takes(self, client: str) -> bool:
-        """Whether this client gets it."""
+        """Whether this client gets the canary."""
         digest = sha256(f"{self.pipeline.version} {client}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % 100 < self.percent
 
     def note(self, taken: bool, status: int, seconds: float) -> None:
-        """How a request ended that the canary took, or that the version beside it took."""
+        """Record the end of a request, `taken` by the canary or else by the version beside it."""
         self._ended.append((taken, status >= 500, seconds))
 
     def write(self) -> None:
@@ -120,7 +120,7 @@ class Canary:
         self._ended.clear()
 
     def judge(self) -> dict[str, Any] | None:
-        """Share this worker's requests with the others; the reason to end the canary, if there is one."""
+        """Add this worker's requests to the shared counts; returns the reason to stop the canary, or None."""
         self.write()
         own, self._own = self._own, [[0] * _WIDTH, [0] * _WIDTH]
         return self._counts.add(self._key, own)

@@ -1,9 +1,9 @@
-"""What the processes of one service share. `Fleet` itself is the case of a single process.
+"""State that the processes of one service share. `Fleet` itself is the case of a single process.
 
     gunicorn's master -> server.fleet.ForkingFleet -> FLEET -> fork -> create_app() in each worker
     no master (tests, tools) -----------------------> Fleet of its own -> create_app()
 
-Nothing here asks whether there is a master: a single process gets the same answers from `Fleet`.
+Callers need not know whether there is a master: `Fleet` has the same methods for a single process.
 """
 
 import os
@@ -31,7 +31,7 @@ class Machine(NamedTuple):
 
 
 def machine(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Machine:
-    """The processors and the memory that control groups leave: this process's and those around it."""
+    """Processors and memory within the limits of this process's control group and its parents."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     groups = {cgroups, cgroups / "cpu", cgroups / "memory"}
@@ -50,28 +50,28 @@ def machine(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pr
 
 
 def default_workers(artifacts_dir: Path, cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """One worker per usable CPU, fewer where memory does not carry as many, at least one."""
+    """One worker per usable CPU, fewer if the memory does not suffice, at least one."""
     there = machine(cgroups)
     largest = max((path.stat().st_size for path in artifacts_dir.glob("v*/*") if path.is_file()), default=0)
     return max(1, min(there.cpus, there.memory // (WORKER_BYTES + MODEL_FACTOR * largest)))
 
 
 def _numbers(group: Path, *names: str) -> list[int]:
-    """The positive numbers in a control group's files; `max` and -1 mean that there is no limit."""
+    """The positive numbers in a control group's files; `max` and -1 mean no limit and are left out."""
     content = " ".join((group / name).read_text() for name in names if (group / name).is_file())
     return [int(word) for word in content.split() if word.isdigit()]
 
 
-# gunicorn calls create_app() without arguments, so this hands the master's fleet to the workers it forks.
+# gunicorn calls create_app() without arguments; forked workers find the master's fleet here.
 FLEET: ContextVar["Fleet"] = ContextVar("FLEET")
 
 
 class Fleet:
-    """The processes that serve together: here only this one, which waits for no other."""
+    """The processes that serve together: here a single one, which waits for no other."""
 
     def __init__(self, settings: Settings, workers: int = 1) -> None:
         self.settings, self.workers = settings, workers
-        self.given = Given()  # labels that came back
+        self.given = Given()  # labels given as feedback
         self.counts = Counts()  # requests of a canary and of the version beside it
 
     def served(self) -> tuple[Artifact, str]:
@@ -80,12 +80,12 @@ class Fleet:
 
     @property
     def all_loaded(self) -> bool:
-        """Whether a request finds the model loaded in whichever worker it reaches."""
+        """Whether every worker has loaded the model."""
         return True
 
     @property
     def replaces(self) -> bool:
-        """Whether a worker that starts now takes the place of one that has served."""
+        """Whether a worker that starts now replaces one that has served."""
         return False
 
     def note_loaded(self) -> None:
@@ -93,7 +93,7 @@ class Fleet:
 
 
 def read_served(settings: Settings) -> Artifact:
-    """The verified version that APP_MODEL_VERSION or else release.json names; raises ArtifactError."""
+    """The version named by APP_MODEL_VERSION or else by release.json, verified; raises ArtifactError."""
     version = settings.model_version
     with local_folder(settings, version) as root:
         artifact = read_artifact(root, version or read_release(root).serving, settings.trusted_keys)
@@ -103,18 +103,18 @@ def read_served(settings: Settings) -> Artifact:
 
 
 def read_usable(settings: Settings) -> tuple[Artifact, str]:
-    """The served version; or that of APP_FALLBACK_VERSION, and what is wrong with the served version."""
-    own_lookup(settings.lookup_on_miss == "degrade")  # here, so that one that does not fit stops the start
+    """The served version and ""; or APP_FALLBACK_VERSION and the reason why the served one is refused."""
+    own_lookup(settings.lookup_on_miss == "degrade")  # here, so that an unfit function stops the start
     try:
         artifact = read_served(settings)
-        import_libraries(artifact)  # their memory is then shared by all workers
+        import_libraries(artifact)  # in the master, so that workers share their memory
     except ArtifactError as error:
         return read_fallback(settings, error), str(error)
     return artifact, ""
 
 
 def read_fallback(settings: Settings, error: Exception) -> Artifact:
-    """The version of APP_FALLBACK_VERSION, verified; raises `error` where none is set."""
+    """The version named by APP_FALLBACK_VERSION, verified; raises `error` if none is set."""
     if settings.fallback_version is None:
         raise error
     return read_served(settings.model_copy(update={"model_version": settings.fallback_version}))

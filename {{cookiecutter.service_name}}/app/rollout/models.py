@@ -4,7 +4,7 @@
     look:  release.json changed -> per role: read, verify -> load, warm up, replay (in a thread) -> start
     judge: once a second -> a canary that does worse than the serving version stops, in all workers
 
-If anything is wrong with a new version, the serving one goes on.
+If a new version fails at any step, the serving version continues.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ from app.rollout.fleet import Fleet, read_fallback, read_served
 from app.rollout.shadow import Shadow
 
 LOOK_SECONDS = 1.0
-RETRY_SECONDS = 5.0  # the files of a version may arrive after the release that names it
+RETRY_SECONDS = 5.0  # a version's files may arrive after the release.json that names it
 
-GC_ALLOCATIONS = 10_000  # between collections of young objects; a request leaves hardly any cycles
+GC_ALLOCATIONS = 10_000  # between collections of young objects; requests leave few cycles
 
 Role = Literal["serving", "canary", "shadow"]
 
 
 class Wanted(NamedTuple):
-    """The version that a role is to have; any other content starts the role anew."""
+    """The version that a role should have; if any field changes, the role is started again."""
 
     version: str
     percent: int = 100  # of the clients
@@ -58,7 +58,7 @@ def wanted(release: Release) -> dict[Role, Wanted | None]:
 
 
 class Models:
-    """Loads versions, lets them serve, and knows which one answers a request."""
+    """Loads versions, starts and stops them, and chooses the version for a request."""
 
     def __init__(self, fleet: Fleet, metrics: Metrics, log: Logger, feedback: Feedback) -> None:
         settings = self._settings = fleet.settings
@@ -72,16 +72,16 @@ class Models:
         self.serving: Pipeline | None = None  # None until the first version is loaded and warm
         self.canary: Canary | None = None
         self.shadow: Shadow | None = None
-        self._wanted: dict[Role, Wanted | None] = {}  # of release.json, as each role was started
+        self._wanted: dict[Role, Wanted | None] = {}  # from release.json, when the role was started
         self._calls = Calls(metrics, log)
         degrade = settings.lookup_on_miss == "degrade"
         own = own_lookup(degrade)
         self._lookup = Lookup(own, degrade, metrics, log) if own else None
         place = settings.artifacts_dir
-        # The folder whose release.json is followed, and its state when it was read last.
+        # The folder whose release.json is watched, and the state of that file when it was last read.
         self._root = place if isinstance(place, Path) and not settings.model_version else None
         self._seen: tuple[int, ...] = ()
-        self._again = 0.0  # when to try the same release once more
+        self._again = 0.0  # time of the next try of the same release
         self._policy = Policy(
             review_threshold=settings.review_threshold,
             out_of_range=settings.out_of_range,
@@ -90,9 +90,9 @@ class Models:
         )
 
     def pipeline_for(self, client: str) -> tuple[Pipeline, Canary | None]:
-        """The pipeline that answers, and the canary that the answer is counted for; raises ServiceError.
+        """The pipeline that answers, and the canary that counts the answer; raises ServiceError.
 
-        Without a client, which is not a prediction, there is no canary.
+        Without a client the call is no prediction, and no canary counts it.
         """
         pipeline, canary = self.serving, self.canary
         if pipeline is None:
@@ -102,47 +102,47 @@ class Models:
         return canary.pipeline if canary.takes(client) else pipeline, canary
 
     def wait_for(self, client: str) -> float:
-        """Estimated seconds until the model turns to a request of this client that comes now."""
+        """Estimated seconds before the model runs a new request of this client."""
         return self.pipeline_for(client)[0].batcher.wait if self.serving is not None else 0.0
 
     def check_ready(self) -> None:
-        """Raise ServiceError with the failing check until every worker can answer."""
+        """Raise ServiceError, which names the failing check, until every worker can answer."""
         self.pipeline_for("")
         if not self._fleet.all_loaded:
             raise ServiceError("model_not_ready", "check `workers` fails: one is still loading the model")
 
     @property
     def threaded(self) -> bool:
-        """Whether the serving model runs in a thread, which leaves the event loop free meanwhile."""
+        """Whether the serving model runs in a thread, so that the event loop stays free."""
         return self.serving is not None and self.serving.execution == "thread"
 
     @property
     def busy_seconds(self) -> float:
-        """For how long the serving model has been in its current call."""
+        """Seconds since the serving model's current call began; 0 without one."""
         return self.serving.batcher.busy_seconds if self.serving else 0.0
 
     async def load(self) -> None:
-        """Load the version to serve, or the fallback version; raises the error that leaves neither."""
+        """Load the version to serve, or the fallback version; raises if neither can be loaded."""
         pipeline, problem, seconds = await asyncio.to_thread(self._build_usable)
-        # Half of the tail latency is the collector walking objects that never change: exempt them.
+        # Half of the tail latency came from garbage collection of objects that never change: exempt them.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS)
-        # A fallback is not the wanted version: if its own version is released, it is loaded anew.
+        # A fallback is not the wanted version: if it is released itself, it is loaded again.
         self._serve(pipeline, None if problem else Wanted(pipeline.version), seconds)
         if problem:
             self._log.error("fallback serves", reason=problem, model_version=pipeline.version)
         self._fleet.note_loaded()
 
     async def follow(self, loading: "asyncio.Task[None]") -> None:
-        """Once the first version is loaded, look at the release every second, until cancelled."""
+        """When the first version is loaded, check release.json every second, until cancelled."""
         await asyncio.shield(loading)
         while True:
             await self.look()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Give each role the version released for it; refuse a bad one, and try it again later."""
+        """Start the released version of each role if it changed; refuse a bad version and retry it later."""
         root, seen = self._root, tuple[int, ...]()
         if root is None:
             return
@@ -162,12 +162,12 @@ class Models:
                 await self._start(role, want)
 
     def write(self, everything: bool) -> None:
-        """Write calls, the canary's requests and the queues' levels, with the recorder's flush."""
+        """At a flush of the recorder: write calls, the canary's requests, and the levels of the queues."""
         batches = self._calls.write(everything, self.canary is not None or self.shadow is not None)
         if self.canary is not None:
             self.canary.write()
         if batches and self.shadow is not None and self.serving is not None:
-            # The canary's answers are compared by its own counts.
+            # Only the serving version's answers: the canary has its own comparison.
             self.shadow.offer([one for one in batches if one.version == self.serving.version])
         self._metrics.in_flight.set(self.admission.inside)
         self._metrics.queue_depth.set(sum(one.batcher.waiting for one in self._answering()))
@@ -177,7 +177,7 @@ class Models:
         self._metrics.admission_limit.set(self.admission.limit)
 
     def close(self) -> None:
-        """Let all threads end once their current call has, and log the last rows."""
+        """Stop all threads after their current call, and log the last rows."""
         for pipeline in self._answering():
             pipeline.batcher.close()
         if self.shadow is not None:
@@ -188,7 +188,7 @@ class Models:
         return [one for one in (self.serving, self.canary and self.canary.pipeline) if one]
 
     def _build_usable(self) -> tuple[Pipeline, str, float]:
-        """The version to serve, or the fallback and the reason; a verified version may still not load."""
+        """The pipeline to serve, the reason if it is the fallback, and the seconds that loading took."""
         artifact, problem = self._fleet.served()
         began = perf_counter()
         try:
@@ -206,13 +206,13 @@ class Models:
         return pipeline
 
     async def _start(self, role: Role, want: Wanted | None) -> None:
-        """Let a role have the wanted version from now on; one that is refused leaves the role empty."""
+        """Start the wanted version in a role; a refused canary or shadow leaves its role empty."""
         pipeline, began = None, perf_counter()
         try:
             if want is not None:
                 settings = self._settings.model_copy(update={"model_version": want.version})
                 pipeline = await asyncio.to_thread(lambda: self._build(read_served(settings), role))
-        except Exception as error:  # of any kind: the serving version is not affected
+        except Exception as error:  # of any kind: the serving version continues
             self._refuse(role, error)
             want = None
         if role == "canary":
@@ -223,7 +223,7 @@ class Models:
             self._serve(pipeline, want, perf_counter() - began)
 
     def _serve(self, pipeline: Pipeline, want: Wanted | None, seconds: float) -> None:
-        """Let `pipeline` answer from now on; the one before finishes its requests."""
+        """Let `pipeline` answer from now on; the previous pipeline finishes its requests."""
         old, metrics = self.serving, self._metrics
         if old is not None:
             self._show(old, 0)
@@ -244,11 +244,11 @@ class Models:
 
     def _expect_feedback(self, pipeline: Pipeline) -> None:
         for outcome in ("correct", "incorrect"):
-            self._metrics.feedback.labels(pipeline.version, outcome)  # 0 until a label comes back
+            self._metrics.feedback.labels(pipeline.version, outcome)  # 0 until there is feedback
         self._feedback.know(pipeline.version, pipeline.artifact.manifest.outputs.feedback_tolerance)
 
     def _start_shadow(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
-        """Compare answers with those of `pipeline` from now on, or with none."""
+        """Compare answers with those of `pipeline` from now on; None stops the comparison."""
         if self.shadow is not None:
             self.shadow.close()
         self.shadow = Shadow(pipeline, self.admission, self._metrics) if pipeline else None
@@ -256,7 +256,7 @@ class Models:
         self._log.info("shadow", model_version=pipeline and pipeline.version)
 
     def _start_canary(self, pipeline: Pipeline | None, want: Wanted | None) -> None:
-        """Let `pipeline` be the canary from now on, unless a worker has found it worse already."""
+        """Start `pipeline` as the canary, unless a worker has already stopped this canary."""
         self._retire_canary()
         self._wanted["canary"] = want
         counts, key = self._fleet.counts, crc32(repr(want).encode())
@@ -277,7 +277,7 @@ class Models:
             self.canary = None
 
     def _judge(self, canary: Canary) -> None:
-        """Once a second; a canary that does worse stops here and, within a second, in the other workers."""
+        """Each second: stop a canary that does worse; the other workers stop it within a second."""
         if self.canary is not canary:
             return
         if (verdict := canary.judge()) is None:
@@ -289,7 +289,7 @@ class Models:
         self._log.error("canary stopped", model_version=canary.pipeline.version, **verdict)
 
     def _refuse(self, role: str, error: Exception) -> None:
-        """Say and count that the released version is not used, and try it again later."""
+        """Log and count that a released version is not used, and schedule another try."""
         self._again = perf_counter() + RETRY_SECONDS
         self._metrics.reload_failures.inc()
         served = self.serving.version if self.serving else None

@@ -1,10 +1,10 @@
-"""A version that is asked the same rows as the serving one, after the clients got their answers.
+"""A version that predicts the same rows as the serving version, after the clients got their answers.
 
     answers -> at most QUEUE_ROWS waiting -> one call at a time, in a thread -> agree, disagree, error
             -> `dropped`: no place in the queue, or the service is busy
 
-No client gets its answers. It has SHARE of the time and no more: after each call it rests. Where that is not
-enough, it sees a sample.
+No client gets its answers. It uses at most SHARE of the time: after each call it pauses. If that is too
+little for all rows, it gets a sample.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from app.observability.metrics import AGREEMENTS, Metrics, observe_many
 
 SHARE = 0.05  # of the time, per worker
 QUEUE_ROWS = 256
-CALL_SECONDS = 0.002  # a call gets as many rows as fit: Python's lock is the service's, too
-BUSY = 0.5  # of the places for requests are taken: from there on all rows are dropped
+CALL_SECONDS = 0.002  # maximum of a call: it may hold Python's lock, which the service needs
+BUSY = 0.5  # share of the admission limit in use above which all rows are dropped
 
 
 class Shadow:
-    """Compares the answers of `pipeline` with those that clients got, and counts."""
+    """Compares the answers of `pipeline` with those that clients got, and counts agreements."""
 
     def __init__(self, pipeline: Pipeline, admission: Admission, metrics: Metrics) -> None:
         self.pipeline, self._admission, version = pipeline, admission, pipeline.version
         self._counts = {one: metrics.shadow_predictions.labels(version, one) for one in AGREEMENTS}
         self._duration = metrics.call_duration.labels(version)
-        value = metrics.shadow_value  # None of a classifier
+        value = metrics.shadow_value  # None for a classifier
         self._number = "score" if value is None else "value"
         self._spread = (value or metrics.shadow_score).labels(version)
         self._tolerance = pipeline.artifact.manifest.outputs.feedback_tolerance  # of values
@@ -40,7 +40,7 @@ class Shadow:
         self._working: asyncio.Task[None] | None = None
 
     def offer(self, batches: Sequence[Batch]) -> None:
-        """Queue answered rows, as many as there is time for."""
+        """Queue answered rows for comparison; drop those that do not fit."""
         asked = [pair for one in batches for pair in zip(one.rows, one.answers, strict=False)]
         pairs = [pair for pair in asked if not isinstance(pair[1], Exception)]
         busy = self._admission.inside > BUSY * self._admission.limit
@@ -51,7 +51,7 @@ class Shadow:
             self._working = asyncio.get_running_loop().create_task(self._work())
 
     def close(self) -> None:
-        """Drop the queue; the current call ends in its thread."""
+        """Drop the queue; the current call finishes in its thread."""
         if self._working is not None:
             self._working.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
