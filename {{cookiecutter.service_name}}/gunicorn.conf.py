@@ -1,6 +1,6 @@
-"""How the service is run, the same everywhere: gunicorn --config gunicorn.conf.py "app.main:create_app()".
+"""Configuration for the only start command: gunicorn --config gunicorn.conf.py "app.main:create_app()".
 
-Everything adjustable comes from `APP_` variables. Timeouts nest, so that each inner one can act first:
+Everything adjustable comes from `APP_` variables. Timeouts nest, so that each inner one acts first:
 request deadline < uvicorn's graceful shutdown < gunicorn's graceful shutdown < termination grace period.
 """
 
@@ -10,7 +10,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from app.observability.logging import server_logging
-from server.fleet import (  # noqa: F401  # gunicorn finds its hooks by their names
+from server.fleet import (  # noqa: F401  # gunicorn finds hooks by name
     child_exit,
     on_exit,
     on_reload,

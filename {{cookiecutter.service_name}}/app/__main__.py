@@ -18,7 +18,7 @@ from app.settings import Settings, SettingsError, load_settings, redacted
 
 def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
     """Predictions for an instance or for `instances`, as JSON; raises ServiceError or ArtifactError."""
-    # Here, because the commands about settings need none of it.
+    # Imported here, because the other commands do not need them.
     from app.api.errors import from_validation
     from app.core.pipeline import OFFLINE, Pipeline
     from app.rollout.fleet import read_served
@@ -39,7 +39,7 @@ def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the command line; exit code 1 and one line when it did not work."""
+    """Run the command line; a failure prints one line and exits with 1."""
     parser = argparse.ArgumentParser(prog="python -m app", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=("config", "address", "predict"))
     parser.add_argument("file", nargs="?", type=Path, help="JSON for predict; standard input if absent")

@@ -1,4 +1,4 @@
-"""The application: every part is made here, in the order in which the parts need each other.
+"""The application: all parts are created here, in the order of their dependencies.
 
 settings, fleet -> metrics, log -> feedback, models -> service -> routes, documents, middleware -> FastAPI
 """
@@ -29,7 +29,7 @@ HANDLED = (HTTPException, RequestValidationError, ServiceError, Exception)
 
 
 def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
-    """The ASGI application; without arguments that of the master's fleet, or else of the environment."""
+    """The ASGI application. Default: gunicorn's fleet, or without gunicorn settings from the environment."""
     fleet = fleet or (Fleet(settings) if settings else FLEET.get(None) or Fleet(load_settings()))
     settings, about, metrics = fleet.settings, project()["project"], Metrics()
     on_drop = metrics.dropped_lines.inc
@@ -71,7 +71,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         add_docs(app)
     if settings.metrics_enabled:
         add_metrics(app, service)
-    # FastAPI's stack inside our middleware, so that a prediction passes only layers that know it.
+    # FastAPI's stack is inside our middleware, so that predictions skip FastAPI's layers.
     app.middleware_stack = ServiceMiddleware(app.build_middleware_stack(), service)
     if settings.cors_origins:
         app.middleware_stack = CrossOrigin(app.middleware_stack, settings)

@@ -1,11 +1,11 @@
-"""Every `APP_` variable: name, type, default, and the rules between them; and the capabilities there are.
+"""Every `APP_` variable: name, type, default, and the rules between them; and the installed capabilities.
 
-    init arguments > environment > .env, read by `load_settings` alone > slo.toml > the defaults here
+    init arguments > environment > .env, read only by `load_settings` > slo.toml > the defaults here
 
-`docs/configuration.md` is the table for people. Nothing else in the service reads the environment. A
+`docs/configuration.md` is the table for people. No other module of the service reads `APP_` variables. A
 capability is a folder that the template adds, named in `[tool.service]` of pyproject.toml: `app/<name>/` with
-`install(app, service)`, more variables in a subclass of `Settings` in its settings.py, and perhaps
-`local_folder(settings, version)` for artifacts that lie somewhere else.
+`install(app, service)`, more variables in a subclass of `Settings` in its settings.py, and optionally
+`local_folder(settings, version)` for artifacts in remote storage.
 """
 
 import os
@@ -41,29 +41,29 @@ PREFIX = "APP_"
 ENV_FILE = Path(".env")
 SLO_FILE = Path(__file__).resolve().parents[1] / "slo.toml"
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
-GRACE_SECONDS = 5  # each outer timeout exceeds the next inner one by this, so that the inner one can act
-# The variables of each capability there is, so that the settings can say which one a name belongs to.
+GRACE_SECONDS = 5  # an outer timeout exceeds the next inner one by this, so that the inner one acts first
+# The variables of all capabilities, so that an error can name the missing capability.
 VARIABLES = {
     "object-store": ("APP_ARTIFACTS_ALLOW_PRIVATE",),
     "tracing": ("APP_TRACING_ENDPOINT",),
 }
 
 _NO_KEYS = {sha256(nothing).hexdigest() for nothing in (b"", b"\n", b"\r\n")}
-# What Kubernetes sets in every pod for a Service named app or app-something: `APP_REDIS_PORT=tcp://...` etc.
+# Kubernetes sets these in every pod for a Service named app or app-something: `APP_REDIS_PORT=tcp://...` etc.
 _INJECTED = re.compile(
     r"APP_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*"
     r"|PORT=(tcp|udp|sctp)://.*)"
 )
-# Characters that some programs take for the end of a line, or of the text, and others do not.
+# Characters that end a line or the text in some programs only.
 _NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class SettingsError(Exception):
-    """A configuration the service must not start with; one line, never a value."""
+    """A configuration that prevents the start; the message is one line without values."""
 
 
 def form(pattern: str, wanted: str) -> AfterValidator:
-    """A text of this form; the message says what to write instead of showing the pattern."""
+    """A validator for text of this form; its message says what to write, instead of showing the pattern."""
 
     def check(value: Any) -> Any:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
@@ -75,7 +75,7 @@ def form(pattern: str, wanted: str) -> AfterValidator:
 
 
 def _split(value: Any) -> Any:
-    """The parts between commas; `","` has none, and must not mean that nobody needs a key."""
+    """The parts between commas. `","` has none and is refused: it must not disable authentication."""
     if not isinstance(value, str):
         return value
     parts = [part.strip() for part in value.split(",") if part.strip()]
@@ -88,11 +88,11 @@ def _log_format() -> Literal["json", "console"]:
     return "console" if sys.stdout is not None and sys.stdout.isatty() else "json"
 
 
-_UPPER, _LOWER = BeforeValidator(str.upper), BeforeValidator(str.lower)  # so that small letters will do
+_UPPER, _LOWER = BeforeValidator(str.upper), BeforeValidator(str.lower)  # case does not matter
 _LIST = BeforeValidator(_split)
 Version = Annotated[str, form("v[0-9]{1,9}", "a version such as v1")]
 HeaderName = Annotated[str, form("[A-Za-z0-9_-]{1,64}", "the name of a header, such as X-Session-ID")]
-# As browsers write it; with a path, a capital or no scheme it would never match.
+# As browsers write it: an origin with a path, a capital letter or no scheme would never match.
 Origin = Annotated[
     str, form(r"\*|[a-z][a-z0-9+.-]*://[^\s/A-Z]+", "origins as browsers send them: https://shop.example")
 ]
@@ -104,7 +104,7 @@ KeyHash = Annotated[
         "the sha256 of each key as 64 hex digits, and not that of nothing: was the variable empty?",
     ),
 ]
-# Colons only as in IPv6: a port has a variable of its own. Whether the address exists shows at the start.
+# Colons only as in IPv6: the port is APP_PORT. The start shows whether the address exists.
 Host = Annotated[
     str,
     form(r"[A-Za-z0-9.-]+|(?=.*:.*:)[0-9A-Fa-f:.]+(%\w+)?", "an address or a name, such as 0.0.0.0 or ::"),
@@ -124,7 +124,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True)
 
-    addresses: ClassVar[str | None] = None  # a pattern: what APP_ARTIFACTS_DIR may be besides a folder
+    addresses: ClassVar[str | None] = None  # pattern of addresses that APP_ARTIFACTS_DIR accepts
 
     env: Annotated[Literal["local", "staging", "production"], _LOWER] = "local"
     host: Host = "0.0.0.0"  # containers listen on every interface
@@ -132,7 +132,7 @@ class Settings(BaseSettings):
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _UPPER] = "INFO"
     log_format: Annotated[Literal["json", "console"], _LOWER] = Field(default_factory=_log_format)
-    artifacts_dir: Path | str = Path("artifacts")  # a text: an address
+    artifacts_dir: Path | str = Path("artifacts")  # str: an address
     model_version: Version | None = None
     fallback_version: Version | None = None
     trusted_keys: Annotated[tuple[PublicKey, ...], _LIST] = ()
@@ -187,18 +187,18 @@ class Settings(BaseSettings):
 
     @property
     def docs(self) -> bool:
-        """Whether /docs and /openapi.json are served: on, but off in production unless asked for."""
+        """Whether /docs and /openapi.json are served; in production only if APP_DOCS_ENABLED is true."""
         return self.env != "production" if self.docs_enabled is None else self.docs_enabled
 
     @property
     def address(self) -> str:
-        """Where a person on this machine finds the documentation."""
+        """The address of the documentation on this machine."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/docs"
 
     @classmethod
     def settings_customise_sources(cls, *args: Any, **sources: Any) -> tuple[Any, ...]:
-        """Arguments, then the service level objectives; `load_settings` gives what the environment says."""
+        """Sources: arguments, then slo.toml; `load_settings` passes the environment as arguments."""
         return sources["init_settings"], TomlConfigSettingsSource(cls, SLO_FILE)
 
 
@@ -213,7 +213,7 @@ def load_settings(**overrides: Any) -> Settings:
         name.upper(): value
         for source in (read_env_file(known), environment)
         for name, value in source.items()
-        if name.upper().startswith(PREFIX) and (value or name.upper() not in known)  # empty: says nothing
+        if name.upper().startswith(PREFIX) and (value or name.upper() not in known)  # empty: unset
     }
     if unknown := sorted(given.keys() - known):
         where = "docs/configuration.md lists the names"
@@ -231,7 +231,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def read_env_file(known: set[str]) -> dict[str, str]:
-    """The variables in `.env`; raises `SettingsError` for what cannot be read: it may be the keys."""
+    """The variables in `.env`; raises `SettingsError` for an unreadable line: it may hold the API keys."""
     if not os.path.lexists(ENV_FILE):
         return {}
     try:
@@ -248,7 +248,7 @@ def read_env_file(known: set[str]) -> dict[str, str]:
         name, value, original = binding.key, binding.value, binding.original
         indent, word = re.findall(r"^(\s*)(?:export\s+)?(\w*)", original.string)[0]
         line = original.line + indent.count("\n")
-        # Of a line that cannot be read only a known name is shown: the rest may be a key.
+        # The message shows only a known name of an unreadable line: the rest may be a secret.
         where = f"{ENV_FILE}, line {line}" + (f" ({word})" if word.upper() in known else "")
         if name is None and not binding.error:  # a comment, or the end
             continue
@@ -282,7 +282,7 @@ def _complete() -> type[Settings]:
 
 
 def redacted(settings: Settings) -> dict[str, Any]:
-    """The effective configuration as `APP_` names, secrets as asterisks."""
+    """The effective configuration by `APP_` name, secrets as asterisks."""
     return {PREFIX + name.upper(): value for name, value in settings.model_dump(mode="json").items()}
 
 
@@ -294,20 +294,20 @@ def project() -> dict[str, Any]:
 
 @cache
 def installed() -> tuple[str, ...]:
-    """The capabilities that this service was rendered with; none where it was not rendered at all."""
+    """The capabilities that this service was rendered with; none in the unrendered template."""
     named = project().get("tool", {}).get("service", {}).get("capabilities", "").split()
     return tuple(name for name in named if re.fullmatch("[a-z][a-z0-9-]*", name) and name != "none")
 
 
 def part(capability: str, name: str = "") -> ModuleType:
-    """The package of a capability, or a module of it."""
+    """The package of a capability, or one of its modules."""
     return import_module(f"app.{capability.replace('-', '_')}{name and f'.{name}'}")
 
 
 def local_folder(settings: Settings, version: str | None) -> AbstractContextManager[Path]:
-    """The folder to read artifacts from: APP_ARTIFACTS_DIR, or a copy of the served version while in use.
+    """A context with the folder of artifacts: APP_ARTIFACTS_DIR, or a temporary copy of the served version.
 
-    `version` is the one to copy, None for the one in release.json. Raises ArtifactError.
+    `version` is the version to copy, None for the version in release.json. Raises ArtifactError.
     """
     place = settings.artifacts_dir
     if isinstance(place, Path):
@@ -318,6 +318,6 @@ def local_folder(settings: Settings, version: str | None) -> AbstractContextMana
 
 
 def install(app: Any, service: Any) -> None:
-    """Let every installed capability add its part to the application."""
+    """Let each installed capability add its part to the application."""
     for name in installed():
         part(name).install(app, service)

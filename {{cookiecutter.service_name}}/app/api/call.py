@@ -1,4 +1,4 @@
-"""The running service, and one request to it: made by the middleware, handed to the route."""
+"""The running service, and the state of one request, which the middleware makes for the route."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ from app.settings import Settings
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MAX_KEYED = 10_000  # predictions with an Idempotency-Key that one worker remembers
-AUDIT_ROWS = 100  # a line; many collectors of logs cut lines at 16 KiB
+AUDIT_ROWS = 100  # per log line; many log collectors cut lines at 16 KiB
 _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
-_ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # what Envoy says of a request that it sends again
+_ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # Envoy's count on a request that it retries
 # A classifier decides on label and score, a regressor on a value.
 _DECIDED = [one.name for one in fields(Prediction) if one.name in ("label", "score", "value")]
 
@@ -46,10 +46,10 @@ class Service:
     guard: Guard
     feedback: Feedback
     models: Models
-    keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of predictions, to see retries
+    keyed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # prediction ids, to recognise retries
 
     def count_answer(self, method: str, route: str, status: int, seconds: float) -> None:
-        """One answered request; `route` is a path of this service's, or `none`."""
+        """Count an answered request; `route` is a path of this service, or `none`."""
         method = method if method in METHODS else "OTHER"
         self.recorder.count(self.metrics.requests, method, route, str(status))
         self.recorder.observe(self.metrics.duration, seconds, method, route)
@@ -60,7 +60,7 @@ class Call:
     """State of one request, from its headers to its log line; times are of `perf_counter`."""
 
     service: Service
-    headers: dict[bytes, bytes]  # by their names in small letters
+    headers: dict[bytes, bytes]  # names in lower case
     started: float
     deadline: float
     request_id: str
@@ -69,22 +69,22 @@ class Call:
     session: str = ""  # value of APP_CANARY_HEADER, in place of the client
     body: bytes = b""
     model_version: str | None = None
-    canary: Canary | None = None  # the one it is counted for
+    canary: Canary | None = None  # the canary that counts this request
     prediction_id: str | None = None
     audit: dict[str, Any] = field(default_factory=dict)  # further fields of the log line
     error: BaseException | None = None  # for the log, not for the client
     status: int = 0  # of the answer, once it has begun
-    counted: bool = False  # by the instrumentator in FastAPI's stack
+    counted: bool = False  # already, by the instrumentator in FastAPI's stack
 
     @property
     def pipeline(self) -> Pipeline:
-        """The model that answers this client; raises ServiceError while there is none."""
+        """The model that answers this client; raises ServiceError while none is loaded."""
         pipeline, self.canary = self.service.models.pipeline_for(self.session or self.client)
         self.model_version = pipeline.version
         return pipeline
 
     def stems(self, count: int) -> list[str]:
-        """How ids begin: at random, or with Idempotency-Key as key and body say, for retries."""
+        """The first part of each prediction id: random, or with Idempotency-Key a hash of key and body."""
         if (key := self.headers.get(b"idempotency-key")) is None:
             return [os.urandom(STEM_DIGITS // 2).hex() for _ in range(count)]
         if not _IDEMPOTENCY_KEY.fullmatch(key):
@@ -104,7 +104,7 @@ class Call:
         return stems
 
     def record(self, predictions: Sequence[Prediction], thresholds: dict[str, Any]) -> None:
-        """Complete the ids, and put the decisions on record, never the inputs."""
+        """Complete the prediction ids, and log the decisions without the inputs."""
         service, entries = self.service, []
         for one in predictions:
             decided = {name: getattr(one, name) for name in _DECIDED}
@@ -121,7 +121,7 @@ class Call:
             service.log.info("audit", **common, thresholds=thresholds, predictions=part)
 
     def finish(self, method: str, route: str, seconds: float) -> None:
-        """Count the answer, unless FastAPI's stack has counted it, and write the one line of this request."""
+        """Count the answer, unless FastAPI's stack has counted it, and write the log line of this request."""
         if not self.counted:
             self.service.count_answer(method, route, self.status, seconds)
         if self.canary is not None:

@@ -19,7 +19,7 @@ _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413:
 
 
 def problem(error: ServiceError, request_id: str) -> bytes:
-    """The body of the answer to `error`; `request_id` has been checked, or made here."""
+    """The body of the answer to `error`; `request_id` must be well-formed."""
     document = Problem(
         type=f"urn:problem:{error.code}",
         title=error.title,
@@ -36,10 +36,10 @@ def problem(error: ServiceError, request_id: str) -> bytes:
 
 
 def from_validation(error: ValidationError, body: bytes) -> ServiceError:
-    """400 where `body` is not JSON at all, 422 with the violations where it is."""
+    """400 if `body` is not JSON, else 422 with the violations."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
     try:
-        orjson.loads(body)  # stricter than the validator: NaN, Infinity and lone surrogates are no JSON
+        orjson.loads(body)  # stricter than pydantic: refuses NaN, Infinity and lone surrogates
     except orjson.JSONDecodeError:
         return ServiceError(
             "invalid_json", "the body is not one JSON document in UTF-8, or holds NaN or Infinity"
@@ -52,14 +52,14 @@ def violations(details: list[Any]) -> ServiceError:
     errors = []
     for one in details:
         loc = list(one["loc"])
-        if one["type"] == "extra_forbidden":  # the client's own name: anything, of any length
+        if one["type"] == "extra_forbidden":  # the client chose this name: any text of any length
             loc[-1] = "".join(islice(filter(str.isprintable, loc[-1]), MAX_NAME))
         errors.append({"loc": loc, "msg": one["msg"][:MAX_MSG], "type": one["type"]})
     return ServiceError("invalid_input", f"{len(errors)} violation(s) of the contract", errors)
 
 
 async def handle(request: Request, error: Exception) -> Response:
-    """FastAPI's hook for its router's failures, its own validation's, and ours."""
+    """FastAPI's handler for errors of its router, of its validation, and of this service."""
     if isinstance(error, RequestValidationError):
         failure = violations([one for one in error.errors() if one["type"] != "json_invalid"])
         failure = failure if failure.errors else ServiceError("invalid_json")

@@ -1,9 +1,9 @@
-"""The one ASGI middleware: everything that holds for every request.
+"""The only ASGI middleware: everything that applies to every request.
 
     headers -> Call (id, trace, clock) -> admit: key, quota -> answer: route -> finish: send, count, log
 
 Requests for the model (`JSONRoute`) are dispatched here, by path: they skip FastAPI's middleware stack and
-router, which know nothing about them that this module does not. All others go on to FastAPI.
+router, which would add nothing. All other requests go to FastAPI.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from app.settings import Settings
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _SHED = {"overloaded": "queue_full", "model_not_ready": "not_ready", "rate_limited": "rate_limit"}
-# Of requests from pages of other origins: what the contract names, and what OpenTelemetry adds in browsers.
+# Allowed in cross-origin requests: headers of the contract, and those that OpenTelemetry adds in browsers.
 _OWN_HEADERS = ("authorization", "content-type", "idempotency-key", "x-api-key", "x-request-id")
 _TRACE_HEADERS = ("traceparent", "tracestate", "baggage", "b3")
 _CLOSED_REQUEST = 499  # nginx's number for a client that has gone
@@ -49,13 +49,13 @@ class ServiceMiddleware:
         self._features = frozenset(entry["name"] for entry in contract_inputs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, from its headers to its log line, whatever becomes of it."""
+        """Handle a request, from its headers to its log line, however it ends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         service, call, prefix = self._service, self._open(scope), self._prefix
         if prefix and scope["path"].startswith(prefix) and scope["path"] not in self._direct:
-            scope["path"] = scope["path"][len(prefix) - 1 :]  # from a proxy that does not strip it
+            scope["path"] = scope["path"][len(prefix) - 1 :]  # the proxy did not strip the prefix
         route = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
         answer: Answer | None = None
         try:
@@ -64,7 +64,7 @@ class ServiceMiddleware:
         except ClientDisconnect:
             service.recorder.count(service.metrics.disconnects)
             call.status = _CLOSED_REQUEST
-        except asyncio.CancelledError:  # by the server, when the time to finish what is inside is over
+        except asyncio.CancelledError:  # by the server, when the time for open requests is over
             if call.status:
                 raise
             service.recorder.count(service.metrics.shed, "draining")
@@ -75,8 +75,8 @@ class ServiceMiddleware:
         await self._finish(call, route, answer, scope, send)
 
     async def _admit(self, call: Call, scope: Scope) -> None:
-        """Raise ServiceError for a request that is refused by its headers alone: broken, no key, no quota."""
-        if "refused" in scope:  # by the server: the bytes were no request
+        """Raise ServiceError if the headers decide to refuse the request: not HTTP, no key, no quota."""
+        if "refused" in scope:  # by the server: the bytes were not a valid request
             raise scope["refused"]
         if scope["path"].startswith("/v1/"):
             guard, query, headers = self._service.guard, scope["query_string"], call.headers
@@ -95,7 +95,7 @@ class ServiceMiddleware:
     async def _answer(
         self, call: Call, route: JSONRoute | None, scope: Scope, receive: Receive, send: Send
     ) -> Answer | None:
-        """The answer of one of our routes; None if FastAPI's stack has sent one."""
+        """The answer of a JSONRoute; None if FastAPI's stack has sent the answer."""
         if route is not None:
             return route.status_code or 200, _JSON, await route.answer(call, scope, receive)
 
@@ -109,8 +109,8 @@ class ServiceMiddleware:
         if scope["path"] == "/metrics":
             await self._service.recorder.settle()
         scope.setdefault("state", {})["call"] = call
-        call.counted = True  # by the instrumentator there
-        # HEAD is answered as GET; the server sends no body, because it looks at its own scope.
+        call.counted = True  # by the instrumentator in FastAPI's stack
+        # HEAD is answered as GET; the server sends no body, because its own scope still says HEAD.
         inner = {**scope, "method": "GET", "head": True} if scope["method"] == "HEAD" else scope
         await self._app(inner, receive, send_marked)
         scope["route"] = inner.get("route")
@@ -119,7 +119,7 @@ class ServiceMiddleware:
     async def _finish(
         self, call: Call, route: JSONRoute | None, answer: Answer | None, scope: Scope, send: Send
     ) -> None:
-        """Send the answer, unless one has begun; count it and write its log line."""
+        """Send the answer, unless an answer has begun; count it and write its log line."""
         begun = call.status
         if answer is not None:
             call.status, headers, body = answer
@@ -128,7 +128,7 @@ class ServiceMiddleware:
                 (b"content-length", b"%d" % len(body)),
                 (b"x-request-id", call.request_id.encode()),
             ]
-            # In one piece, where the server offers that.
+            # In one piece, if the server supports it.
             whole = scope.get("extensions", {}).get("http.response.whole")
             in_one = whole is not None and scope["method"] != "HEAD"
             if not begun and not (in_one and whole(send, call.status, headers, body)):
@@ -138,7 +138,7 @@ class ServiceMiddleware:
         call.finish(scope["method"], scope["route_path"] or "none", perf_counter() - call.started)
 
     def _open(self, scope: Scope) -> Call:
-        """The call, with the ids that its headers give it."""
+        """A Call with the ids from the request's headers."""
         started, headers = perf_counter(), dict(scope["headers"])
         deadline = started + self._service.settings.request_deadline_seconds
         request_id = _request_id(headers.get(b"x-request-id", b""))
@@ -147,13 +147,13 @@ class ServiceMiddleware:
             call.trace_id = scope["trace_id"]
         elif b"traceparent" in headers:
             parents = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
-            carrier = {"traceparent": parents if len(parents) == 1 else []}  # two are none
+            carrier = {"traceparent": parents if len(parents) == 1 else []}  # two headers are invalid
             caller = get_current_span(_PROPAGATOR.extract(carrier)).get_span_context()
             call.trace_id = format_trace_id(caller.trace_id) if caller.is_valid else None
         return call
 
     def _failed(self, call: Call, error: Exception) -> Answer:
-        """The answer to a failure, counted; what a client must not see is kept for the log line."""
+        """The answer to a failure, counted; details that clients must not see are kept for the log line."""
         call.error = error.__cause__ if isinstance(error, ServiceError) else error
         failure = error if isinstance(error, ServiceError) else ServiceError("internal_error")
         recorder, metrics = self._service.recorder, self._service.metrics
@@ -171,12 +171,12 @@ class ServiceMiddleware:
 
 
 def _request_id(given: bytes) -> str:
-    """The id that the request brings if it is well-formed, or a new one."""
+    """The request's own id if it is well-formed, else a new one."""
     return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 class CrossOrigin(CORSMiddleware):
-    """Stands around the service, which therefore sees no preflight: those get their id here."""
+    """CORS around the service. The service sees no preflights, so they get their request id here."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         canary = [settings.canary_header] if settings.canary_header else []
@@ -185,7 +185,7 @@ class CrossOrigin(CORSMiddleware):
         super().__init__(app, settings.cors_origins, ("GET", "POST"), headers, expose_headers=exposed)
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to a preflight, with the request's id or a new one."""
+        """The answer to a preflight, with the request's id or a new id."""
         response, given = super().preflight_response(request_headers), request_headers.get("x-request-id", "")
         response.headers["x-request-id"] = _request_id(given.encode("latin-1"))
         return response

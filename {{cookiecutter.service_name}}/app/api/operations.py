@@ -1,4 +1,4 @@
-"""What operators use: health, readiness, version, metrics, documentation, and the life of the process."""
+"""Endpoints for operators: health, readiness, version, metrics, documentation; and the app's lifespan."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from app.observability.logging import LineWriter
 from app.observability.metrics import scrape
 from app.schemas.service import ANSWERS, Health, Ready, ServedModel, Version
 
-BOOT_ERROR = 3  # gunicorn stops on this exit code of a worker, instead of starting it again for ever
+BOOT_ERROR = 3  # gunicorn stops if a worker exits with this code, instead of restarting it
 
 operations = APIRouter(tags=["operations"])
 
@@ -50,7 +50,7 @@ async def version(call: CurrentCall) -> Version:
 
 
 def add_metrics(app: FastAPI, service: Service) -> None:
-    """Serve /metrics, and count what FastAPI's router answers; the middleware counts everything else."""
+    """Serve /metrics, and count the answers of FastAPI's router; the middleware counts all others."""
     registry = service.metrics.registry
 
     def record(info: Info) -> None:
@@ -70,7 +70,7 @@ def add_metrics(app: FastAPI, service: Service) -> None:
 
 
 def add_docs(app: FastAPI) -> None:
-    """Serve /docs and its assets, which the service has itself, so that it works offline."""
+    """Serve /docs with local assets, so that it works offline."""
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> Response:
@@ -86,7 +86,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
-    """The schema with the media type and headers of errors, which FastAPI's `responses` cannot say."""
+    """The schema with the media type and headers of errors, which FastAPI's `responses` cannot express."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     schema = FastAPI.openapi(app)
@@ -105,14 +105,14 @@ async def _load(service: Service, writer: LineWriter) -> None:
     except Exception as error:
         service.log.error("cannot start", reason=reason_of(error))
         writer.close()
-        # A worker that replaces another is tried again, and the others go on meanwhile.
+        # Exit 1: a replacement worker is started again, while the other workers continue.
         os._exit(1 if service.fleet.replaces else BOOT_ERROR)
 
 
 @asynccontextmanager
 async def lifespan(service: Service, writer: LineWriter, _app: FastAPI) -> AsyncIterator[dict[str, Service]]:
-    """FastAPI's lifespan: load the model, follow the release, write everything at the end."""
-    # In the background, so that /health and /ready tell the truth while a large model loads.
+    """FastAPI's lifespan: load the model, follow the release, write metrics and logs at the end."""
+    # In the background, so that /health and /ready answer while a large model loads.
     models, loading = service.models, asyncio.create_task(_load(service, writer))
     if service.fleet.replaces:  # another worker answers until this one can
         service.metrics.restarts.inc()

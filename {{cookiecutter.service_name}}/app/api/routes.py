@@ -1,10 +1,10 @@
-"""The calls for the model: JSON in, JSON out, without what a prediction does not need.
+"""The routes for predictions and feedback, without the parts of FastAPI that cost too much.
 
     body bytes -> one pydantic call -> endpoint(body, call) -> one orjson call -> bytes
 
-FastAPI declares them: path, types, documentation, 405. But its own handler parses the body to a dict, solves
-dependencies and opens exit stacks for every request, which costs more than a small model does. So the
-middleware calls `JSONRoute.answer`.
+FastAPI declares them: path, types, documentation, 405. But its handler parses the body to a dict, solves
+dependencies and opens exit stacks for every request, which costs more than a small model. So the middleware
+calls `JSONRoute.answer` directly.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from app.schemas.service import ANSWERS, AS_BATCH, AS_SINGLE, Accepted, Batch, F
 
 
 class JSONRoute(APIRoute):
-    """A route whose endpoint takes the validated body and the `Call`, and returns what is written."""
+    """A route whose endpoint takes the validated body and the `Call`, and returns the object to send."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
@@ -43,7 +43,7 @@ class JSONRoute(APIRoute):
             _check_media_type(headers)
         models, client = call.service.models, call.session or call.client
         admission = models.admission
-        admission.check(models.wait_for(client))  # before the body is read; again once it is here
+        admission.check(models.wait_for(client))  # before reading the body; `enter` checks again
         call.body = body = await _read(call, scope, receive)
         admission.enter(models.wait_for(client), len(body))
         try:
@@ -57,8 +57,8 @@ class JSONRoute(APIRoute):
             document = self._kind.model_validate_json(body)
         except ValidationError as error:
             raise from_validation(error, body) from None
-        # Every key has a colon: as many colons as fields means that no key came twice. Only where there are
-        # more (a colon in a string, or a duplicate) is a closer look taken.
+        # Each key has a colon. No more colons than fields means no duplicate keys. More colons (in a string,
+        # or after a duplicate key) need a second parse.
         parts = [document, *(document.instances if isinstance(document, Instances) else ())]
         if body.count(b":") > sum([len(part.model_fields_set) for part in parts]):
             json.loads(body, object_pairs_hook=_unique)
@@ -75,11 +75,11 @@ def _check_media_type(headers: dict[bytes, bytes]) -> None:
 
 
 async def _read(call: Call, scope: Scope, receive: Receive) -> bytes:
-    """The whole body; raises ServiceError if it is too large or too late, or ClientDisconnect."""
+    """The whole body; raises ClientDisconnect, or ServiceError if it is too large or too late."""
     limit, announced = call.service.settings.max_body_bytes, int(call.headers.get(b"content-length", b"0"))
     whole = scope.get("extensions", {}).get("http.request.whole")
     body: bytes | None = whole(receive) if whole is not None else None
-    if body is None:  # nearly always it has arrived with the headers; only if it has not, an alarm is set
+    if body is None:  # the rare case: it did not arrive together with the headers
         parts, more, admission = bytearray(), announced <= limit, call.service.models.admission
         try:
             async with asyncio.timeout(call.deadline - perf_counter()):
@@ -104,7 +104,7 @@ async def _read(call: Call, scope: Scope, receive: Receive) -> bytes:
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
-    """The result, or ClientDisconnect and the work cancelled; a task too many unless the work takes long."""
+    """The result of `work`; if the client disconnects, cancel it and raise ClientDisconnect."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -117,7 +117,7 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(unique := dict(pairs)) < len(pairs):  # parsers differ on which one counts, so neither does
+    if len(unique := dict(pairs)) < len(pairs):  # parsers differ on which value counts
         raise ServiceError("invalid_input", "a key appears twice in one object")
     return unique
 

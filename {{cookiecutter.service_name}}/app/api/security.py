@@ -1,8 +1,8 @@
-"""Authentication and quotas. Decided from the headers alone, before the body is read.
+"""Authentication and quotas. Both use the headers only, before the body is read.
 
-    key -> sha256 -> compared with every known one -> the client's name -> its quota, and that of failures
+    key -> sha256 -> compared with every known hash -> client name -> quota of the client, quota of failures
 
-Quotas are counted in Redis, for all workers together; without Redis, or while it is away, by each worker.
+Quotas are counted in Redis for all workers together; without Redis, or while it is down, by each worker.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from app.core.errors import ServiceError
 from app.observability.logging import Logger
 from app.settings import Settings
 
-# These only describe the keys in OpenAPI; the middleware has asked `Guard` before a route is reached.
+# For the OpenAPI document only: the middleware calls `Guard` before any route.
 SCHEMES = (APIKeyHeader(name="X-API-Key", auto_error=False), HTTPBearer(auto_error=False))
 
-MAX_CLIENTS, MAX_HITS = 10_000, 1_000_000  # that one worker remembers: some 40 MB at most
-ANSWER_SECONDS = 0.5  # for Redis to answer, before the worker counts by itself
-PAUSE_SECONDS = 5.0  # until a Redis that did not answer is asked again
+MAX_CLIENTS, MAX_HITS = 10_000, 1_000_000  # remembered by each worker: about 40 MB at most
+ANSWER_SECONDS = 0.5  # timeout for Redis; then the worker counts by itself
+PAUSE_SECONDS = 5.0  # before a Redis that failed is asked again
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
-# Names of keys, and of nothing else: `author` and `keyword` are words like any other.
+# Parameters that hold a key; must not match `author` or `keyword`.
 _KEY_NAMES = re.compile(r"(x[-_]?)?(api|access|auth|client)?[-_]?(key|token|secret)|auth(orization)?", re.I)
 _HOW = "send the key in the header X-API-Key, or as Authorization: Bearer"
 
@@ -46,25 +46,25 @@ class Limit(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Limit":
-        """From the like of `600/minute`."""
+        """A limit from text such as `600/minute`."""
         amount, unit = text.split("/")
         return cls(int(amount), _SECONDS[unit], text)
 
 
-# A right key is accepted even then: behind a shared address, one caller must not lock out the others. Keys
-# cannot be guessed because of their length; this tells a loop with a wrong key to stop.
+# A valid key is accepted beyond this limit: clients behind a shared address must not lock each other out.
+# The length of keys prevents guessing; this limit slows down clients that loop with a wrong key.
 FAILURES = Limit.parse("30/minute")
 
 
 class Windows:
-    """Moving windows in this process's memory; beyond its bounds the client idle longest is forgotten."""
+    """Moving windows in the memory of this process; at the limits the longest idle client is forgotten."""
 
     def __init__(self) -> None:
         self._hits: OrderedDict[str, deque[float]] = OrderedDict()
         self._total = 0
 
     def hit(self, limit: Limit, name: str) -> float:
-        """Take one and return 0, or the seconds until there is one to take."""
+        """Count a hit and return 0, or return the seconds until the next hit is allowed."""
         now, hits = monotonic(), self._hits.setdefault(name, deque(maxlen=limit.amount))
         self._hits.move_to_end(name)
         if len(hits) < limit.amount:
@@ -78,28 +78,28 @@ class Windows:
 
 
 class SharedWindows:
-    """The same in Redis: exact over all workers. While Redis is away every worker counts by itself."""
+    """Moving windows in Redis, exact over all workers. While Redis is down each worker counts by itself."""
 
     def __init__(self, uri: str, log: Logger, on_fallback: Callable[[], None]) -> None:
-        from limits import RateLimitItemPerSecond  # here, so that a service without Redis does not pay for it
+        from limits import RateLimitItemPerSecond  # here: slow, and only needed with Redis
         from limits.aio.strategies import MovingWindowRateLimiter
         from limits.storage import storage_from_string
         from redis.asyncio import BlockingConnectionPool
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        # Retried once, because a connection from the pool may have been closed meanwhile.
+        # One retry, because Redis may have closed a pooled connection.
         pool = BlockingConnectionPool.from_url(uri, timeout=None, retry=Retry(NoBackoff(), 1))
         options: dict[str, Any] = {"implementation": "redispy", "connection_pool": pool}
         self._shared = MovingWindowRateLimiter(storage_from_string(f"async+{uri}", **options))
         self._item, self._own = RateLimitItemPerSecond, Windows()
         self._log, self._on_fallback = log, on_fallback
-        self._ask_again = 0.0  # while it is away, the time to ask it again; else 0
+        self._ask_again = 0.0  # time of the next try while Redis is down; else 0
 
     async def hit(self, limit: Limit, name: str) -> float:
         """See `Windows.hit`; never raises."""
         if (now := monotonic()) >= self._ask_again:
-            if self._ask_again:  # one request tries; the others do not wait for its result
+            if self._ask_again:  # one request tries; others do not wait for it
                 self._ask_again = now + PAUSE_SECONDS
             item, left = self._item(limit.amount, limit.seconds), 0.0
             try:
@@ -107,7 +107,7 @@ class SharedWindows:
                     if not await self._shared.hit(item, name):
                         window = await self._shared.get_window_stats(item, name)
                         left = max(0.001, window.reset_time - time())
-            except Exception as error:  # a failing Redis is no reason to refuse a request
+            except Exception as error:  # a failing Redis must not refuse requests
                 if not self._ask_again:
                     self._log.error("rate limit storage away, counting per worker", exc_info=error)
                 self._ask_again = monotonic() + PAUSE_SECONDS
@@ -131,29 +131,29 @@ class Guard:
         self._own = Windows()
 
     def identify(self, key: bytes | None, query: bytes, address: str) -> tuple[str, bool]:
-        """The client's name for logs and quotas, hashed, and whether it may call."""
+        """The client's hashed name for logs and quotas, and whether the client is accepted."""
         if not self._digests:
             return _hashed(address), True
         digest = hashlib.sha256(key or b"").digest()
-        # All keys are compared, so that the time tells nothing about which one matched.
+        # Compare with all keys, so that the duration does not reveal which key matched.
         known = sum(hmac.compare_digest(digest, one) for one in self._digests)
         if key and known and not (query and _in_query(query)):
             return digest.hex()[:12], True
         return _hashed(address), False
 
     async def refuse(self, client: str, key: bytes | None, query: bytes) -> NoReturn:
-        """Raise the ServiceError for a request that `identify` did not let in; too many of them are 429."""
+        """Raise 401 for a request that `identify` did not accept, or 429 after too many of them."""
         await self.spend(FAILURES, f"failed:{client}")
         detail = "this key is not accepted" if key else _HOW
         if query and _in_query(query):
             detail = f"a key in the URL ends up in logs: replace it, and {_HOW}"
         error = ServiceError("unauthorized", detail)
-        reason = ', error="invalid_token"' if key else ""  # RFC 6750: only where a key was sent
+        reason = ', error="invalid_token"' if key else ""  # RFC 6750: only if a key was sent
         error.headers["www-authenticate"] = f'Bearer realm="service"{reason}, ApiKey header="X-API-Key"'
         raise error
 
     async def spend(self, limit: Limit, name: str) -> None:
-        """Take one request from what the limit grants to a name; raises ServiceError."""
+        """Count a request of `name`; raises ServiceError if it exceeds the limit."""
         left = await self._shared.hit(limit, name) if self._shared else self._own.hit(limit, name)
         if left > 0:
             kind = "without an accepted key" if limit is FAILURES else "for a client"
@@ -169,7 +169,7 @@ def _in_query(query: bytes) -> bool:
 
 @lru_cache(maxsize=4096)
 def _hashed(address: str) -> str:
-    """One name for one client: IPv4 in IPv6's clothes is IPv4, and an IPv6 client has a whole /64."""
+    """A hashed address: IPv4 mapped to IPv6 counts as IPv4, and a /64 of IPv6 counts as one client."""
     with suppress(ValueError):
         ip = ip_address(address)
         if isinstance(ip, IPv6Address):

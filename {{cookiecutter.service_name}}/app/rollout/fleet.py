@@ -35,7 +35,7 @@ def machine(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pr
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     groups = {cgroups, cgroups / "cpu", cgroups / "memory"}
-    # A container sees its own group as the root, or (version 1) a path that exists outside of it only.
+    # A container sees its own group as the root, or (version 1) a path that exists only outside of it.
     for line in membership.read_text().splitlines() if membership.is_file() else []:
         _, controllers, path = line.split(":", 2)
         group = cgroups / controllers / path.lstrip("/")

@@ -1,9 +1,9 @@
-"""From the Python types of `predict` to the signature that every artifact carries.
+"""From the Python types in predict.py to the signature that every artifact carries.
 
     Features, Prediction -> inputs, outputs -> canonical JSON -> sha256
 
-Words (descriptions, examples) may change freely; names, order, types, bounds, categories, units and labels
-may not: a model trained for other inputs must never be served under this contract.
+Descriptions and examples may change freely; names, order, types, bounds, categories, units and labels may
+not: a model trained for other inputs must never be served under this contract.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from app.schemas.predict import Features, Prediction
 
 _DTYPES: dict[Any, str] = {float: "float64", int: "int64", str: "string", bool: "bool"}
-# Fields that own code looks features up by: taken from clients, and no inputs of the model.
+# Fields that clients send for look-ups in own code; they are not inputs of the model.
 KEYS = {name for name, field in Features.model_fields.items() if field.exclude}
 _BINDING = ("name", "dtype", "unit", "nullable", "minimum", "maximum", "categories")
 
@@ -37,12 +37,12 @@ def contract_outputs(prediction: type = Prediction) -> dict[str, Any]:
 
 
 def label_key(label: Any) -> str:
-    """A label as a key in JSON and as a metric's label: text as it is, anything else as JSON spells it."""
+    """A label as a key in JSON and in metrics: text unchanged, other types as JSON."""
     return label if isinstance(label, str) else json.dumps(label)
 
 
 def contract_sha256(inputs: list[dict[str, Any]], outputs: dict[str, Any]) -> str:
-    """Signature (sha256, hex) of a contract; keys that are mere words are left out."""
+    """Signature (sha256, hex) of a contract, without descriptions and examples."""
     canonical: dict[str, Any] = {"inputs": [{key: entry.get(key) for key in _BINDING} for entry in inputs]}
     canonical["outputs"] = {key: outputs[key] for key in ("task", "labels")}
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()

@@ -216,7 +216,7 @@ class Graph:
         return self.number("Add", product, np.atleast_1d(bias), width=weights.shape[1])
 
     def sigmoid(self, raw: Numbers) -> Numbers:
-        """The logistic function. ONNX Runtime's own is 0 below -36, where ratios of probabilities still matter."""
+        """The logistic function. ONNX Runtime's is 0 below -36, where ratios of scores still matter."""
         grown = self.node("Exp", self.node("Neg", raw.tensor))
         return self.number("Div", 1.0, self.node("Add", 1.0, grown), width=raw.width)
 
