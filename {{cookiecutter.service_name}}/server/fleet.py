@@ -1,10 +1,10 @@
-"""The fleet that gunicorn's master prepares before it forks, and gunicorn's hooks, which keep it current.
+"""The fleet that gunicorn's master prepares before forking, and the gunicorn hooks that update it.
 
     gunicorn.conf.py -> prepare(): settings, verified artifact -> fork -> each worker reads FLEET
-    SIGHUP: gunicorn.conf.py again -> prepare(), or all stays as it was -> on_reload -> fork -> others leave
+    SIGHUP: gunicorn.conf.py again -> prepare(), or no change -> on_reload -> fork -> old workers leave
 
-The hooks bear the names that gunicorn looks for in gunicorn.conf.py. Nothing that goes wrong for one worker
-may end the master while others are healthy.
+The hooks have the names that gunicorn expects in gunicorn.conf.py. A failure of one worker must never end the
+master while other workers are healthy.
 """
 
 import gc
@@ -29,8 +29,8 @@ from app.settings import Settings, SettingsError, load_settings, project
 from server.metric_files import MetricFiles
 
 MAX_STACK_BYTES = 16_384
-PAUSE_SECONDS = 1.0  # before the next try when no process can be forked
-# What may be given to gunicorn itself; all else is what limits, quotas and drain depend on.
+PAUSE_SECONDS = 1.0  # before the next try if a fork fails
+# The gunicorn options that may be set directly; limits, quotas and drain depend on the others.
 HARMLESS = {
     "access_log_format", "accesslog", "args", "backlog", "chdir", "check_config", "config", "errorlog",
     "forwarded_allow_ips", "loglevel", "pidfile", "print_config", "proc_name", "pythonpath", "timeout",
@@ -39,52 +39,52 @@ HARMLESS = {
 
 
 class Heartbeat(workertmp.WorkerTmp):  # type: ignore[misc]  # which has no types
-    """A worker's sign of life for the master, without a folder that may go away."""
+    """A worker's heartbeat file, in memory: gunicorn's own needs a folder, which may disappear."""
 
     def __init__(self, _cfg: Any) -> None:
         self._tmp = memory_file()
 
 
 class ForkingFleet(Fleet):
-    """What the master gives its workers by forking them.
+    """State that workers inherit from the master by fork.
 
-    A worker that starts later depends on no file that may have changed since.
+    A worker that starts later does not depend on files that may have changed since.
     """
 
     def __init__(self, settings: Settings, workers: int, artifact: Artifact, problem: str) -> None:
         super().__init__(settings, workers)
-        self.count = workers  # of now; `workers` is how many have to load before the first is ready
+        self.count = workers  # current number of workers; `workers` is the number at the start
         self.metric_files = MetricFiles()
         self._artifact, self._problem = artifact, problem
         self._shared = SharedMemory(4 * 8)
-        # Workers that have loaded the model so far; those that have begun to take connections; how many must
-        # have begun before replaced workers may leave; 1 once the whole service stops.
+        # Number of workers that loaded the model; that accepted connections; the latter that is needed before
+        # replaced workers may leave; 1 if the whole service stops.
         self._numbers = memoryview(self._shared.content).cast("q")
 
     def served(self) -> tuple[Artifact, str]:
-        """The artifact as the master verified it, and what is wrong with the released version."""
+        """The artifact that the master verified; and why it is the fallback version, or an empty string."""
         return self._artifact, self._problem
 
     @property
     def loaded(self) -> int:
-        """How many workers have loaded the model so far."""
+        """Number of workers that have loaded the model so far."""
         return int(self._numbers[0])
 
     @property
     def all_loaded(self) -> bool:
-        """Whether as many workers as there were to be at the start have loaded the model."""
+        """Whether the initial number of workers has loaded the model."""
         return self.loaded >= self.workers
 
-    replaces = all_loaded  # a worker that starts later takes the place of another
+    replaces = all_loaded  # any later worker replaces another
 
     @property
     def may_leave(self) -> bool:
-        """Whether a worker that was told to end may stop serving: its successor serves, if it gets one."""
+        """Whether a worker that was told to end may stop serving: its successor, if any, serves."""
         return self.stopping or self._numbers[1] >= self._numbers[2]
 
     @property
     def stopping(self) -> bool:
-        """Whether the whole service stops, not only a worker that is replaced."""
+        """Whether the whole service stops, as opposed to a worker that is replaced."""
         return self._numbers[3] == 1
 
     def note_loaded(self) -> None:
@@ -93,12 +93,12 @@ class ForkingFleet(Fleet):
             self._numbers[0] += 1
 
     def note_serving(self) -> None:
-        """This worker takes connections."""
+        """This worker accepts connections."""
         with self._shared.locked():
             self._numbers[1] += 1
 
     def replace(self, workers: int) -> None:
-        """So many workers start now; those there are leave when these serve."""
+        """`workers` new workers start; the present workers leave when all of these serve."""
         self._numbers[2] = self._numbers[1] + workers
 
     def stop(self) -> None:
@@ -106,7 +106,7 @@ class ForkingFleet(Fleet):
         self._numbers[3] = 1
 
     def renew(self, settings: Settings, workers: int) -> None:
-        """Workers that start from now on have these settings; raises what says why not."""
+        """Use these settings for workers that start from now on; raises SettingsError or ArtifactError."""
         for name in ("host", "port"):
             if getattr(settings, name) != getattr(self.settings, name):
                 raise SettingsError(f"APP_{name.upper()} is taken at a restart only")
@@ -126,8 +126,8 @@ def forking_fleet() -> ForkingFleet:
 
 
 def prepare() -> ForkingFleet:
-    """The fleet, with the settings of now: made at the start, kept at SIGHUP. One line ends it otherwise."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file would get the log's number
+    """The fleet with current settings: created at the start, renewed at SIGHUP. Errors exit with one line."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file would become stdout or stderr
         pass
     os.close(spare)
     try:
@@ -137,16 +137,16 @@ def prepare() -> ForkingFleet:
         if FLEET.get(None) is not None:
             forking_fleet().renew(settings, workers)
         else:
-            project()  # read once, here
+            project()  # cached for the workers
             FLEET.set(ForkingFleet(settings, workers, *read_usable(settings)))
-    except Exception as error:  # whatever a file or a person can cause
+    except Exception as error:  # any fault in a file or setting
         kind = "" if isinstance(error, SettingsError | ArtifactError) else f"{type(error).__name__}: "
         sys.exit(f"cannot start: {kind}{' '.join(str(error).split())}"[:300])
     return forking_fleet()
 
 
 def refuse_overrides() -> None:
-    """Raise SettingsError for arguments of gunicorn that would undo what gunicorn.conf.py relies on."""
+    """Raise SettingsError for gunicorn arguments that would override gunicorn.conf.py."""
     config = Config()
     parser = config.parser()
     for given in (sys.argv[1:] if "gunicorn" in sys.argv[0] else [], config.get_cmd_args_from_env()):
@@ -159,7 +159,7 @@ def refuse_overrides() -> None:
 
 
 def on_starting(server: Any) -> None:
-    """Refuse an address that cannot be had; then make the master outlive what befalls single workers."""
+    """Refuse an address that cannot be bound; then make the master survive failures of single workers."""
     fleet = forking_fleet()
     try:
         if "LISTEN_PID" not in os.environ and "GUNICORN_FD" not in os.environ:
@@ -167,7 +167,7 @@ def on_starting(server: Any) -> None:
         fleet.metric_files.prepare(fleet.settings.metrics_enabled)
     except SettingsError as problem:
         sys.exit(f"cannot start: {problem}"[:300])
-    # When several workers cannot load the model, gunicorn fails twice and shows the second as a traceback.
+    # When several workers cannot load the model, gunicorn fails twice and prints a traceback for the second.
     sys.excepthook = lambda kind, *rest: None if kind is HaltServer else sys.__excepthook__(kind, *rest)
     outlive(server)
     import_module("app.main")  # here, so that its memory is shared by all workers
@@ -176,7 +176,7 @@ def on_starting(server: Any) -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise SettingsError if the address cannot be bound; gunicorn would try for five seconds."""
+    """Raise SettingsError if the address cannot be bound; gunicorn would retry for five seconds."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -187,11 +187,11 @@ def check_address(host: str, port: int) -> None:
 
 
 def outlive(server: Any) -> None:
-    """Keep a worker that cannot boot or be forked, or a wrong gunicorn.conf.py, from ending the master."""
+    """Keep the master running if a worker cannot boot or be forked, or gunicorn.conf.py is broken."""
     reap, spawn, reload = server.reap_workers, server.spawn_worker, server.app.reload
 
     def reap_workers() -> None:
-        if forking_fleet().loaded:  # from now on a worker that cannot boot is started again
+        if forking_fleet().loaded:  # from now on, restart workers that cannot boot
             server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = -1
         reap()
 
@@ -216,15 +216,15 @@ def outlive(server: Any) -> None:
             server.log.error("the settings stay as they were: %s", reason)
 
     base.WorkerTmp = Heartbeat
-    server.START_CTX["args"] = sys.orig_argv  # for SIGUSR2: after `python -m gunicorn`, sys.argv is another
+    server.START_CTX["args"] = sys.orig_argv  # for SIGUSR2: `python -m gunicorn` changes sys.argv
     server.reap_workers, server.spawn_worker, server.app.reload = reap_workers, spawn_worker, reload_settings
 
 
 def when_ready(server: Any) -> None:
-    """SIGTERM once: drain. Twice: at once, which gunicorn would not hear."""
+    """SIGTERM once: drain. Twice: stop immediately; gunicorn itself ignores a second SIGTERM."""
 
     def stop(number: int, frame: Any) -> None:
-        if os.getpid() != server.pid:  # a worker that has not begun yet
+        if os.getpid() != server.pid:  # a forked worker before its own handlers are set
             os._exit(0)
         fleet = forking_fleet()
         again = fleet.stopping
@@ -235,19 +235,19 @@ def when_ready(server: Any) -> None:
 
 
 def on_reload(server: Any) -> None:
-    """SIGHUP: workers with the settings of now take over from those there are, once they have loaded."""
+    """SIGHUP: workers with the new settings replace the present workers once they have loaded."""
     forking_fleet().replace(server.cfg.workers)
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """Give the worker its slot, and memory for the stacks of its threads, which the master can read."""
+    """Give the worker a slot, and memory in which the master can read the stacks of its threads."""
     taken = {one.slot for one in server.WORKERS.values()}
     worker.slot = min(set(range(len(taken) + 1)) - taken)
     worker.stacks = memory_file()
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Log where a worker was if a signal ended it, and take its live gauges out of /metrics."""
+    """Log the stacks of a worker that a signal ended, and remove its live gauges from /metrics."""
     worker.stacks.seek(0)
     if stacks := worker.stacks.read(MAX_STACK_BYTES).decode(errors="replace"):
         server.log.error("worker died", extra={"fields": {"pid": worker.pid, "stacks": stacks}})

@@ -1,9 +1,9 @@
 """The folder in which workers share their metrics.
 
-    master: a folder per start, a slot per living worker -> worker: files named by its slot -> /metrics
+    master: a folder per start, a slot per live worker -> worker: files named by its slot -> /metrics
 
-A slot is used again when its worker has ended: the successor counts on in the same files, so that their
-number is bounded. A folder that is removed while workers run is made again, with what they have counted.
+A slot is reused after its worker has ended: the successor continues in the same files, so their number is
+bounded. A folder that is removed while workers run is recreated with their counts.
 """
 
 import os
@@ -18,7 +18,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from app.observability.metrics import METRICS_FOLDER, readable
 from app.settings import SettingsError
 
-MEMORY = "/dev/shm"  # noqa: S108  # where no temporary folder can be written
+MEMORY = "/dev/shm"  # noqa: S108  # if no temporary folder is writable
 
 
 class MetricFiles:
@@ -26,10 +26,10 @@ class MetricFiles:
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._name = ""  # of this worker, in the names of its files
+        self._name = ""  # part of the file names of this worker
 
     def prepare(self, enabled: bool) -> None:
-        """In the master: make a folder, once. One that the platform set is not touched: it is not ours."""
+        """In the master: create the folder, once. A folder that the platform has set is left alone."""
         os.environ.pop("prometheus_multiproc_dir", None)
         os.environ.pop(METRICS_FOLDER, None)
         if not enabled:
@@ -46,7 +46,7 @@ class MetricFiles:
         os.environ[METRICS_FOLDER] = str(self._folder)
 
     def begin(self, slot: int) -> None:
-        """In a worker, before it makes its metrics; without a folder it counts for itself alone."""
+        """In a worker, before it creates its metrics; without a folder it counts only for itself."""
         self._name = f"{slot}x"
         values.ValueClass = values.MutexValue
         if METRICS_FOLDER in os.environ and self._folder:
@@ -54,7 +54,7 @@ class MetricFiles:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self._folder).close()
                 for path in self._folder.glob(f"*_{self._name}.db"):
-                    if not readable(path):  # the worker before was killed while it wrote, or it was spoilt
+                    if not readable(path):  # truncated, because the previous worker was killed, or damaged
                         path.unlink()
             except OSError:
                 del os.environ[METRICS_FOLDER]
@@ -62,25 +62,25 @@ class MetricFiles:
                 values.ValueClass = values.MultiProcessValue(lambda: self._name)  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
-        """In a worker, now and then: if its files were removed, write their content to new ones."""
+        """In a worker, every second: if its files were removed, write their content to new files."""
         folder, own = self._folder, f"_{self._name}.db"
         if METRICS_FOLDER not in os.environ or not folder or (folder / f"counter{own}").exists():
             return
-        with suppress(OSError):  # the next look tries again
+        with suppress(OSError):  # retried at the next call
             folder.mkdir(parents=True, exist_ok=True)
             for opened in Path("/proc/self/fd").iterdir():
                 kind, found, rest = (opened.readlink().name if opened.is_symlink() else "").partition(own)
                 if found and rest in ("", " (deleted)"):
                     shutil.copyfile(opened, folder / f"{kind}_{self._name}x.db")
-            self._name += "x"  # from now on prometheus_client opens the files of this name
+            self._name += "x"  # prometheus_client now opens files of this name
 
     def end(self, slot: int) -> None:
-        """In the master: the gauges of a worker that has ended are none any more."""
+        """In the master: remove the gauges of a worker that has ended."""
         if self._folder:
             with suppress(OSError):
                 mark_process_dead(f"{slot}x*", str(self._folder))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """In the master, at the end: remove the folder that this start made."""
+        """In the master, at the end: remove the folder that `prepare` created."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,10 +1,10 @@
 """A connection: from the socket's bytes to a request, and from an answer to bytes.
 
-    WAITING -> HEAD -> BODY -> WAITING -> ... requests, one after the other or sent ahead
+    WAITING -> HEAD -> BODY -> WAITING -> ... requests, one after the other or pipelined
     any of them -> REFUSING: not HTTP, too large, too late -> the application's problem document -> CLOSING
 
-uvicorn's workers heed none of gunicorn's limits and wait for ever. Here every wait for a client has an end
-and everything kept of a request has a bound, for a few comparisons a request and one timer a connection.
+uvicorn's workers ignore gunicorn's limits and wait forever. Here every wait for a client has a timeout and
+every part of a request a size limit, at the cost of a few comparisons per request and a timer per connection.
 """
 
 from collections import deque
@@ -17,20 +17,20 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from app.core.errors import ServiceError
 
 MAX_HEAD_BYTES, MAX_URI_BYTES, MAX_HEADERS = 65_536, 8_192, 100
-MAX_PIPELINED = 100  # requests that wait on one connection for those before them
-LINGER_SECONDS = 1.0  # for a request on its way over an idle connection while the server stops
-WIRE_FACTOR = 2  # bytes of a body with its chunk sizes: chunks of one byte each would cost a second of work
+MAX_PIPELINED = 100  # requests of one connection that wait for earlier ones
+LINGER_SECONDS = 1.0  # while the server stops, idle connections may still send a request
+WIRE_FACTOR = 2  # limit for a body with chunk headers: chunks of one byte would cost a second of CPU
 
 _CLOSE = (b"connection", b"close")  # among the headers of every answer while the server stops
-_TRAILERS: Any = deque(maxlen=0)  # takes the fields after a body and keeps none: they are no headers
+_TRAILERS: Any = deque(maxlen=0)  # discards the fields after a body: they are not headers
 
-# What is read from a connection: nothing, because the next request has not begun; a request line and headers;
-# a body; nothing any more, because the last answer is under way; only the client's end.
+# Phases of reading from a connection: before a request; request line and headers; body; no more reading,
+# because the last answer is being sent; waiting for the client to close.
 WAITING, HEAD, BODY, REFUSING, CLOSING = range(5)
 
 
 def whole_request(receive: Any) -> bytes | None:
-    """The body if all of it has arrived with the headers; else None, and `receive` gives it as ASGI says."""
+    """The body if it arrived completely with the headers; else None, and the caller must use `receive`."""
     cycle = getattr(receive, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle) or cycle.more_body or cycle.disconnected:
         return None
@@ -41,7 +41,7 @@ def whole_request(receive: Any) -> bytes | None:
 
 
 class LingeringTransport:
-    """A transport whose closing leaves the client time to read the answer: see `Protocol._hang_up`."""
+    """A transport whose `close` gives the client time to read the answer: see `Protocol._hang_up`."""
 
     __slots__ = ("_closing", "_hang_up", "_transport")
 
@@ -53,7 +53,7 @@ class LingeringTransport:
         return self._closing or self._transport.is_closing()
 
     def close(self) -> None:
-        """Hang up; the second call does not wait for the client any more."""
+        """Hang up; a second call no longer waits for the client."""
         if self._closing:
             self._transport.close()
         else:
@@ -65,15 +65,15 @@ class LingeringTransport:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol with an end to every wait, a bound on every size, and most answers in one piece."""
+    """uvicorn's protocol with timeouts, size limits, and most answers written in one piece."""
 
-    # Beyond thirty attributes Python's dictionary for an instance gets slow; uvicorn's has nearly as many.
+    # An instance's dictionary gets slow beyond thirty attributes, and uvicorn's class has nearly as many.
     __slots__ = (
         "_extensions", "_max_wire", "_phase", "_seconds", "_since", "_size", "_socket", "_stalled", "_timer",
     )  # fmt: skip
 
     def connection_made(self, transport: Any) -> None:
-        """A new connection has to bring a head, in time."""
+        """Start the timer: a new connection must send a request's headers in time."""
         super().connection_made(transport)
         settings = self.app_state["service"].settings
         self._seconds: float = settings.header_timeout_seconds
@@ -81,21 +81,21 @@ class Protocol(HttpToolsProtocol):
         self._socket = transport
         self.transport: Any = LingeringTransport(transport, self._hang_up)
         self.url, self.headers = b"", _TRAILERS
-        self._size = 0  # bytes of the head, or of the body, as of the last packet
-        self._stalled: Any = None  # timer: the client takes no answer
+        self._size = 0  # bytes received of the head or of the body
+        self._stalled: Any = None  # timer while the client does not read its answer
         self._extensions: Any = {"http.response.whole": self._write, "http.request.whole": whole_request}
         self._phase, self._since = HEAD, self.loop.time()
         self._timer = self.loop.call_later(self._seconds, self._on_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End everything that waits for this client."""
+        """Stop the timers and everything else that waits for this client."""
         super().connection_lost(exc)
         self._timer.cancel()
-        self._extensions.clear()  # else this object would stay until the collector looks
+        self._extensions.clear()  # breaks a reference cycle, so that this object is freed now
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse a packet; it may hold a part of a request, or several."""
+        """Parse a packet, which may hold a part of a request or several requests."""
         if self._phase == REFUSING or self._phase == CLOSING:
             return
         self._size += len(data)
@@ -112,28 +112,28 @@ class Protocol(HttpToolsProtocol):
             self._refuse(error)
 
     def on_headers_complete(self) -> None:
-        """Start the request; raises ServiceError for `_refuse` to answer, which httptools wraps."""
+        """Start the request; raises ServiceError, which httptools wraps and `data_received` answers."""
         self._check_head()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ServiceError("invalid_request", "too many requests at once on one connection")
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise ServiceError("invalid_request")
-            return  # httptools would lose the body: see `_decline`
+            return  # httptools would lose the body; `_decline` parses the request again
         HttpToolsProtocol.on_headers_complete(self)
         self.scope["extensions"] = self._extensions
         self.headers, self._phase, self._size = _TRAILERS, BODY, 0
 
     def on_message_complete(self) -> None:
-        """The body is complete; where another protocol was offered, the request is still to come."""
+        """The body is complete; a request that offers an upgrade is not started yet, and is parsed again."""
         if self._phase == BODY:
             self._phase, self._size = WAITING, 0
-            if self.cycle.response_complete:  # only the rest of the body was still to come
+            if self.cycle.response_complete:  # the answer was sent before the body was complete
                 self._since = self.loop.time()
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer was sent: begin with the next request if it is here, else wait for it."""
+        """An answer was sent: start the next request if it has arrived, else wait for it."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -146,32 +146,32 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
 
     def shutdown(self) -> None:
-        """The server stops: a request that is on its way is still answered; closing now would reset it."""
+        """The server stops: still answer a request that is in transit; closing now would reset it."""
         if self.cycle is None or self.cycle.response_complete:
             self.loop.call_later(LINGER_SECONDS, self.leave)
         else:
             self.leave()
 
     def leave(self) -> None:
-        """Close, or have the answer that is under way be the last."""
+        """Close now, or after the current answer."""
         super().shutdown()
 
     def pause_writing(self) -> None:
-        """The client does not take its answers: in a while the connection is cut."""
+        """The client does not read its answers: abort the connection after a timeout."""
         super().pause_writing()
         self._stalled = self._stalled or self.loop.call_later(self._seconds, self._socket.abort)
 
     def resume_writing(self) -> None:
-        """The client takes its answers again."""
+        """The client reads its answers again."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
 
     def _write(self, send: Any, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Answer in one piece; False, and nothing done, where `send` has to be called as ASGI says.
+        """Write the answer in one piece. Returns False, with no effect, if the caller must use `send`.
 
-        So it is where the client is slow or gone, or another layer has put a `send` of its own in between.
+        This is so if the client is slow or gone, or if another layer has wrapped `send`.
         """
         cycle = getattr(send, "__self__", None)
         if not isinstance(cycle, RequestResponseCycle) or cycle.disconnected or self.flow.write_paused:
@@ -193,7 +193,7 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _check_part(self) -> None:
-        """The packet ended within a request: check what is there of it; raises ServiceError."""
+        """The packet ended within a request: check the part so far; raises ServiceError."""
         if self._phase == BODY:
             if self._size > self._max_wire:
                 raise ServiceError("body_too_large")
@@ -208,13 +208,13 @@ class Protocol(HttpToolsProtocol):
         if len(self.url) > MAX_URI_BYTES:
             raise ServiceError("uri_too_long", f"at most {MAX_URI_BYTES} bytes")
         if len(self.headers) > MAX_HEADERS or (
-            self._size > MAX_HEAD_BYTES  # nearly never: a packet with so much in it
+            self._size > MAX_HEAD_BYTES  # rare: a packet this large
             and sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES
         ):
             raise ServiceError("headers_too_large", f"at most {MAX_HEADERS} of {MAX_HEAD_BYTES} bytes in all")
 
     def _decline(self, rest: bytes) -> None:
-        """Take the request as if it offered no other protocol, which is how HTTP says no."""
+        """Handle the request as if it offered no upgrade, which is how HTTP declines an upgrade."""
         version = self.parser.get_http_version().encode()
         head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         head += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
@@ -222,7 +222,7 @@ class Protocol(HttpToolsProtocol):
         self.data_received(b"\r\n".join((*head, b"", rest)))
 
     def _refuse(self, error: ServiceError) -> None:
-        """Read no more; answer, unless the client could take the answer for that to another request."""
+        """Stop reading; answer, unless the client could match the answer to another request."""
         in_body, cycle, self._phase = self._phase == BODY, self.cycle, REFUSING
         if cycle is None or cycle.response_complete:
             if in_body:
@@ -230,16 +230,16 @@ class Protocol(HttpToolsProtocol):
             else:
                 self._answer(error)
         elif not in_body:
-            cycle.keep_alive = False  # requests from before are answered, and then the connection ends
+            cycle.keep_alive = False  # earlier requests are answered, then the connection closes
         elif cycle.response_started or self.pipeline:
             self._socket.abort()
         else:
-            cycle.disconnected = cycle.response_complete = True  # whatever its route still sends
+            cycle.disconnected = cycle.response_complete = True  # ignore later output of its route
             cycle.message_event.set()
             self._answer(error)
 
     def _answer(self, error: ServiceError) -> None:
-        """Let the application refuse, so that this, too, has its id, its log line and its count."""
+        """Let the application refuse the request, so that it has an id, a log line and a count."""
         self.on_message_begin()
         self.url, scope = b"/", self.scope
         HttpToolsProtocol.on_headers_complete(self)
@@ -248,9 +248,9 @@ class Protocol(HttpToolsProtocol):
         scope.update(unknown | {"extensions": self._extensions, "refused": error})
 
     def _hang_up(self) -> None:
-        """Close; where the client still speaks, only after it had time to read the answer.
+        """Close; if the client is still sending, give it time to read the answer first.
 
-        A socket closed with unread bytes sends a reset, which would overtake the answer.
+        Closing a socket with unread bytes sends a reset, which could overtake the answer.
         """
         if self._socket.is_closing():
             return
@@ -258,30 +258,30 @@ class Protocol(HttpToolsProtocol):
             self.flow.resume_reading()
             self._socket.write_eof()
         else:
-            self._socket.close()  # once the client has taken the rest of the answer
+            self._socket.close()  # after the rest of the answer is sent
         self._hurry(CLOSING)
 
     def _hurry(self, phase: int) -> None:
-        """From now on the client has `_seconds` to complete this phase."""
+        """Enter a phase that the client must complete within `_seconds`."""
         self._phase, self._since = phase, self.loop.time()
         self._timer.cancel()
         self._timer = self.loop.call_later(self._seconds, self._on_timer)
 
     def _on_timer(self, last_call: bool = False) -> None:
-        """End a wait that took too long, or look again when the current one may have.
+        """End a wait that took too long, or set the timer for the current wait.
 
-        There is one timer a connection, never later than the end of the current wait: to set one for each
-        request, as uvicorn does, costs more than a small model.
+        Each connection has one timer, which fires no later than the end of the current wait: a timer per
+        request, as in uvicorn, costs more than a small model.
         """
         now, answered = self.loop.time(), self.cycle is None or self.cycle.response_complete
         if not answered and self._phase in (WAITING, BODY, REFUSING):
-            self._since = now  # we wait for the application, whose routes have a deadline of their own
+            self._since = now  # waiting for the application, which has its own deadline
         seconds = self.timeout_keep_alive if self._phase == WAITING else self._seconds
         left = self._since + seconds - now
         if left > 0:
             self._timer = self.loop.call_later(left, self._on_timer)
         elif not last_call:
-            # Bytes that arrived while the loop was busy have arrived in time: let them be read first.
+            # Bytes that arrived while the loop was busy are in time: let the loop read them first.
             self._timer = self.loop.call_later(0.01, self._on_timer, True)
         elif self._phase == CLOSING:
             self._socket.abort()

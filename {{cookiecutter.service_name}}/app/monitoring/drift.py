@@ -1,11 +1,11 @@
-"""Calls of the models, counted; and how inputs and predictions are spread, beside how they were in training.
+"""Counts of model calls, and the distribution of inputs and predictions for comparison with training.
 
-Batcher -> batch, shed (a list append) -> write, with the recorder's flush -> Prometheus children, rows held
+Batcher -> batch, shed (a list append) -> write, at the recorder's flush -> Prometheus children, rows held
 baseline.json -> bins, and the share of training in each -> feature_baseline_ratio
 rows of a second -> rows in each bin -> feature_observations_total, and a `drift` line a minute
 
-Rows are held until they are counted, at most a second, and never leave. What moved how far (PSI) is computed
-from the counts: by Prometheus (ops/prometheus/drift_rules.yml), or by `make drift`, which reads a log too.
+Rows are held until they are counted, at most a second, and never stored. The distance from training (PSI) is
+computed from the counts by Prometheus (ops/prometheus/drift_rules.yml), or by `make drift` from a log.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from app.observability.metrics import STAGES, Metrics, observe_many
 from app.schemas.contract import label_key
 
 MISSING, OTHER = "missing", "other"
-LEAST_ROWS, ROWS_A_BIN = 100, 20  # of training: with fewer, its own chance looks like drift
-# Rows are counted by bin more rarely: it costs as much for hundreds as for one, and drift takes its time.
+LEAST_ROWS, ROWS_A_BIN = 100, 20  # of training: with fewer, chance looks like drift
+# Rows are counted by bin less often than flushed: counting hundreds costs as much as one, and drift is slow.
 COUNT_SECONDS, COUNT_ROWS = 1.0, 512
 LINE_SECONDS = 60.0
 LINE_ROWS = 20  # the bins of a few rows would disclose a client's input
 
 
 def settled(counts: Iterable[int], rows: int) -> bool:
-    """Whether training has rows enough in these bins for a distance (PSI) from them to mean something."""
+    """Whether these bins hold enough training rows for a meaningful distance (PSI)."""
     return rows >= max(LEAST_ROWS, ROWS_A_BIN * sum(count > 0 for count in counts))
 
 
@@ -66,7 +66,7 @@ class Drift:
                     metrics.feature_baseline.labels(version, name, bin_).set(count / document["rows"])
                 self._children[name, bin_] = metrics.observations.labels(version, name, bin_)
         self._missing = {name: metrics.missing.labels(name) for name in names}
-        # A regressor has bins of its values where a classifier has labels.
+        # A regressor has bins of values in place of labels.
         self._values = document.get("values", {"edges": []})
         if "values" in document:
             metrics.expect_values(self._values["edges"])
@@ -75,7 +75,7 @@ class Drift:
         for label, count in document["labels"].items():
             if enough:
                 metrics.prediction_baseline.labels(version, label).set(count / document["rows"])
-            for action in ("accept", "review"):  # 0 of a label is data too
+            for action in ("accept", "review"):  # also labels that are never predicted
                 metrics.predictions.labels(version, label, action)
         self._rows, self._counts, self._labels = 0, Tally[tuple[str, str]](), Tally[str]()
         self._since = monotonic()
@@ -86,7 +86,7 @@ class Drift:
         return name
 
     def observe(self, matrices: Sequence[NDArray[Any]], labels: Tally[str]) -> None:
-        """Count rows, each matrix being [rows, features] in the model's order, and the labels predicted."""
+        """Count rows, as matrices [rows, features] in the model's order, and the predicted labels."""
         rows = np.concatenate(matrices)
         counts = self._count(rows)
         for key, count in counts.items():
@@ -100,7 +100,7 @@ class Drift:
             self.write_line()
 
     def write_line(self) -> None:
-        """Log what was counted since the last line, unless so few rows would disclose an input."""
+        """Log the counts since the last line, unless so few rows could disclose an input."""
         if self._rows < LINE_ROWS:
             return
         features: defaultdict[str, dict[str, int]] = defaultdict(dict)
@@ -125,7 +125,7 @@ class Drift:
                 inside = np.bincount(np.searchsorted(known, present)).tolist()
                 counts[name, MISSING] = len(column) - len(present)
                 counts.update({(name, bins[at]): count for at, count in enumerate(inside)})
-        return +counts  # without those of no row
+        return +counts  # without zeros
 
 
 class Calls(Observer):
@@ -136,9 +136,9 @@ class Calls(Observer):
         self._batches: list[tuple[Batch, Sequence[float]]] = []
         self._shed = Tally[str]()
         self._drifts: dict[str, Drift] = {}  # by version, of those that have a baseline
-        self._rows: defaultdict[str, list[Any]] = defaultdict(list)  # held for them, and how many
+        self._rows: defaultdict[str, list[Any]] = defaultdict(list)  # rows held for `_drifts`
         self._held = 0
-        self._labels: defaultdict[str, Tally[str]] = defaultdict(Tally)  # predicted for these rows
+        self._labels: defaultdict[str, Tally[str]] = defaultdict(Tally)  # labels predicted for these rows
         self._counting: asyncio.TimerHandle | None = None
 
     def know(self, artifact: Artifact) -> None:
@@ -154,15 +154,15 @@ class Calls(Observer):
             raise ArtifactError(f"{version}/baseline.json: {reason}") from error
 
     def batch(self, batch: Batch, waits: Sequence[float]) -> None:
-        """One call of the model, and the seconds each request in it waited."""
+        """Take a call of the model, and the seconds that each of its requests waited."""
         self._batches.append((batch, waits))
 
     def shed(self, reason: str) -> None:
-        """A request whose deadline passed before its answer."""
+        """Count a request that was given up."""
         self._shed[reason] += 1
 
     def write(self, everything: bool, beside: bool = False) -> list[Batch]:
-        """Write the collected calls and return them; `beside` another version, also each call's duration."""
+        """Write the collected calls and return them; with `beside` also their durations by version."""
         for reason, count in self._shed.items():
             self._metrics.shed.labels(reason).inc(count)
         self._shed.clear()
@@ -177,7 +177,7 @@ class Calls(Observer):
         return [batch for batch, _ in batches]
 
     def close(self) -> None:
-        """Log the rows counted since the last line."""
+        """Log the counts since the last line."""
         for drift in self._drifts.values():
             drift.write_line()
 
@@ -185,7 +185,7 @@ class Calls(Observer):
         metrics = self._metrics
         observe_many(metrics.batch_rows, [(len(batch.answers), 1) for batch, _ in batches])
         observe_many(metrics.stage.labels("queue"), [(wait, 1) for _, waits in batches for wait in waits])
-        for index, stage in enumerate(STAGES):  # a request spends the whole call's time in each
+        for index, stage in enumerate(STAGES):  # each request spends the time of the whole call
             spent = [(batch.stages[index], len(waits)) for batch, waits in batches]
             observe_many(metrics.stage.labels(stage), spent)
         for batch, _ in batches if beside else ():
@@ -216,14 +216,14 @@ class Calls(Observer):
             observe_many(spread.labels(version), values)
 
     def _label(self, answer: Any) -> str:
-        """The label, or the bin that a regressor's value had in training."""
+        """The label, or the bin of a regressor's value."""
         if hasattr(answer, "label"):
             return label_key(answer.label)
         drift = self._drifts.get(answer.model_version)
         return drift.bin_of(answer.value) if drift else "value"
 
     def _count_rows(self) -> None:
-        """Count the rows that are held by bin, and let go of them."""
+        """Count the held rows by bin, and release them."""
         for version, rows in self._rows.items():
             self._drifts[version].observe(rows, self._labels[version])
         self._rows.clear()

@@ -1,12 +1,12 @@
-"""Labels that come back: judged by the id of their prediction, without a database.
+"""Feedback: true labels are compared with the answer in the prediction's id, without a database.
 
     18 random hex digits | 10: version and answer | 4: check -> prediction_id
-    prediction_id, true label -> version, correct or not, and whether this is news
+    prediction_id, true label -> version, correct or not, first feedback for this id or not
 
-The answer is the label's number, or a regressor's value, which leaves 8 bits to its version.
+The answer is the index of the label, or a regressor's value, which leaves 8 bits for the version.
 
-An id can therefore be judged after a restart, by any replica, months later. Only "is this news" needs memory:
-a table that the master makes and all workers share, which forgets the oldest when it is full.
+Any replica can therefore judge an id, after a restart or months later. Only repeated feedback needs memory: a
+table that the master creates and all workers share; when it is full, the oldest entries are dropped.
 """
 
 import mmap
@@ -25,14 +25,14 @@ from app.core.store import VERSION_PATTERN, read_manifest
 
 
 def memory_file() -> Any:
-    """A file without a name: in memory, where the system has that, so that no folder is needed."""
+    """An anonymous file: in memory if the system supports it, so that no folder is needed."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("service"), "w+b")
     return tempfile.TemporaryFile()
 
 
 class SharedMemory:
-    """`size` bytes, zero at first, that one process at a time may change."""
+    """`size` bytes, initially zero, that processes share and change under a lock."""
 
     def __init__(self, size: int) -> None:
         self._file = memory_file()
@@ -41,7 +41,7 @@ class SharedMemory:
 
     @contextmanager
     def locked(self) -> Iterator[mmap.mmap]:
-        """The bytes, while no other process has them; the kernel lets go when a process is killed."""
+        """The bytes, under a lock; the kernel releases the lock when a process is killed."""
         import fcntl  # here, because `python -m app predict` runs on Windows too
 
         fcntl.lockf(self._file, fcntl.LOCK_EX)
@@ -61,44 +61,44 @@ Tolerances = Mapping[str, float] | None
 
 
 def tolerances(place: Path | str) -> Tolerances:
-    """The versions in a folder, each with how far a value may be from the truth; None if it is no folder."""
+    """The versions in a folder, each with its feedback tolerance; None if `place` is an address."""
     if not isinstance(place, Path):
         return None
     found = {path.name: 0.0 for path in place.glob("v*") if re.fullmatch(VERSION_PATTERN, path.name)}
     for version in found:
-        with suppress(ArtifactError):  # such a version is not served either
+        with suppress(ArtifactError):  # a version that cannot be served
             found[version] = read_manifest(place / version).outputs.feedback_tolerance
     return found
 
 
 class Feedback:
-    """Makes ids and judges the labels that come back for them.
+    """Creates prediction ids, and judges the feedback for them.
 
-    Versions become a metric's label, which forged ids must not multiply: only `versions` and those told by
-    `know` are taken or, where `versions` is None, the first few.
+    The version becomes a label of a metric, and forged ids must not create new ones: accepted are `versions`
+    and those passed to `know` or, if `versions` is None, the first few that appear.
     """
 
     def __init__(
         self, labels: Iterable[Any], versions: Tolerances, contract_sha256: str, given: "Given | None" = None
     ) -> None:
-        self._indices = {label: index for index, label in enumerate(labels)}  # empty for a regressor
+        self._indices = {label: index for index, label in enumerate(labels)}  # empty for regressors
         self._bits = 10 if self._indices else 32  # of the answer: a label's index, or a value as a float
-        # By number, each with its tolerance; a version known by its number alone has that of the latest.
+        # By number, with tolerance; a version known only by number has the tolerance of the latest version.
         self._versions: dict[int, tuple[str, float]] = {}
         self._tolerance = 0.0
         for version, tolerance in (versions or {}).items():
             self.know(version, tolerance)
         self._open = versions is None
-        self._salt = crc32(contract_sha256.encode())  # under another contract labels mean something else
+        self._salt = crc32(contract_sha256.encode())  # another contract means other labels
         self._given = given or Given()
 
     def know(self, version: str, tolerance: float = 0.0) -> None:
-        """Labels for this version are taken from now on; a value is right if it is so close to the truth."""
+        """Accept feedback for this version; a value is correct within `tolerance` of the truth."""
         self._versions[self._number(version)] = version, tolerance
         self._tolerance = tolerance
 
     def identify(self, stem: str, version: str, answer: Any) -> str:
-        """The id, 32 hex digits, of what `version` answered: a label, or a value; `stem` has STEM_DIGITS."""
+        """The id, 32 hex digits, for a label or value that `version` answered; `stem` has STEM_DIGITS."""
         if self._indices:
             bits = self._indices[answer]
         else:
@@ -107,7 +107,7 @@ class Feedback:
         return marked + self._check(marked)
 
     def judge(self, prediction_id: str, truth: Any) -> tuple[str, bool, bool]:
-        """Version, whether it was right, and whether this is news; raises ServiceError."""
+        """Version, whether its answer was correct, and whether this feedback is new; raises ServiceError."""
         marked, mark = prediction_id[:-4], int(prediction_id[STEM_DIGITS:-4], 16)
         bits, number = mark & (2**self._bits - 1), mark >> self._bits
         sound = prediction_id == marked + self._check(marked)
@@ -134,14 +134,14 @@ class Feedback:
 
 
 class Given:
-    """The last hundred thousand or so labels by prediction, in memory shared with forked processes."""
+    """The last labels by prediction, about 130,000, in memory shared with forked processes."""
 
     def __init__(self, buckets: int = _BUCKETS) -> None:
         self._buckets = buckets
         self._table = SharedMemory(buckets * _ENTRY * _WAYS)
 
     def put(self, prediction_id: str, label: int) -> int | None:
-        """Keep the label, not 0, of a prediction that has none; the label that it has, if it has one."""
+        """Store the label, not 0, of a prediction; if it has a label already, keep and return that one."""
         key = bytes.fromhex(prediction_id)[: _ENTRY - 2]
         start = int.from_bytes(key[:4], "big") % self._buckets * _ENTRY * _WAYS
         end = start + _ENTRY * _WAYS

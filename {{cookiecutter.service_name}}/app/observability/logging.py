@@ -1,9 +1,9 @@
-"""One JSON object a line on stdout, in one shape for this service's, uvicorn's and gunicorn's events.
+"""JSON lines on stdout, in one format for events of this service, uvicorn and gunicorn.
 
     structlog event or LogRecord -> render -> LineWriter (bounded) -> thread -> stdout
 
 A reader that stops reading blocks the thread, never a request: lines are then dropped and counted.
-Exceptions are written as their types and frames, without their messages: messages quote data.
+Exceptions are written as types and frames without messages, because messages may quote data.
 """
 
 import atexit
@@ -25,12 +25,12 @@ import orjson
 import structlog
 
 MAX_LINES = 10_000
-PAUSE_SECONDS = 0.02  # lines that come within it share one write
+PAUSE_SECONDS = 0.02  # lines within this time share one write
 STDOUT = 1
 
 Format = Literal["json", "console"]
 Logger = structlog.typing.FilteringBoundLogger
-RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the service failed, and the line's fields
+RequestLine = Callable[[bool, dict[str, Any]], None]  # whether the request failed, and the fields
 
 
 class LineWriter:
@@ -38,7 +38,7 @@ class LineWriter:
 
     def __init__(self, on_drop: Callable[[int], None], to: int = STDOUT, max_lines: int = MAX_LINES) -> None:
         self._on_drop, self._descriptor, self._max_lines = on_drop, to, max_lines
-        self._lines: SimpleQueue[bytes | None] = SimpleQueue()  # None is the end
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()  # None ends the thread
         self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -54,7 +54,7 @@ class LineWriter:
     debug = info = warning = error = write
 
     def close(self, timeout: float = 2.0) -> None:
-        """Write the queued lines, at most `timeout` seconds: a blocked reader must not hold up the exit."""
+        """Write the queued lines within `timeout` seconds: a blocked reader must not delay the exit."""
         self._lines.put(None)
         self._thread.join(timeout)
 
@@ -67,18 +67,18 @@ class LineWriter:
             try:
                 while chunk:
                     chunk = chunk[os.write(self._descriptor, chunk) :]
-            except OSError:  # the reader has gone; nothing can be written any more
+            except OSError:  # the reader is gone
                 self._on_drop(chunk.count(b"\n"))
             sleep(PAUSE_SECONDS if None not in lines else 0)
 
 
 class ForeignHandler(logging.Handler):
-    """Records of libraries and servers, in this service's shape."""
+    """Log records of libraries and servers, in the format of this service."""
 
     def __init__(self, fmt: Format, write: Callable[[bytes], None] | None = None) -> None:
         super().__init__()
         self._render = _RENDER[fmt]
-        # Without a writer at once: gunicorn's master must not have threads when it forks.
+        # Without a writer, write directly: gunicorn's master must not have threads when it forks.
         self._write = write or _write_now
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -86,7 +86,7 @@ class ForeignHandler(logging.Handler):
         try:
             # asyncio's message quotes the arguments and the error; the frames below are enough.
             message = "an error on the event loop" if record.name == "asyncio" else record.getMessage()
-        except (TypeError, ValueError):  # arguments that do not fit must not fail the caller
+        except (TypeError, ValueError):  # a bad log call must not raise in the caller
             message = str(record.msg)
         fields: dict[str, Any] = {"event": message, "logger": record.name, **getattr(record, "fields", {})}
         if record.exc_info and record.exc_info[1] is not None:
@@ -99,7 +99,7 @@ def configure_logging(
 ) -> tuple[Logger, RequestLine, LineWriter]:
     """Route every logger of this process to stdout; returns this service's logger and the writers.
 
-    `on_drop` is told the number of lines that were dropped, in any thread.
+    `on_drop` gets the number of dropped lines, and is called in any thread.
     """
     writer, threshold, render = LineWriter(on_drop), logging.getLevelNamesMapping()[level], _RENDER[fmt]
     bound = structlog.make_filtering_bound_logger(threshold)
@@ -109,12 +109,12 @@ def configure_logging(
     for name in ("gunicorn.error", "uvicorn.error", "uvicorn.access"):
         foreign = logging.getLogger(name)
         foreign.handlers = []
-        foreign.propagate = name != "uvicorn.access"  # this service writes its own line a request
+        foreign.propagate = name != "uvicorn.access"  # this service logs requests itself
     logging.captureWarnings(True)
     threading.excepthook = lambda failed: logger.error("a thread failed", exc_info=failed.exc_value)
 
     def request_line(failed: bool, fields: dict[str, Any]) -> None:
-        """The logger's work for a line, without its four copies of the fields: they cost as much again."""
+        """Like a call of the logger, but without its four copies of the fields, which double the cost."""
         if failed or threshold <= logging.INFO:
             writer.write(render(None, "error" if failed else "info", fields))
 
@@ -122,14 +122,14 @@ def configure_logging(
 
 
 def server_logging(fmt: Format) -> dict[str, Any]:
-    """Gunicorn's `logconfig_dict`: lines of its master in the same shape."""
+    """Gunicorn's `logconfig_dict`: the master's lines in the same format."""
     logger = {"level": "INFO", "handlers": ["stdout"], "propagate": False}
     handlers = {"stdout": {"()": ForeignHandler, "fmt": fmt}}
     return {"version": 1, "handlers": handlers, "root": logger, "loggers": {"gunicorn.error": logger}}
 
 
 def describe(error: BaseException | None) -> str:
-    """Types and frames of an exception and its causes, the first cause first, without their messages."""
+    """Types and frames of an exception and its causes, first cause first, without messages."""
     parts: list[str] = []
     while error is not None:
         parts.insert(0, "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__)
@@ -138,11 +138,11 @@ def describe(error: BaseException | None) -> str:
 
 
 def _write_now(line: bytes) -> None:
-    """For gunicorn's master, which must have no threads: write unless the reader is blocked, full or gone."""
+    """For gunicorn's master, which must have no threads: write, unless the reader is blocked or gone."""
     left = line + b"\n"
     with suppress(OSError, ValueError):  # ValueError: standard output is closed
         while left and select.select([], [STDOUT], [], 0)[1]:
-            left = left[os.write(STDOUT, left[: select.PIPE_BUF]) :]  # so much a pipe takes without blocking
+            left = left[os.write(STDOUT, left[: select.PIPE_BUF]) :]  # a pipe takes this without blocking
 
 
 def _json(_logger: Any, level: str, fields: dict[str, Any]) -> bytes:

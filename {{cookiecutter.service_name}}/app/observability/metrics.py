@@ -1,9 +1,9 @@
-"""Prometheus metrics: every name in one place, and the text of /metrics for all workers together.
+"""Prometheus metrics: all names in one place, and the text of /metrics for all workers together.
 
     Recorder: count, observe -> dictionaries -> every FLUSH_SECONDS -> Prometheus children -> /metrics
 
-Writing a child costs microseconds in multiprocess mode; adding up for a few milliseconds first makes that a
-fraction for each request. A scrape waits until everything that was answered before it has been written.
+Writing a child costs microseconds in multiprocess mode; adding up values for a few milliseconds first reduces
+the cost per request. A scrape waits until all answers before it have been written.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ STAGE = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCORE = tuple(step / 10 for step in range(1, 11))
 FLUSH_SECONDS = 0.02
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set where there are several workers
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set if there are several workers
 
 
 class Metrics:
@@ -46,7 +46,7 @@ class Metrics:
             return Histogram(name, text, labels, buckets=buckets, registry=own)
 
         def gauge(name: str, text: str, *labels: str, mode: Any = "livemax") -> Gauge:
-            # Live modes only: the gauge of a worker that died must not linger.
+            # Live modes only: the gauges of a dead worker must disappear.
             return Gauge(name, text, labels, registry=own, multiprocess_mode=mode)
 
         route = ("method", "handler")
@@ -63,7 +63,7 @@ class Metrics:
         self.lookup_misses = counter("lookup_misses_total", "Instances without their features.", "reason")
         self.predictions = counter("predictions_total", "Predictions.", "model_version", "label", "action")
         self.score = histogram("prediction_score", "Score of the predicted label.", SCORE, "model_version")
-        self.value: Histogram | None = None  # of a regressor, once its range is known
+        self.value: Histogram | None = None  # for a regressor, once its range is known
         self.shadow_value: Histogram | None = None
         binned = ("model_version", "feature", "bin")
         self.observations = counter("feature_observations_total", "Values by bin of the baseline.", *binned)
@@ -93,14 +93,14 @@ class Metrics:
         self.dropped_lines = counter("log_lines_dropped_total", "Log lines that no reader took in time.")
         self.retried = counter("requests_retried_total", "Requests seen to be sent again.", "sign")
         self.fallbacks = counter("rate_limit_fallbacks_total", "Hits that a worker counted without Redis.")
-        # Prometheus sees a first increment only where there was a 0 before it.
+        # Prometheus notices a first increment only after a 0.
         counters = (self.shed, self.failures, self.retried, self.lookup_misses)
         for children, values in zip(counters, (SHED, FAILURES, SIGNS, LOOKUP_MISSES), strict=True):
             for value in values:
                 children.labels(value)
 
     def expect_values(self, edges: Sequence[float]) -> None:
-        """A regressor's values lie about these; the first baseline that says so decides on the buckets."""
+        """Create the histograms of a regressor's values; the first baseline decides the buckets."""
         if self.value is None:
             options: dict[str, Any] = {"buckets": edges, "registry": self.registry}
             self.value = Histogram("prediction_value", "Value predicted.", ["model_version"], **options)
@@ -108,9 +108,9 @@ class Metrics:
 
 
 def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> None:
-    """Observe (value, times) pairs at the price of one, with what `Histogram.observe` itself uses.
+    """Observe (value, times) pairs at the cost of one call, with the internals of `Histogram.observe`.
 
-    prometheus_client has no public call for it; a unit test holds the two equal.
+    prometheus_client has no public function for this; a unit test compares both.
     """
     bounds: list[float] = histogram._upper_bounds
     total, counts = 0.0, Tally[int]()
@@ -126,7 +126,7 @@ def observe_many(histogram: Histogram, values: Iterable[tuple[float, int]]) -> N
 class Recorder:
     """Counters and histograms of one event loop, written a few milliseconds later.
 
-    `write` is called with every flush; its argument is True where no value may wait for a later one.
+    `write` is called at every flush; its argument is True if all values must be written now.
     """
 
     def __init__(self, write: Callable[[bool], object]) -> None:
@@ -149,12 +149,12 @@ class Recorder:
             self._schedule()
 
     async def settle(self) -> None:
-        """Wait until every worker has written its answers from before now."""
+        """Wait until every worker has written its earlier answers."""
         await asyncio.sleep(2 * FLUSH_SECONDS)
         self.flush(everything=True)
 
     def flush(self, everything: bool = False) -> None:
-        """Write the collected counts and values, and those of the sources."""
+        """Write the collected counts and values, then call `write`."""
         self._scheduled = False
         for (counter, labels), times in self._counts.items():
             (counter.labels(*labels) if labels else counter).inc(times)
@@ -170,28 +170,28 @@ class Recorder:
 
 
 def readable(path: Path) -> bool:
-    """Whether a worker's file is whole: a killed worker may have left it empty or cut short."""
+    """Whether a worker's metric file is complete: a killed worker may leave it empty or truncated."""
     try:
         multiprocess.MultiProcessCollector.merge([path])  # type: ignore[no-untyped-call]
-    except Exception:  # struct.error, UnicodeDecodeError, RuntimeError: whatever its bytes lead to
+    except Exception:  # damaged bytes raise many types
         return False
     return True
 
 
 class _Workers(multiprocess.MultiProcessCollector):
-    """All workers' files; one that cannot be read does not fail the others."""
+    """The files of all workers; unreadable files are skipped and counted."""
 
     def collect(self) -> Iterable[Metric]:
         found = list(Path(os.environ[METRICS_FOLDER]).glob("*.db"))
         sound = [path for path in found if readable(path)]
-        broken = sum(path.exists() for path in found if path not in sound)  # others went with their worker
+        broken = sum(path.exists() for path in found if path not in sound)  # not those just removed
         text = "Files of workers that cannot be read; what they counted is missing."
         yield GaugeMetricFamily("metrics_files_broken", text, value=broken)
         yield from self.merge(sound)  # type: ignore[no-untyped-call]
 
 
 def scrape(own: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """The text in the format that `accept` asks for, and its media type; of all workers if several."""
+    """The metrics of all workers in the format that `accept` asks for, and its media type."""
     encode, media_type = choose_encoder(accept)
-    several = Path(os.environ.get(METRICS_FOLDER, "none")).is_dir()  # one that was removed is made again
+    several = Path(os.environ.get(METRICS_FOLDER, "none")).is_dir()  # a worker recreates a removed folder
     return encode(_Workers(None) if several else own), media_type  # type: ignore[no-untyped-call]
