@@ -2,7 +2,7 @@
 
 COMMAND -> its module -> function with Typer's annotations -> LifecycleError -> one line, exit 1
                                                            -> a result with lines in `failed` -> exit 1
-anything else that goes wrong -> one line, and the whole story in build/COMMAND.log -> exit 1
+any other exception -> one line, and the full message in build/COMMAND.log -> exit 1
 """
 
 import re
@@ -21,7 +21,7 @@ from typer.exceptions import TyperException
 from app.core.errors import ArtifactError
 from lifecycle.command import ROOT, LifecycleError, write_file
 
-MODULES = {  # by command; some import training libraries, which takes seconds
+MODULES = {  # by command; some take seconds to import
     "size": "operations.size",
     "sbom": "operations.sbom",
     **dict.fromkeys(("runbooks", "docs"), "operations.documents"),
@@ -31,12 +31,12 @@ MODULES = {  # by command; some import training libraries, which takes seconds
     **dict.fromkeys(("shadow", "canary", "compare"), "release.rollout"),
     "import-model": "importing.importer",
 }
-LONGEST = 300  # characters of a line that says why
+LONGEST = 300  # characters of an error line
 
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """As Typer does; but options without a value are asked for, as make hands them over if unset."""
+        """As in Typer, but refuse options with an empty value: make passes these for unset variables."""
         empty = [
             one.rstrip("=").removeprefix("--").upper()
             for one, after in pairwise([*args, "-"])
@@ -66,9 +66,9 @@ class _Commands(TyperGroup):
         status = 1
         try:
             found = super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):  # Typer ends: as asked, by Ctrl-C, quietly
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # Typer handles these
             raise
-        except TyperException as error:  # wrong words on the command line
+        except TyperException as error:  # a wrong command line
             reason, status = error.format_message(), getattr(error, "exit_code", 2)
             if lacking := re.match(r"Missing \w+ '(?:--)?([\w-]+)", reason):
                 reason = _wanted(ctx.invoked_subcommand, [lacking[1].upper()])
@@ -88,7 +88,7 @@ class _Commands(TyperGroup):
 
 
 def one_line(command: str, reason: str) -> str:
-    """The line that says why a command ends; the whole story goes to a file, if it is longer than a line."""
+    """The error line of a command; if the reason is longer than a line, the full text goes to a file."""
     first, _, more = reason.strip().partition("\n")
     line = f"{command}: {' '.join(first.split())}"
     if not more and len(line) <= LONGEST:
@@ -109,7 +109,7 @@ commands = typer.Typer(
 
 @commands.callback()
 def main() -> None:
-    """What runs outside the service: versions in artifacts/ and their release, sizing, runbooks."""
+    """Commands that run outside the service: versions in artifacts/ and their release, sizing, runbooks."""
 
 
 if __name__ == "__main__":

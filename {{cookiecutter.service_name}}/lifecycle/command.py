@@ -1,4 +1,4 @@
-"""What the commands share: the service's folder, the one error for a person, tables and pictures.
+"""Shared by the commands: the service's folder, the error class for people, tables and pictures.
 
 pandas takes a second to import, so the functions that need it import it.
 """
@@ -19,10 +19,10 @@ _NUMBER = re.compile(r"[-+]?\.?\d.*|-|n/a|")
 
 
 class LifecycleError(Exception):
-    """A command cannot do what it was asked; `lifecycle.__main__` prints the message and exits with 1.
+    """A command failed; `lifecycle.__main__` prints the message and exits with 1.
 
-    The message is one line for a person. It names the file, version or option that is wrong, and where
-    possible the command that helps.
+    The message is one line for people. It names the file, version or option that is wrong and, if possible,
+    the command that helps.
     """
 
 
@@ -33,14 +33,14 @@ def sha256(path: Path) -> str:
 
 
 def door(package: str, name: str, modules: Mapping[str, str]) -> Any:
-    """A function of one of a package's modules, for the package's `__getattr__`."""
+    """A function from a module of a package, for the package's `__getattr__`."""
     if name not in modules:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(import_module(f"{package}.{modules[name]}"), name)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; raises LifecycleError where it is not UTF-8."""
+    """The text of a file; raises LifecycleError if it is not UTF-8."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
@@ -48,7 +48,7 @@ def read_text(path: Path) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write the whole file, or leave the old one as it is: a running service may read it at any moment."""
+    """Replace a file atomically: a running service may read it at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     try:
@@ -61,8 +61,8 @@ def write_file(path: Path, content: bytes) -> None:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table with padded columns, without a final newline.
 
-    `rows` has one cell per column; cells are converted by `str`. A column in which every cell is a number,
-    empty, "-" or "n/a" is aligned right.
+    `rows` has one cell per column; cells are converted by `str`. A column is aligned right if every cell is a
+    number, empty, "-" or "n/a".
     """
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     padded = []
@@ -76,7 +76,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def save_picture(figure: Any, folder: Path, name: str) -> Path:
-    """Write a matplotlib figure as SVG into `folder`; characters that file names may not have become `_`."""
+    """Write a matplotlib figure as SVG into `folder`; characters not allowed in file names become `_`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".svg")
     figure.savefig(path)
@@ -84,7 +84,7 @@ def save_picture(figure: Any, folder: Path, name: str) -> Path:
 
 
 def reliability(scores: ArrayLike, right: ArrayLike) -> Any:
-    """Tenths of the score that have rows, as a frame: count, mean score, share of right answers."""
+    """A frame with a row per tenth of the score that occurs: count, mean score, share of right answers."""
     import pandas as pd
 
     rows = pd.DataFrame({"score": scores, "right": right})
@@ -98,7 +98,7 @@ def calibration_error(bins: Any) -> float:
 
 
 def plot_reliability(axes: Any, bins: Any) -> None:
-    """Draw mean score against share of right answers; the area of a dot grows with its rows."""
+    """Draw mean score against share of right answers; larger dots have more rows."""
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--")
     axes.plot(bins.score, bins.right)
     axes.scatter(bins.score, bins.right, 20 + 200 * bins["count"] / bins["count"].sum())

@@ -1,10 +1,10 @@
-"""Data files as batches of columns, whatever they are written in.
+"""Data files of all supported formats, read as batches of columns.
 
     .csv .tsv .txt .jsonl .json, compressed or not; .parquet .arrow .xlsx -> batches() of columns
-    a column that cannot be read -> the reason in its place, for whoever needs that column
+    a column that cannot be read -> the reason in its place, for callers that need the column
 
-Text files are taken for what pandas would take them for, because most estimators were fitted on that.
-Encoding, separator, comment lines and the meaning of commas in numbers are found out from the file.
+Text files are read as pandas reads them, because most estimators were fitted on such data. Encoding,
+separator, comment lines and the meaning of commas in numbers are detected from the file.
 """
 
 import bz2
@@ -42,15 +42,15 @@ MISSING = [
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
     "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
 ]  # fmt: skip
-TEXT = (".csv", ".tsv", ".txt")  # formats in which every value is text
+TEXT = (".csv", ".tsv", ".txt")  # formats without types
 DELIMITERS = ",;\t|"
 OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
     ".zst": lambda path: pa.CompressedInputStream(str(path), "zstd"), ".zip": lambda path: _only_member(path),
 }  # fmt: skip
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-FOREIGN = re.compile(r"[^\x00-\x7f]{3}")  # so do words of other alphabets look in Windows-1252
-# Numbers that show what a comma means; those that may be either; and all that are read once it is known.
+FOREIGN = re.compile(r"[^\x00-\x7f]{3}")  # how words of other alphabets look when read as Windows-1252
+# Numbers that show the meaning of a comma; ambiguous numbers; numbers that are accepted for each meaning.
 SHOWS = {
     "decimal": re.compile(r"[-+]?(\d{1,3}(\.\d{3})+,\d+|\d+,(\d{1,2}|\d{4,}))"),
     "thousands": re.compile(r"[-+]?(\d{1,3}(,\d{3})+\.\d+|\d{1,3}(,\d{3}){2,})"),
@@ -63,14 +63,14 @@ READ = {
 
 
 class Batch(NamedTuple):
-    """Some rows: by column a pyarrow array, or the reason why no model can take it."""
+    """Some rows: for each column a pyarrow array, or the reason why no model can take the column."""
 
     rows: int
     columns: dict[str, Any]
 
 
 def batches(path: Path, text: Collection[str] = ()) -> Iterator[Batch]:
-    """All rows, a batch at a time; from CSV as text, missing values as nulls. Raises LifecycleError.
+    """All rows in batches; CSV values as text, missing values as nulls. Raises LifecycleError.
 
     In columns that `text` names, numbers with commas stay as they are.
     """
@@ -97,7 +97,7 @@ def batches(path: Path, text: Collection[str] = ()) -> Iterator[Batch]:
 
 
 def format_of(path: Path) -> str:
-    """The suffix that tells the format, below that of a compression; without one, how the file begins."""
+    """The suffix of the format, without a suffix of compression; without any, guessed from the first byte."""
     if not path.suffix and path.is_file():
         with path.open("rb") as file:
             return ".jsonl" if file.read(1) == b"{" else ".csv"
@@ -109,7 +109,7 @@ def _only_member(path: Path) -> IO[bytes]:
     archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
     if len(names) != 1:
-        raise LifecycleError(f"{path.name}: holds {len(names)} files, and one table is what is read")
+        raise LifecycleError(f"{path.name}: holds {len(names)} files: put a single table into it")
     return archive.open(names[0])
 
 
@@ -119,7 +119,7 @@ def _opened(path: Path) -> Any:
 
 
 def _without_values(error: Exception) -> str:
-    """The first words of a library's message: what follows may quote the data."""
+    """The first line of a library's message: later lines may quote the data."""
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
@@ -132,7 +132,7 @@ def _text(path: Path) -> io.TextIOWrapper:
 
 @lru_cache(maxsize=4)
 def _encoding(path: Path, changed: int) -> str:
-    """UTF-8 or UTF-16; else Windows-1252, which is said, unless the words are of another alphabet."""
+    """UTF-8 or UTF-16; else Windows-1252 with a note, unless the words seem to be of another alphabet."""
     with _opened(path) as file:
         decoder, block = codecs.getincrementaldecoder("utf-8")(), file.read(BLOCK_BYTES)
         if found := next((name for bom, name in BOMS.items() if block.startswith(bom)), ""):
@@ -155,7 +155,7 @@ def _encoding(path: Path, changed: int) -> str:
 
 
 class _Rest:
-    """What is left of a text file, in UTF-8 whatever it is in, for pyarrow."""
+    """The rest of a text file, encoded as UTF-8 for pyarrow."""
 
     closed = False
 
@@ -163,7 +163,7 @@ class _Rest:
         self._file, self.quotes = file, 0
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes: a character has up to four."""
+        """At most `size` bytes: a character has up to four."""
         text = self._file.read(size // 4)
         self.quotes += text.count('"')
         return text.encode()
@@ -181,11 +181,11 @@ def _csv(path: Path, text: Collection[str]) -> Iterator[Batch]:
                 break
         else:
             raise LifecycleError(f"{path.name}: has no rows")
-        names = [name or f"Unnamed: {index}" for index, name in enumerate(names)]  # as pandas calls them
+        names = [name or f"Unnamed: {index}" for index, name in enumerate(names)]  # as in pandas
         commas = {name: mark for name, mark in _commas(names, rows, delimiter).items() if name not in text}
         rest = _Rest(file)
         yield from _csv_batches(path, rest, names, delimiter, commas)
-    if rest.quotes % 2:  # mostly a quote within a value, but Arrow does not miss one that never ends
+    if rest.quotes % 2:  # usually a quote within a value, but Arrow does not report a quote without an end
         with _text(path) as file:
             try:
                 deque(csv.reader(file, delimiter=delimiter, strict=True), maxlen=0)
@@ -194,7 +194,7 @@ def _csv(path: Path, text: Collection[str]) -> Iterator[Batch]:
 
 
 def _records(head: str, delimiters: str) -> tuple[str, list[list[str]]]:
-    """The separator by which most of the first lines have as many fields as the first; and their fields."""
+    """The separator that gives most of the first lines equally many fields, and these fields."""
     found = []
     for delimiter in delimiters:
         with suppress(csv.Error):
@@ -208,10 +208,10 @@ def _records(head: str, delimiters: str) -> tuple[str, list[list[str]]]:
 
 
 def _commas(names: list[str], rows: list[list[str]], delimiter: str) -> dict[str, str]:
-    """What a comma means in each column of numbers: `decimal` or `thousands`.
+    """The meaning of a comma in each column of numbers: `decimal` or `thousands`.
 
-    3,504 is either, and read as what other columns of the file show. Of a file that shows neither, it is
-    thousands where commas also separate the fields; else it stays text, and so does a column that shows both.
+    3,504 is ambiguous, and read as other columns of the file show. If none does, it means thousands if commas
+    also separate the fields, else the column stays text. A column that shows both meanings stays text, too.
     """
     known, open_ = dict[str, str](), []
     for name, *cells in zip(names, *(row for row in rows[1:] if len(row) == len(names)), strict=True):
@@ -240,7 +240,7 @@ def _csv_batches(
     try:
         for batch in pyarrow.csv.open_csv(
             pa.PythonFile(rest, mode="r"),
-            # Of a line that is wrong, threads do not know the number.
+            # With threads, pyarrow cannot tell the number of a wrong line.
             read_options=pyarrow.csv.ReadOptions(
                 use_threads=False, block_size=4 * BLOCK_BYTES, column_names=keys
             ),
@@ -262,7 +262,7 @@ def _csv_batches(
 
 
 def _without_commas(array: Any, mark: str) -> Any:
-    """Numbers as Python writes them, if all are numbers; else the column as it is."""
+    """Numbers in Python's notation if all values are numbers, else the column unchanged."""
     trimmed = pc.utf8_trim_whitespace(array)
     if not pc.all(pc.match_substring_regex(trimmed.drop_null(), READ[mark])).as_py():
         return array
@@ -302,7 +302,7 @@ def _arrow(path: Path, text: Collection[str]) -> Iterator[Batch]:
 
 
 def _without_index(schema: Any, batch: Any) -> Batch:
-    """The columns; what was the index of a DataFrame is none."""
+    """The columns without those that were the index of a DataFrame."""
     columns = _named(batch.schema.names, batch.columns)
     for index in (schema.pandas_metadata or {}).get("index_columns", []):
         if isinstance(index, str):
@@ -311,7 +311,7 @@ def _without_index(schema: Any, batch: Any) -> Batch:
 
 
 def _excel(path: Path, text: Collection[str]) -> Iterator[Batch]:
-    import pandas as pd  # here, because it takes a second
+    import pandas as pd  # here: takes a second
 
     frame = pd.read_excel(path, dtype=object)
     columns = {str(name): _array(frame[name].tolist(), 1) for name in frame}
@@ -325,7 +325,7 @@ def _json(path: Path, text: Collection[str]) -> Iterator[Batch]:
         with suppress(orjson.JSONDecodeError):
             return orjson.loads(line)
         try:
-            return json.loads(line)  # takes the NaN that Python's own writer writes
+            return json.loads(line)  # accepts NaN, as Python writes it
         except (ValueError, RecursionError):
             raise LifecycleError(f"{path.name}: line {number} is not JSON") from None
 
@@ -347,7 +347,7 @@ def _json(path: Path, text: Collection[str]) -> Iterator[Batch]:
 
 
 def _array(values: list[Any], first: int) -> Any:
-    """Values of any type as an array, or why there is none; `first` is the number of their first row."""
+    """Values of any type as an array, or the reason why not; `first` is the number of their first row."""
     values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
     kinds = dict.fromkeys(type(value) for value in values if value is not None)
     if len(kinds) > 1 and kinds.keys() != {int, float}:
@@ -360,6 +360,6 @@ def _array(values: list[Any], first: int) -> Any:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError):
-        if kinds.keys() <= {int, float}:  # integers beyond 64 bits, or beyond what a float holds
+        if kinds.keys() <= {int, float}:  # integers beyond 64 bits, or beyond floats
             return pa.array([None if value is None else float(value) for value in values], pa.float64())
-        return "is of mixed lists or objects, which no model takes: write a column for each value"
+        return "holds mixed lists or objects, which no model takes: write a column for each value"

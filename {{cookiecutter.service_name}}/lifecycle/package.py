@@ -1,10 +1,10 @@
-"""From a model and the rows it is judged by to the files of a version folder, whole or not at all.
+"""From a model, rows and answers to the files of a version folder, written atomically.
 
-    model, rows, answers -> model file, golden.jsonl, baseline.json -> manifest.json, which signs them all
+    model, rows, answers -> model file, golden.jsonl, baseline.json -> manifest.json with their checksums
     files -> .v1.new beside it -> rename -> artifacts/v1
 
-Nothing here reads the clock, the machine or git: the same input gives the same bytes. A version that is
-there is never changed: other bytes need another version, or `force` before release.
+This module reads no clock, no machine data and no git: the same input gives the same bytes. An existing
+version is never changed: other bytes need another version.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from lifecycle.command import write_file
 
 NAME = "iris"
 MAX_BINS = 10
-TOLERANCE = 1e-5  # how far a probability may be from the recorded one: float32 against float64
+TOLERANCE = 1e-5  # allowed difference from a recorded probability: float32 against float64
 
 Rows = NDArray[np.float64]  # [rows, features], in the order of `Features`
 Rule = Mapping[str, Any] | None  # the threshold of a manifest's outputs
@@ -48,12 +48,12 @@ def feature_names() -> list[str]:
 
 
 def labels() -> list[Any]:
-    """Labels, in the order of the model's probabilities; a regressor has none."""
+    """Labels in the order of the model's probabilities; empty for a regressor."""
     return list(contract_outputs()["labels"])
 
 
 def chosen_labels(answers: Rows, rule: Rule = None) -> NDArray[np.int64]:
-    """The position of each answer's label: the most probable one's, unless there is a threshold."""
+    """The index of each answer's label: the most probable label, or as the threshold decides."""
     if rule:
         at = labels().index(rule["label"])
         return np.where(answers[:, at] >= rule["least"], at, 1 - at)
@@ -64,9 +64,9 @@ def chosen_labels(answers: Rows, rule: Rule = None) -> NDArray[np.int64]:
 def golden_set(
     rows: Sequence[Sequence[Any]], answers: Rows, tolerance: float = TOLERANCE, rule: Rule = None
 ) -> bytes:
-    """JSON lines: the features, and the answer that every later run must give again.
+    """JSON lines: the features, and the answer that every later run must repeat.
 
-    `answers` is [rows, labels], or [rows, 1] of a regressor, from a source other than the serving runtime.
+    `answers` is [rows, labels], or [rows, 1] for a regressor, from a source other than the serving runtime.
     """
     lines = []
     chosen = chosen_labels(answers, rule).tolist()
@@ -84,18 +84,18 @@ def golden_set(
 
 
 def baseline(columns: Sequence[Sequence[Any]], answers: Rows, rule: Rule = None) -> bytes:
-    """Training as counts per bin, for drift: of every feature and of the answers.
+    """Counts of the training rows per bin, of every feature and of the answers, for drift.
 
-    `columns` has the values of each feature, missing ones as None or NaN. Bin `i` holds
-    edges[i-1] < value <= edges[i], the first and last bin are open, so there is always one count more than
-    edges. Edges of a feature are its quantiles, fewer where they coincide; text, booleans and categories have
-    a bin for each of the commonest values.
+    `columns` has the values of each feature, missing values as None or NaN. Bin `i` holds
+    edges[i-1] < value <= edges[i]; the first and last bin are open, so there is one more bin than edges. The
+    edges of a feature are its quantiles without duplicates; text, booleans and categories have a bin for each
+    of the most frequent values.
     """
-    from app.monitoring.drift import ROWS_A_BIN  # here: a rollback shall not wait for its libraries
+    from app.monitoring.drift import ROWS_A_BIN  # here: a rollback must not wait for its libraries
 
     features = {}
     rows = len(answers)
-    # Shares of bins that few rows fell in are noise, and noise on both sides looks like drift.
+    # The share of a bin with few rows is noise, and noise on both sides looks like drift.
     most = min(MAX_BINS, max(2, rows // ROWS_A_BIN))
     for entry, values in zip(contract_inputs(), columns, strict=True):
         if entry["categories"] or entry["dtype"] in ("string", "bool"):
@@ -133,9 +133,9 @@ def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> dict[
 
 def _commonest(values: Sequence[Any], most: int) -> dict[str, Any]:
     counts = Counter(values)
-    # Ties by name: the order that rows come in is of no meaning.
+    # Ties are sorted by name: the order of the rows must not matter.
     kept = sorted(counts, key=lambda one: (-counts[one], str(one)))
-    kept = kept[: most if len(kept) <= most else most - 1]  # the rest is in a bin, too
+    kept = kept[: most if len(kept) <= most else most - 1]  # the rest shares a bin
     # `missing` and `other` are bins of their own.
     names = [f"{key}=" if (key := label_key(one)) in ("missing", "other") else key for one in kept]
     other = len(values) - sum(counts[one] for one in kept)
@@ -155,11 +155,11 @@ def pack(
     words: Mapping[str, dict[str, Any]] | None = None,
     **more: Any,
 ) -> dict[str, bytes]:
-    """The whole folder: `files` and the manifest that signs them.
+    """The whole folder: `files` and the manifest with their checksums.
 
-    `outputs` holds the meaning of the answer and the review threshold, `ranges` the least and the greatest
-    value in training; inputs and labels come from the contract in `app/schemas/predict.py`. `words` holds the
-    description and example of inputs whose words are not those of the contract, `more` further fields.
+    `outputs` holds the meaning of the answer and the review threshold, `ranges` the smallest and the largest
+    value in training; inputs and labels come from the contract in `app/schemas/predict.py`. `words` holds
+    descriptions and examples of inputs that differ from the contract's, `more` further fields.
     """
     ranges, words = ranges or {}, words or {}
     schema = Features.model_json_schema()
@@ -192,14 +192,14 @@ def pack(
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON as versions hold it: sorted, indented, one newline at the end, the same bytes every time."""
+    """JSON as in version folders: sorted, indented, one newline at the end, always the same bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def differing(folder: Path, files: dict[str, bytes]) -> list[str]:
-    """Names of files in `folder` that differ from `files`, are missing or are too many; [] if equal.
+    """Names of files in `folder` that differ from `files`, are missing or are surplus; [] if equal.
 
-    A signature is no part of a version.
+    The signature is ignored: it is not part of a version.
     """
     paths = [path for path in folder.iterdir() if path.name != SIGNATURE] if folder.is_dir() else []
     present = {path.name: path.read_bytes() for path in paths}
@@ -207,7 +207,7 @@ def differing(folder: Path, files: dict[str, bytes]) -> list[str]:
 
 
 def publish(root: Path, version: str, files: dict[str, bytes]) -> None:
-    """Write `files` as `root`/`version`, in place of an older folder, which stays on any failure."""
+    """Write `files` as `root`/`version`, replacing an older folder, which is kept on any failure."""
     target, new, old = root / version, root / f".{version}.new", root / f".{version}.old"
     root.mkdir(parents=True, exist_ok=True)
     if old.exists() and not target.exists():  # killed between the two renames
@@ -232,7 +232,7 @@ def publish(root: Path, version: str, files: dict[str, bytes]) -> None:
 
 
 def start_release(root: Path, serving: str, previous: str) -> bool:
-    """Write `release.json` if there is none; what serves afterwards changes by promotion only."""
+    """Write `release.json` if there is none; later only a promotion changes the served version."""
     if (root / RELEASE).exists():
         return False
     write_release(root, Release(serving=serving, previous=previous))
@@ -240,5 +240,5 @@ def start_release(root: Path, serving: str, previous: str) -> bool:
 
 
 def write_release(root: Path, release: Release) -> None:
-    """Write `release.json` whole or not at all: a running service may read it at any moment."""
+    """Write `release.json` atomically: a running service may read it at any moment."""
     write_file(root / RELEASE, canonical_json(release.model_dump()))

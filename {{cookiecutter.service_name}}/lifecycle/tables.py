@@ -1,13 +1,13 @@
-"""Columns of a data file with their types, and rows as the contract takes them.
+"""Columns of a data file with their types, and rows in the types of the contract.
 
-    batches of a file -> profile() -> Column each: type, missing values, range, or why it is unusable
+    batches of a file -> profile() -> a Column each: type, missing values, range, or why it is unusable
     every row -> sample() -> categories with counts, and an Arrow file of at most SAMPLE_ROWS rows
     read_table() -> instances() under the contract, truths() of the target column
 
-All rows decide on a column's type, never the first block alone, and every format gives the same types.
-`wanted` gives those that a model or a contract asks for: a column that is wanted as `string` keeps codes like
-08 as they stand. Only columns that somebody uses are judged: what is wrong with a column is noted in
-`Column.unusable`, and an error where the column is required.
+All rows decide on a column's type, not only the first block, and every format gives the same types. `wanted`
+gives the types that a model or a contract needs: a column that is wanted as `string` keeps codes like 08
+unchanged. Only columns in use are judged: a fault is noted in `Column.unusable`, and becomes an error if the
+column is required.
 """
 
 import json
@@ -31,7 +31,7 @@ from lifecycle.command import LifecycleError
 from lifecycle.formats import MISSING, TEXT, batches, format_of
 
 SAMPLE_ROWS = 200_000
-MAX_DISTINCT = 1_000  # of a text column; with more there are no categories
+MAX_DISTINCT = 1_000  # values of a text column; beyond it there are no categories
 ROWS_A_CALL = 256
 MISSING_WORDS = {word.lower() for word in MISSING}
 TRUE, FALSE = ["True", "TRUE", "true"], ["False", "FALSE", "false"]
@@ -42,20 +42,20 @@ KINDS = (
     (pa.types.is_large_string, "string"), (pa.types.is_string_view, "string"),
 )  # fmt: skip
 
-Progress = Callable[[int], object]  # is told how many rows are done
+Progress = Callable[[int], object]  # called with the number of rows done
 
 
 @dataclass
 class Column:
-    """A column, as all rows of the file show it."""
+    """A column, summarised over all rows of the file."""
 
     name: str
-    dtype: str | None = None  # float64, int64, bool or string; None as long as every value is missing
+    dtype: str | None = None  # float64, int64, bool or string; None while all values are missing
     present: int = 0
     low: float | None = None
     high: float | None = None
-    unusable: str = ""  # why no model can take it, as the end of a sentence that begins with the column
-    counts: Counter[str] | None = field(default_factory=Counter)  # of text, up to MAX_DISTINCT values
+    unusable: str = ""  # why no model can take it, to follow the column's name in a message
+    counts: Counter[str] | None = field(default_factory=Counter)  # of text values, None beyond MAX_DISTINCT
     rows: int = 0
 
     @property
@@ -66,7 +66,7 @@ class Column:
 
 @dataclass
 class Table:
-    """A data file: its columns, in its order."""
+    """A data file with its columns in order."""
 
     path: Path
     columns: dict[str, Column]
@@ -95,10 +95,10 @@ def profile(path: Path, progress: Progress, wanted: Mapping[str, str] | None = N
 
 
 def _learn(column: Column, array: Any, before: int, *, text: bool, wanted: str | None) -> None:
-    """Update a column from a batch that `before` rows precede; with `text` the type is read from the text."""
+    """Update a column from a batch after `before` rows; `text`: the types must be inferred from text."""
     kind = _kind(array)
     if not kind:
-        column.unusable = f"is of type {array.type}, which JSON has no like of: write it as text or numbers"
+        column.unusable = f"is of type {array.type}, which JSON does not have: write it as text or numbers"
         return
     kind = wanted or kind
     if not text:
@@ -120,7 +120,7 @@ def _learn(column: Column, array: Any, before: int, *, text: bool, wanted: str |
         column.unusable = f"mixes {column.dtype} and {kind} from row {before + 1} on; give all rows one type"
         return
     if kind == "float64" and pc.any(pc.is_inf(values)).as_py():
-        column.unusable = "holds infinity, which JSON has no word for: leave such values empty"
+        column.unusable = "holds infinity, which JSON does not have: leave such values empty"
     elif kind in ("int64", "float64") and len(values):
         ends = pc.min_max(values).as_py()
         column.low = ends["min"] if column.low is None else min(column.low, ends["min"])
@@ -128,7 +128,7 @@ def _learn(column: Column, array: Any, before: int, *, text: bool, wanted: str |
 
 
 def _narrowest(present: Any) -> tuple[str, Any]:
-    """The narrowest type that takes every one of these texts, and the values as that type."""
+    """The narrowest type for all of these texts, and the values in that type."""
     if not len(present):
         return "null", present
     if pc.all(pc.is_in(present, pa.array(TRUE + FALSE))).as_py():
@@ -142,12 +142,12 @@ def _narrowest(present: Any) -> tuple[str, Any]:
 
 
 def _numerals(array: Any) -> Any:
-    """Texts without outer spaces and plus signs, which Arrow does not take for numbers."""
+    """Texts without outer spaces and plus signs, which Arrow does not accept in numbers."""
     return pc.replace_substring_regex(pc.utf8_trim_whitespace(array), r"^\+", "")
 
 
 def _kind(array: Any) -> str | None:
-    """float64, int64, bool or string; `null` where there are no values; None if JSON has no such type."""
+    """float64, int64, bool or string; `null` if all values are missing; None if JSON has no such type."""
     array = _decoded(array)
     if pa.types.is_uint64(array.type) and (pc.max(array).as_py() or 0) > np.iinfo(np.int64).max:
         return "float64"
@@ -159,19 +159,19 @@ def _decoded(array: Any) -> Any:
 
 
 def _typed(array: Any, dtype: str) -> Any:
-    """An array of the file as the column's type; NaN is a missing value."""
+    """An array of the file in the column's type; NaN becomes null."""
     array = _decoded(array)
     if _kind(array) == "string" and dtype != "string":
         if dtype == "bool":
-            # A missing value is in neither list, and stays missing.
+            # `is_in` would turn a missing value into false.
             return pc.if_else(pc.is_null(array), None, pc.is_in(array, pa.array(TRUE)))
         array = _numerals(array)
-    array = pc.cast(array, ARROW[dtype], safe=dtype != "float64")  # to float64 whatever precision it costs
+    array = pc.cast(array, ARROW[dtype], safe=dtype != "float64")  # a cast to float64 may lose precision
     return pc.if_else(pc.is_nan(array), None, array) if dtype == "float64" else array
 
 
 def typed_batches(table: Table, columns: Sequence[Column]) -> Iterator[Any]:
-    """All rows again, as record batches of these columns with their types."""
+    """All rows, read again as record batches of these columns in their types."""
     schema = pa.schema([(one.name, ARROW.get(one.dtype or "", pa.null())) for one in columns])
     for batch in batches(table.path, {one.name for one in columns if one.dtype == "string"}):
         arrays = [batch.columns.get(one.name) if one.dtype else None for one in columns]
@@ -183,9 +183,9 @@ def typed_batches(table: Table, columns: Sequence[Column]) -> Iterator[Any]:
 
 
 def sample(table: Table, target: Path, progress: Progress) -> int:
-    """Write the rows that answers are compared on; the number of rows. All of them up to SAMPLE_ROWS.
+    """Write the rows for comparing answers, all of them up to SAMPLE_ROWS; returns their number.
 
-    Counts categories over all rows on the way.
+    Also counts categories over all rows.
     """
     columns = [one for one in table.columns.values() if one.dtype and not one.unusable]
     schema = pa.schema([(one.name, ARROW[one.dtype or ""]) for one in columns])
@@ -212,7 +212,7 @@ def sample(table: Table, target: Path, progress: Progress) -> int:
 
 
 def read_sample(path: Path) -> Any:
-    """The sample as a pyarrow table, mapped rather than read."""
+    """The sample as a memory-mapped pyarrow table."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
@@ -224,7 +224,7 @@ def read_table(
 ) -> Any:
     """All rows of a data file as a pyarrow table; raises LifecycleError if one of `columns` is unusable.
 
-    Without `columns` all are judged; with them, those that are unusable and not among them are left out.
+    Without `columns` every column must be usable; with them, other unusable columns are left out.
     """
     table = profile(path, lambda _: None, wanted)
     for one in table.columns.values():
@@ -236,27 +236,27 @@ def read_table(
 
 
 def contract_types(target: str, labels: Sequence[Any]) -> dict[str, str]:
-    """What `read_table` needs to read rows as the contract takes them."""
+    """The types, for `read_table`, of the contract's columns and the target."""
     types = {entry["name"]: str(entry["dtype"]) for entry in contract_inputs()}
     return types | ({target: "string"} if labels and isinstance(labels[0], str) else {})
 
 
 def spelling(value: Any) -> str:
-    """A label or category as text: text without outer spaces, anything else as JSON spells it; 1.0 is 1."""
+    """A label or category as text: text without outer spaces, other values as JSON, 1.0 as 1."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # integers with gaps among them are read as floats
+        value = int(value)  # integers with missing values are read as floats
     return value.strip() if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def is_missing(value: Any, *, text: bool = False) -> bool:
-    """Whether a value stands for a missing one; in a column of text only "" does, not "NA" or "null"."""
+    """Whether a value means missing; with `text`, only "" does, not "NA" or "null"."""
     if isinstance(value, str):
         return not value.strip() if text else value.strip().lower() in MISSING_WORDS
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def choice(value: Any, choices: Sequence[Any]) -> Any:
-    """The one of `choices` that a file means by `value`: "1" is 1, "True" is true; else `value` itself."""
+    """The element of `choices` that `value` means: "1" is 1, "True" is true; else `value` itself."""
     text = spelling(value)
     by_text = {spelling(one): one for one in choices}
     if text not in by_text and all(isinstance(one, bool) for one in choices):
@@ -265,7 +265,7 @@ def choice(value: Any, choices: Sequence[Any]) -> Any:
 
 
 def typed(entry: dict[str, Any], value: Any) -> Any:
-    """A value with the type of its input; one that cannot have it is left for the contract to refuse."""
+    """A value converted to the type of its input, or unchanged if that fails: the contract refuses it."""
     dtype = entry["dtype"]
     if is_missing(value, text=dtype == "string"):
         return value if dtype == "string" and isinstance(value, str) and not entry["nullable"] else None
@@ -282,7 +282,7 @@ def typed(entry: dict[str, Any], value: Any) -> Any:
 
 
 def instances(table: Any, name: str) -> Iterator[list[Features]]:
-    """The rows under the contract, ROWS_A_CALL at a time; raises LifecycleError where one breaks it."""
+    """The rows as validated instances, ROWS_A_CALL at a time; raises LifecycleError for an invalid row."""
     inputs, number = contract_inputs(), 0
     for entry in inputs:
         if entry["name"] not in table.column_names:
@@ -302,7 +302,7 @@ def instances(table: Any, name: str) -> Iterator[list[Features]]:
 
 
 def truths(column: Iterable[Any], labels: Sequence[Any], name: str, target: str) -> NDArray[Any]:
-    """The truth of each row: a position among `labels`, or a number where there are none."""
+    """The truth of each row: an index in `labels`, or a number if there are no labels."""
     positions = {spelling(label): index for index, label in enumerate(labels)}
     found: list[float] = []
     for number, value in enumerate(column, 1):

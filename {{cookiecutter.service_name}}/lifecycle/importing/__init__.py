@@ -1,4 +1,4 @@
-"""Imports of models, for Python: the function that `python -m lifecycle import-model` calls, too.
+"""Imports of models, for use from Python: the function behind `python -m lifecycle import-model`.
 
 >>> from lifecycle.importing import import_model
 >>> import_model(Path("model.joblib"), Path("train.csv"), "species")
@@ -12,5 +12,5 @@ __all__ = ["import_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: this takes seconds."""
+    """Import the function on first use: this takes seconds."""
     return door(__name__, name, {"import_model": "importer"})

@@ -1,12 +1,12 @@
-"""Makes the files of an imported version, with the contract that they are for in place of the served one.
+"""Makes the files of an imported version, for the contract of the import.
 
     repository/ (a copy, with its new predict.py), sample.arrow, answers.npy, Assembly, Converted
     -> golden set, baseline, manifest, v0
-    -> the service's own check of them, with the packages of the image alone -> openapi.json, documents
-    -> evaluation/: the thresholds of a new contract, and the rows given for it
+    -> the service's own check of them, with only the packages of the image -> openapi.json, documents
+    -> evaluation/: the thresholds for a new contract, and the given holdout rows
 
-A process of its own, started in `repository`: there Python finds the `app` with the new contract, so that
-everything here is made for it. Its locale is that of the image, too.
+Runs as a separate process in `repository`: there Python imports the `app` with the new contract, so that
+everything here is made for it. The process also has the locale of the image.
 """
 
 import json
@@ -38,7 +38,7 @@ SCORE = "The model's probability of the label; not calibrated beyond training."
 
 
 def assemble(folder: Path) -> None:
-    """Write into folder/repository, or why the service would refuse the version; raises LifecycleError."""
+    """Write into folder/repository, or write why the service refuses the version; raises LifecycleError."""
     assembly, model = Assembly.read(folder), Converted.read(folder)
     root = folder / "repository"
     sample = read_sample(folder / SAMPLE)
@@ -66,7 +66,7 @@ def assemble(folder: Path) -> None:
 def version_files(
     assembly: Assembly, model: Converted, content: dict[str, bytes], sample: Any, answers: Any
 ) -> dict[str, dict[str, bytes]]:
-    """The files of the new version, and of v0 where the contract is new."""
+    """The files of the new version, and of v0 if the contract is new."""
     names, rule = list(inputs()), model.outputs.get("threshold")
     chosen = golden_rows(sample, answers, rule)
     rows = [list(row.values()) for row in sample.select(names).take(chosen).to_pylist()]
@@ -92,13 +92,13 @@ def version_files(
 def ignorant_stub(name: str, golden_rows: Sequence[Sequence[Any]], answers: Any) -> dict[str, bytes]:
     """The files of v0 for a contract without rules: the same answer to every request.
 
-    It is the label that the model answered most often, or the mean of its values. `answers` is [rows,
-    labels], or [rows, 1] of a regressor. All answers of a classifier are for review.
+    The answer is the model's most frequent label, or the mean of its values. `answers` is [rows, labels], or
+    [rows, 1] for a regressor. All answers of a classifier need a review.
     """
     if labels():
         counts = np.bincount(answers.argmax(axis=1), minlength=len(labels()))
         chosen = int(counts.argmax())
-        # Rounded up, so that it is more than what the others share.
+        # Rounded up, so that it exceeds the scores of the other labels.
         score = min(1.0, math.ceil(100 * counts[chosen] / len(answers) + 1e-9) / 100)
         tolerance = TOLERANCE
         verdict: dict[str, Any] = {"label": labels()[chosen], "score": score}
@@ -124,19 +124,19 @@ def inputs() -> Mapping[str, dict[str, Any]]:
 
 
 def values(column: Any) -> Sequence[Any]:
-    """A column of the sample: numbers as an array, missing ones NaN; anything else as a list, with None."""
+    """A column of the sample: numbers as an array with NaN for missing values, others as a list with None."""
     if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
         return pc.cast(column, pa.float64()).to_numpy()  # type: ignore[no-any-return]
     return column.to_pylist()  # type: ignore[no-any-return]
 
 
 def golden_rows(sample: Any, answers: Any, rule: Rule = None) -> list[int]:
-    """Which rows to hold every later run to: some of each answer, and the first with each peculiarity.
+    """The rows of the golden set: some rows of each answer, and for each column special rows.
 
-    Peculiar is a missing value of a column, and a category.
+    These are the first row with a missing value, and the first row of each category.
     """
     strata = chosen_labels(answers, rule) if labels() else answers[:, 0]
-    if not labels():  # which tenth of all values it is in
+    if not labels():  # group values by tenths
         strata = np.searchsorted(np.quantile(strata, np.linspace(0.1, 0.9, 9)), strata)
     groups = [np.flatnonzero(strata == one) for one in np.unique(strata)]
     share = max(1, GOLDEN_ROWS // len(groups))
@@ -155,7 +155,7 @@ def golden_rows(sample: Any, answers: Any, rule: Rule = None) -> list[int]:
 
 
 def prepare_evaluation(root: Path, assembly: Assembly, target: Any) -> None:
-    """Fit evaluation/ to the model; raises LifecycleError where the given rows break the contract."""
+    """Adapt evaluation/ to the model; raises LifecycleError if the given rows break the contract."""
     path = root / "evaluation" / "thresholds.toml"
     text = path.read_text("utf-8") if path.is_file() else ""
     if assembly.rewritten:
@@ -170,17 +170,17 @@ def prepare_evaluation(root: Path, assembly: Assembly, target: Any) -> None:
         if assembly.target not in table.column_names:
             raise LifecycleError(f"{assembly.holdout}: has no column {assembly.target!r}")
         for _ in instances(table, assembly.holdout):
-            pass  # each row is checked under the contract
+            pass  # validates each row
         truths(table.column(assembly.target).to_pylist(), labels(), assembly.holdout, assembly.target)
     if path.is_file():
         path.write_text(text, "utf-8", newline="\n")
 
 
 def thresholds(text: str, name: str, target: Any) -> str:
-    """`thresholds.toml` for another contract: a version has to beat one answer for all, the best there is.
+    """`thresholds.toml` for a new contract: a version must beat the best constant prediction.
 
-    That much is known of any model; more is for people to demand. Conditions on parts of the rows go, because
-    they are of the old columns and labels; the parts by the target are shown.
+    Any model can be asked this much; people may require more. Conditions on slices are removed, because
+    they use the old columns and labels; slices by the target are shown without conditions.
     """
     truths = target.drop_null()
     text = _replaced(text, "data", "target", json.dumps(name, ensure_ascii=False), comment=True)
@@ -197,7 +197,7 @@ def thresholds(text: str, name: str, target: Any) -> str:
 
 
 def _replaced(text: str, section: str, key: str, value: str, *, comment: bool = False) -> str:
-    """The text with another value of a section's key, which then counts, or with `comment` does not."""
+    """The text with a new value for a key in a section; with `comment` the line is commented out."""
     line = rf"(?m)(^\[{section}\]\n(?:(?!\[).*\n)*?)(?:# )?({key} = )(?:\"[^\"]*\"|[^#\n]*?)( #.*)?$"
     return re.sub(
         line, lambda found: f"{found[1]}{'# ' * comment}{found[2]}{value}{found[3] or ''}", text, count=1

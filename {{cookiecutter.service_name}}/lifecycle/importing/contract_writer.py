@@ -1,8 +1,8 @@
-"""Writes app/schemas/predict.py: the contract as Python that a person reads and edits.
+"""Writes app/schemas/predict.py: the contract as Python code that people read and edit.
 
     features, labels, example -> source(...) -> text of the module
 
-Titles, descriptions, units and bounds are a person's to add; an import keeps those of columns that stay.
+People add titles, descriptions, units and bounds; an import keeps them for columns that stay.
 """
 
 import keyword
@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 _TYPES = {"float64": "float", "int64": "int", "bool": "bool", "string": "str"}
-# What the module itself calls by these names.
+# Names that the module itself uses.
 _TAKEN = {*_TYPES.values(), "dict", "dataclass", "Annotated", "Literal", "BaseModel", "ConfigDict", "Field"}
 LINE = 110
 
@@ -64,7 +64,7 @@ CLASSIFIED = """    label: Annotated[Label, Field(description="The class that th
 
 @dataclass(frozen=True)
 class Feature:
-    """One column, as the contract has it."""
+    """One column of the contract."""
 
     name: str
     dtype: str
@@ -78,7 +78,7 @@ class Feature:
 
 
 def field_names(names: Sequence[str]) -> list[str]:
-    """A Python name for each column: the column's own where it is one that a field may have."""
+    """A Python name for each column: the column's own name if a field may have it."""
     found: list[str] = []
     for index, name in enumerate(names, 1):
         own = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", name)).strip("_") or f"column_{index}"
@@ -96,7 +96,7 @@ def field_names(names: Sequence[str]) -> list[str]:
 def source(
     features: Sequence[Feature], labels: Sequence[Any], examples: Sequence[dict[str, Any]], target: str
 ) -> str:
-    """The module: for a classifier with `labels`, for a regressor without."""
+    """The text of the module; `labels` is empty for a regressor."""
     names = [feature.name for feature in features]
     fields = [_field(own, one) for own, one in zip(field_names(names), features, strict=True)]
     value = repr(f"The model's estimate of {target}.")
@@ -139,7 +139,7 @@ def _field(own: str, feature: Feature) -> str:
 
 
 def formatted(text: str) -> str:
-    """Python as `make fix` would leave it."""
+    """Python code, formatted as by `make fix`."""
     command = [sys.executable, "-m", "ruff", "format", "--isolated", f"--line-length={LINE}"]
     done = subprocess.run(  # noqa: S603  # the formatter of this environment
         [*command, "--stdin-filename", "predict.py", "-"],

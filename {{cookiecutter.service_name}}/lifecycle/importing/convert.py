@@ -1,7 +1,7 @@
-"""The forms that a model can be served in, the fastest first; proof.py takes the first that is proven.
+"""The forms in which a model can be served, the fastest first; proof.py takes the first proven form.
 
 estimator -> ONNX, a split into ONNX and scikit-learn, scikit-learn itself
-scikit-learn -> skops, in the same bytes every time
+scikit-learn -> skops, always with the same bytes
 """
 
 import io
@@ -31,7 +31,7 @@ from lifecycle.importing.original import WITH_ONNX, Candidate, Original, describ
 
 
 def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iterator[Candidate]:
-    """The forms of an estimator; `table` tells the words that its columns of text know."""
+    """The forms of an estimator; `table` has the words of its text columns."""
     estimator = unwrapped(original.estimator)
     output = "value" if original.task == "regression" else "probabilities"
     libraries = {"numpy", *original.libraries}
@@ -43,7 +43,7 @@ def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iter
         graph = Graph()
         try:
             scores = answer(graph, estimator, declared(graph, entries, table))
-        except Exception as error:  # what a model that was changed by hand makes of it can be anything
+        except Exception as error:  # models that were changed by hand may raise anything
             named = isinstance(error, Unsupported)
             reasons.append(str(error) if named else f"its ONNX form fails ({type(error).__name__})")
             raise
@@ -95,7 +95,7 @@ def _pipeline(steps: Sequence[Any]) -> Any:
 
 
 def declared(graph: Graph, entries: Sequence[Input], table: Any) -> Frame:
-    """The contract's columns as inputs of a graph: neighbours of one type in one tensor."""
+    """The contract's columns as inputs of a graph; adjacent columns of one type share a tensor."""
     frame: Frame = []
     runs = [(text, list(run)) for text, run in groupby(entries, lambda entry: entry.dtype == "string")]
     for number, (text, run) in enumerate(runs):
@@ -113,7 +113,7 @@ def declared(graph: Graph, entries: Sequence[Input], table: Any) -> Frame:
 
 
 def normalised(estimator: Any) -> bytes:
-    """The model as skops saves it, ids and names in order and without times: the same bytes every time."""
+    """The model as saved by skops, but with ids and names in order and without times: stable bytes."""
     import skops.io
 
     with zipfile.ZipFile(io.BytesIO(skops.io.dumps(estimator))) as archive:

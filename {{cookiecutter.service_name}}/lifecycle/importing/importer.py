@@ -1,14 +1,14 @@
 """From a fitted model and its training data to a served version, or to one line that says why not.
 
     data -> types, ranges, categories of all rows -> a sample         (lifecycle/tables.py)
-    model, sample -> its fastest form that answers as the original    (proof.py, another process)
+    model, sample -> the fastest form with the original's answers     (proof.py, another process)
     columns -> app/schemas/predict.py                                 (contract_writer.py)
-    all of it -> artifacts/vN, v0, openapi.json, docs, loaded with the
-    packages of the image alone                                       (assemble.py, another process)
-    -> moved into the repository as a whole, or not at all            (steps.py)
+    all of these -> artifacts/vN, v0, openapi.json, docs, loaded with
+    only the packages of the image                                    (assemble.py, another process)
+    -> moved into the repository completely, or not at all            (steps.py)
 
-Everything is written into `.import` first, beside the files that it replaces. Nothing here reads the clock or
-the machine: the same inputs give the same bytes.
+Everything is written into `.import` first, beside the files that it replaces. This module reads no clock and
+no machine data: the same inputs give the same bytes.
 """
 
 import os
@@ -55,7 +55,7 @@ DOCUMENTS = (
 )  # fmt: skip
 HOLDOUT = "evaluation/holdout"
 REVIEW_THRESHOLD = 0.6
-MANY_ROWS = 20  # in fewer, all values of a column differ by chance
+MANY_ROWS = 20  # with fewer, all values of a column may differ by chance
 LABEL_LIKE = re.compile(r"(?i)^(y|label|class|target|outcome|ground_?truth|prediction|y_.*)$")
 PERSONAL = re.compile(
     r"(?i)(^|[^a-z])(e-?mail|(first|last|full|sur)_?name|name|phone|mobile|ssn|social_?security|passport|iban"
@@ -66,7 +66,7 @@ PERSONAL_TEXT = r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}|\+?[0-9][0-9 ()
 MAX_CATEGORIES, ROWS_A_CATEGORY = 50, 2
 
 
-Bounds = Mapping[str, tuple[float | None, float | None]]  # least and greatest value by column
+Bounds = Mapping[str, tuple[float | None, float | None]]  # smallest and largest value by column
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Request:
     model: Path
     data: Path
     target: str
-    runtime: Runtime | None = None  # the fastest that is proven
-    trust: Sequence[str] = ()  # types of your own that skops may load
+    runtime: Runtime | None = None  # None: the fastest that is proven
+    trust: Sequence[str] = ()  # own types that skops may load
     trust_listed: bool = False  # trust every type that the model is made of
     bounds: Bounds = field(default_factory=dict)
-    review_threshold: float | None = None  # of the served version, else 0.6
+    review_threshold: float | None = None  # default: the served version's, else 0.6
     feedback_tolerance: float | None = None
     holdout: Path | None = None  # rows that training never saw
-    add_requirements: bool = False  # what the image lacks, to requirements/runtime.in
+    add_requirements: bool = False  # add missing packages of the image to requirements/runtime.in
 
 
 def import_model(
@@ -94,10 +94,10 @@ def import_model(
     target: Annotated[str, typer.Option(help="The column that the model predicts.")],
     runtime: Annotated[
         Runtime | None,
-        typer.Option(help="`onnx` or `skops` alone; by default the fastest that is proven to be equal."),
+        typer.Option(help="Only `onnx` or only `skops`; by default the fastest that is proven to be equal."),
     ] = None,
     trust: Annotated[
-        str, typer.Option(help="Types of your own that skops may load, by full name, with commas.")
+        str, typer.Option(help="Your own types that skops may load: full names, separated by commas.")
     ] = "",
     trust_listed: Annotated[
         bool, typer.Option("--trust-listed", help="Trust every type that the model is made of.")
@@ -110,7 +110,7 @@ def import_model(
         float | None, typer.Option(min=0, max=1, help="Below this score, `action` is `review` (0.6).")
     ] = None,
     feedback_tolerance: Annotated[
-        float | None, typer.Option(min=0, help="A value so close to the truth counts as correct.")
+        float | None, typer.Option(min=0, help="Values within this distance of the truth are correct.")
     ] = None,
     holdout: Annotated[
         Path | None, typer.Option(help="Rows with their truth that training never saw, for `make evaluate`.")
@@ -126,9 +126,9 @@ def import_model(
     """Bring your own model: from MODEL, its training DATA and the TARGET column to a served version.
 
     The contract (names, types, missing values, categories, ranges) is inferred from all rows. The model is
-    taken in its fastest form that gives the answers of the original: ONNX, ONNX in part, or scikit-learn
+    served in its fastest form that gives the answers of the original: ONNX, partly ONNX, or scikit-learn
     itself. Then the next version folder is written, with a golden set and a drift baseline, and the API
-    description and documents follow.
+    description and documents are updated.
 
     If the inputs or labels are new, app/schemas/predict.py is rewritten, v0 becomes a stub, and the version
     is released; otherwise `make promote` releases it. The same inputs give the same bytes, and any failure
@@ -160,7 +160,7 @@ def import_model(
 
 
 def serve_version(version: str) -> None:
-    """Become the server, with this very version."""
+    """Replace this process by the server, with this version."""
     os.chdir(ROOT)
     try:
         address = load_settings().address
@@ -172,7 +172,7 @@ def serve_version(version: str) -> None:
 
 
 def parsed_bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
-    """`age=0:120` by name; either side may be left out."""
+    """Bounds by column from texts like `age=0:120`; either side may be empty."""
     found = {}
     for text in given:
         name, _, limits = text.rpartition("=")
@@ -187,9 +187,9 @@ def parsed_bounds(given: Sequence[str]) -> dict[str, tuple[float | None, float |
 
 
 def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
-    """Make a model's next version: its name, and the files that were written or removed, or would be.
+    """Make the next version of a model; returns its name, and the files that were written or removed.
 
-    With `check` nothing is written. Raises LifecycleError; then the repository is as it was.
+    With `check` nothing is written. If it raises LifecycleError, the repository is unchanged.
     """
     for path in filter(None, (request.model, request.data, request.holdout)):
         if not path.is_file():
@@ -210,8 +210,8 @@ def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
         of_all = "all of them" if rows == table.rows else f"a sample of {rows:,}, drawn with seed 0"
         say(f"{table.rows:,} rows, {len(table.columns)} columns; answers are compared on {of_all}")
         if request.model.suffix != ".onnx":
-            say(f"opening {request.model.name} runs whatever code it holds: done in a process of its own")
-        unfit: dict[str, str] = {}  # forms that are proven, and do not load where they would serve
+            say(f"opening {request.model.name} runs any code in it; a separate process opens it")
+        unfit: dict[str, str] = {}  # proven forms that the image cannot load
         while True:
             made = convert(work, request, table, unfit)
             assembly = prepare(work, request, table, made)
@@ -224,7 +224,7 @@ def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
             (work / UNFIT).unlink()
             shutil.rmtree(work / "repository")
         changes = changed(work / "repository", assembly.version, check=check)
-        if request.holdout or assembly.rewritten:  # rows of another contract, or in another format
+        if request.holdout or assembly.rewritten:  # remove rows of another contract or format
             there = sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{HOLDOUT}.*"))
             changes += [path for path in there if not (work / "repository" / path).is_file()]
         point_out(table, made.names, request.target, read_sample(work / SAMPLE))
@@ -241,7 +241,7 @@ def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
             steps.apply(ROOT, work, changes)
         return assembly.version, [path.as_posix() for path in changes]
     except LifecycleError as refusal:
-        story = work / steps.LOG  # a line for the terminal is made of the first one
+        story = work / steps.LOG  # the terminal shows only the first line
         told = f"{refusal}\n{story.read_text('utf-8')}" if story.is_file() else str(refusal)
         raise LifecycleError(told) from None
     finally:
@@ -250,14 +250,14 @@ def made_version(request: Request, *, check: bool) -> tuple[str, list[str]]:
 
 
 def unusable(column: Column) -> str | None:
-    """Why nobody can use a column, if so."""
+    """Why a column cannot be used, or None."""
     return column.unusable or (None if column.dtype else "has no value in any row")
 
 
 def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]) -> Converted:
-    """The model opened, converted and compared, in another process; raises LifecycleError.
+    """Open, convert and compare the model in another process; raises LifecycleError.
 
-    It may ask for columns to be read again as text, as the model knows them: codes like 08.
+    If the model knows columns as text (codes like 08), the data is read again with these columns as text.
     """
     columns = [one for one in table.columns.values() if one.name != request.target]
     Conversion(
@@ -279,7 +279,7 @@ def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]
         return Converted.read(work)
     names = (work / TEXT).read_text("utf-8").splitlines()
     (work / TEXT).unlink()
-    say(f"read as text, because the model was fitted on such: {', '.join(map(repr, names))}")
+    say(f"read as text, because the model was fitted on text: {', '.join(map(repr, names))}")
     again = profile(request.data, Progress(f"reading {request.data.name}"), dict.fromkeys(names, "string"))
     table.columns.update(again.columns)
     sample(table, work / SAMPLE, Progress(f"sampling {request.data.name}"))
@@ -289,7 +289,7 @@ def convert(work: Path, request: Request, table: Table, unfit: Mapping[str, str]
 def prepare(work: Path, request: Request, table: Table, made: Converted) -> Assembly:
     """Write the copy of the repository and the document that `assemble` needs; raises LifecycleError.
 
-    The contract can be new without being rewritten: where a person changed a unit or a bound in predict.py.
+    The contract can be new without being rewritten, if someone changed a unit or a bound in predict.py.
     """
     features = [
         feature(table.columns[name], request.bounds, closed=name in made.closed) for name in made.names
@@ -338,7 +338,7 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
         review_threshold=said.review_threshold if threshold is None else threshold,
         feedback_tolerance=said.feedback_tolerance if tolerance is None else tolerance,
         holdout=f"{HOLDOUT}{request.holdout.suffix.lower()}" if request.holdout else None,
-        # Words may change at any time, and a version never.
+        # Descriptions in predict.py may change at any time, but those of a version never.
         words={
             one.name: one.model_dump(include={"description", "example"})
             for one in (earlier.inputs if earlier else ())
@@ -364,9 +364,9 @@ def prepare(work: Path, request: Request, table: Table, made: Converted) -> Asse
 
 
 def feature(column: Column, bounds: Bounds, *, closed: bool) -> Feature:
-    """A column as the contract has it; the words and bounds that a person added to predict.py stay.
+    """A column for the contract; descriptions and bounds that people added to predict.py are kept.
 
-    Text is `closed` where the model fails on a word that it does not know. Raises LifecycleError.
+    Text is `closed` if the model fails on unknown words. Raises LifecycleError.
     """
     if closed and not column.counts:
         raise LifecycleError(
@@ -398,7 +398,7 @@ def feature(column: Column, bounds: Bounds, *, closed: bool) -> Feature:
 
 
 def examples(work: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Two rows of the data, complete where there are such."""
+    """Two rows of the data, without missing values if possible."""
     rows = read_sample(work / SAMPLE).select(names)
     complete = rows.drop_null()
     rows = complete if complete.num_rows else rows
@@ -406,7 +406,7 @@ def examples(work: Path, names: list[str]) -> list[dict[str, Any]]:
 
 
 def version_for(there: Mapping[str, Manifest], training: Training, runtime: str, contract: str) -> str:
-    """The version that these inputs made for this contract before, or the next number."""
+    """The version that was made earlier from these inputs for this contract, or the next number."""
     for name, one in sorted(there.items(), key=lambda pair: int(pair[0][1:])):
         if (one.contract_sha256, one.runtime, one.training) == (contract, runtime, training):
             return name
@@ -414,7 +414,7 @@ def version_for(there: Mapping[str, Manifest], training: Training, runtime: str,
 
 
 def copy_repository(work: Path, version: str) -> Path:
-    """The parts that an import may change, and the served version, which documents are made from."""
+    """Copy the files that an import may change, and the served version, which the documents describe."""
     copy = work / "repository"
     shutil.copytree(ROOT / "app", copy / "app", ignore=shutil.ignore_patterns("__pycache__"))
     names: list[Path | str] = ["pyproject.toml", "slo.toml", ARTIFACTS / RELEASE, *DOCUMENTS]
@@ -429,7 +429,7 @@ def copy_repository(work: Path, version: str) -> Path:
 
 
 def changed(copy: Path, version: str, *, check: bool) -> list[Path]:
-    """Files that the repository has not as they are in the copy; raises LifecycleError for an old version."""
+    """Files that differ between copy and repository; raises LifecycleError if an old version would change."""
     there, made = ROOT / ARTIFACTS / version, copy / ARTIFACTS / version
     differing = package.differing(there, {path.name: path.read_bytes() for path in made.iterdir()})
     if there.is_dir() and differing and not check:
@@ -448,19 +448,19 @@ def changed(copy: Path, version: str, *, check: bool) -> list[Path]:
 
 
 def announce(request: Request, made: Converted, assembly: Assembly, changes: list[Path]) -> None:
-    """Say what a new version changes for the service, and which rows an evaluation still needs."""
+    """Report the changes for the service, and the rows that an evaluation still needs."""
     version = assembly.version
     new = any((ARTIFACTS / version) in path.parents for path in changes)
     if new and assembly.new_contract:
         say(
-            f"the inputs or labels are new: they stand in {PREDICT}, v0 is a stub, {version} serves; other "
-            "versions are of the old contract"
+            f"the inputs or labels are new, see {PREDICT}: v0 is a stub, {version} serves; other versions "
+            "only fit the old contract"
         )
     elif new:
-        say(f"the contract stays: {version} stands beside the served version until it is promoted")
+        say(f"the contract is unchanged: {version} does not serve until it is promoted")
     if made.closed:
         say(
-            f"other words than the data's are refused (422), as the model fails on them: "
+            f"words that are not in the data are refused (422), because the model fails on them: "
             f"{', '.join(made.closed)}"
         )
     if new and made.runtime == "skops":
@@ -474,7 +474,7 @@ def announce(request: Request, made: Converted, assembly: Assembly, changes: lis
 
 
 def point_out(table: Table, names: list[str], target: str, rows: Any) -> None:
-    """Say which columns look like a label, an id, or data about people; `rows` is the sample."""
+    """Warn about columns that look like a label, an id, or personal data; `rows` is the sample."""
     unused = [name for name in table.columns if name not in (*names, target)]
     if unused:
         say(f"not used by the model: {', '.join(unused)}")
@@ -483,18 +483,18 @@ def point_out(table: Table, names: list[str], target: str, rows: Any) -> None:
         present = values.drop_null()
         distinct = len(present) >= MANY_ROWS and pc.count_distinct(present).as_py() == len(present)
         if LABEL_LIKE.match(name) or one_to_one(values, rows.column(target)):
-            say(f"look at {name!r}: it tells the target; will it be known when a prediction is wanted?")
+            say(f"check {name!r}: it gives away the target; is it known at the time of a prediction?")
         if distinct and table.columns[name].dtype in ("string", "int64"):
-            say(f"look at {name!r}: every row has another value, like an id")
+            say(f"check {name!r}: every row has a different value, as in an id")
         text = pa.types.is_string(values.type)
         if PERSONAL.search(name) or (
             text and pc.any(pc.match_substring_regex(present, PERSONAL_TEXT)).as_py()
         ):
-            say(f"look at {name!r}: it may be about people; golden.jsonl and predict.py hold real rows")
+            say(f"check {name!r}: it may be personal data; golden.jsonl and predict.py hold real rows")
 
 
 def one_to_one(values: Any, target: Any) -> bool:
-    """Whether each value goes with one value of the target and the other way round."""
+    """Whether values and target values correspond one to one."""
     if pa.types.is_floating(values.type) or pa.types.is_floating(target.type):
         return bool(values.type == target.type and values.equals(target))
     pairs = len(pa.table({"one": values, "other": target}).group_by(["one", "other"]).aggregate([]))

@@ -1,11 +1,11 @@
-"""A model as it was given: its task, labels, columns and decision rule, and how to ask it.
+"""The original model: its task, labels, columns and decision rule, and how to get its answers.
 
-    .joblib, .pkl -> an estimator, unpickled, which runs whatever code the file holds
-    .onnx -> nothing to unpickle and nothing to convert, but a ZipMap is removed
+    .joblib, .pkl -> an estimator; unpickling runs any code in the file
+    .onnx -> used unchanged, except that a ZipMap is removed
     .pt, .pt2 -> torch.py
-    rows of the sample, as pandas would have read them -> answers [rows, labels], or [rows, 1] of a regressor
+    rows of the sample, as pandas would have read them -> answers [rows, labels], or [rows, 1] for a regressor
 
-Everything that makes it unfit for serving is a LifecycleError, in one line.
+A model that cannot be served raises a LifecycleError with one line.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ OPSET = {"": 18, "ai.onnx.ml": 3}
 WITH_ONNX = {"numpy", "onnx", "onnxruntime"}  # distributions that an ONNX model depends on
 ROWS_A_CALL = 8_192
 ROUNDING = 1e-7
-INDEX = "Unnamed: 0"  # as pandas reads the index that it wrote itself
-BOOSTERS = ("lightgbm", "xgboost")  # libraries of estimators that the ONNX converter has to be taught
-BARE = {  # what people save in place of an estimator
+INDEX = "Unnamed: 0"  # pandas' name for an index column that it wrote
+BOOSTERS = ("lightgbm", "xgboost")  # libraries whose estimators need converters of their own
+BARE = {  # objects that people save in place of an estimator
     "lightgbm.basic.Booster": "LGBMClassifier or LGBMRegressor",
     "xgboost.core.Booster": "XGBClassifier or XGBRegressor",
 }
@@ -52,11 +52,11 @@ Answers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Unanswered(LifecycleError):
-    """The model itself has no answer to a row."""
+    """The original model cannot answer a row."""
 
 
 class AsText(Exception):
-    """Columns that the model knows as text, where the file was read as numbers: codes like 08."""
+    """Columns that were read as numbers, but the model knows as text: codes like 08."""
 
 
 @dataclass(frozen=True)
@@ -65,38 +65,38 @@ class Candidate:
 
     form: str
     runtime: Literal["onnx", "skops"]
-    make: Callable[[], dict[str, bytes]]  # may raise anything; Unsupported gives a short reason
-    libraries: set[str]  # distributions whose versions decide on its answers
-    advice: str = ""  # what keeps the model from being ONNX
-    manifest: dict[str, Any] = field(default_factory=dict)  # what its manifest says beyond the usual
+    make: Callable[[], dict[str, bytes]]  # may raise anything; Unsupported has a short reason
+    libraries: set[str]  # distributions whose versions affect its answers
+    advice: str = ""  # why the model is not ONNX
+    manifest: dict[str, Any] = field(default_factory=dict)  # additional fields of the manifest
 
 
 @dataclass
 class Original:
-    """The model as it was given: its task, labels and columns, and how to ask it."""
+    """The original model: its task, labels and columns, and how to get its answers."""
 
     task: Task
     labels: list[Any]
     names: list[str]
     described: str
     answer: Callable[[Any], Answers]  # rows of the sample -> [rows, labels], or [rows, 1]
-    libraries: set[str]  # packages whose versions decide on the answers
+    libraries: set[str]  # packages whose versions affect the answers
     estimator: Any = None
-    forms: Sequence[Candidate] = ()  # of a model that is no estimator
-    outputs: dict[str, Any] = field(default_factory=dict)  # threshold and classes, as a manifest has them
-    takes: dict[str, Any] = field(default_factory=dict)  # takes and dtypes, as a manifest has them
-    framed: bool = False  # whether it is asked with DataFrames
-    asked: Callable[[Any], Any] = lambda part: part  # rows of the sample as the estimator takes them
+    forms: Sequence[Candidate] = ()  # of a model that is not an estimator
+    outputs: dict[str, Any] = field(default_factory=dict)  # `threshold` and `classes` of the manifest
+    takes: dict[str, Any] = field(default_factory=dict)  # `takes` and `dtypes` of the manifest
+    framed: bool = False  # whether it takes DataFrames
+    asked: Callable[[Any], Any] = lambda part: part  # sample rows -> the estimator's input
 
     def chosen(self, scores: Answers) -> Any:
-        """The position of each row's label: by the threshold, or the most probable one."""
+        """The index of each row's label: by the threshold, or the most probable label."""
         if rule := self.outputs.get("threshold"):
             at = self.labels.index(rule["label"])
             return np.where(scores[:, at] >= rule["least"], at, 1 - at)
         return scores.argmax(axis=1)
 
     def undecided(self, scores: Answers) -> Any:
-        """Rows of which rounding decides the label; of equal scores it does not, the first label wins."""
+        """Rows whose label depends on rounding. Equal scores do not: the first label wins."""
         if rule := self.outputs.get("threshold"):
             apart = np.abs(scores[:, self.labels.index(rule["label"])] - rule["least"])
         else:
@@ -104,7 +104,7 @@ class Original:
         return (apart > 0) & (apart < ROUNDING)
 
     def call(self, row: Any) -> Callable[[], Any]:
-        """What a program would call for the answer to one row, which is made ready before."""
+        """The call for the answer to one row, with its input prepared, for measuring its duration."""
         if self.estimator is None:
             return partial(self.answer, row)
         method = self.estimator.predict_proba if self.labels else self.estimator.predict
@@ -114,7 +114,7 @@ class Original:
 def open_model(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
 ) -> Original:
-    """A pickled or joblib-dumped estimator; raises LifecycleError, or AsText."""
+    """An estimator from pickle or joblib; raises LifecycleError, or AsText."""
     estimator = unpickle(path)
     from sklearn.base import is_classifier, is_regressor
     from sklearn.exceptions import NotFittedError
@@ -149,14 +149,14 @@ def open_model(
             )
         known = getattr(estimator, "classes_", None)
         if known is None or isinstance(known, list):
-            raise LifecycleError(f"{path.name}: has several targets; one is what can be served")
+            raise LifecycleError(f"{path.name}: has several targets; only one can be served")
         classes = np.asarray(known).tolist()
         labels = as_words(path, as_labels(path, classes), table.column(target), target)
         if labels != classes:
             outputs["classes"] = as_labels(path, classes)
         if rule := threshold(path, estimator, dict(zip(classes, labels, strict=True))):
             outputs["threshold"] = rule
-    # XGBoost comes as xgboost or as xgboost-cpu.
+    # The distribution may be xgboost or xgboost-cpu.
     providers = metadata.packages_distributions() if set(BOOSTERS) & sys.modules.keys() else {}
     packages = {"scikit-learn", *(providers[name][0] for name in BOOSTERS if name in sys.modules)}
     original = Original(
@@ -176,11 +176,11 @@ def open_model(
 
 
 def fitted_names(estimator: Any, inputs: dict[str, Input]) -> list[str] | None:
-    """The columns that it was fitted on, as the data calls them; None where it knows no names."""
+    """The columns that it was fitted on, by their names in the data; None if it knows no names."""
     named = getattr(estimator, "feature_names_in_", getattr(estimator, "feature_names_", None))  # CatBoost's
     if named is None or [*map(str, named)] == [*map(str, range(len(named)))]:
         return None
-    # LightGBM has its own way to write names with spaces.
+    # LightGBM changes names with spaces.
     plainly = {re.sub(r"\W", "_", name): name for name in inputs}
     return [
         name if name in inputs else plainly.get(re.sub(r"\W", "_", name), name) for name in map(str, named)
@@ -188,7 +188,7 @@ def fitted_names(estimator: Any, inputs: dict[str, Input]) -> list[str] | None:
 
 
 def fitted_on_text(estimator: Any, names: Sequence[str]) -> set[str]:
-    """Columns of which an encoder knows words."""
+    """Columns for which an encoder knows words."""
     if (columns := getattr(estimator, "_transformer_to_input_indices", None)) is not None:
         parts = [
             fitted_on_text(inner, [names[at] for at in columns[name]])
@@ -213,9 +213,9 @@ def fitted_on_text(estimator: Any, names: Sequence[str]) -> set[str]:
 def how_it_takes(
     estimator: Any, inputs: dict[str, Input], named: list[str] | None, table: Any
 ) -> tuple[list[str], dict[str, Any]]:
-    """Its columns, and `takes` and `dtypes` of the manifest, which are left out where serving knows them.
+    """Its columns, and `takes` and `dtypes` for the manifest, left out if they are the default.
 
-    An estimator without names may take an array, a frame, or a Series of text: it is tried with two rows.
+    An estimator without names may take an array, a frame, or a Series of text: two rows show which.
     """
     everything, text = list(inputs), [name for name, one in inputs.items() if one.dtype == "string"]
     if getattr(estimator, "n_features_in_", 0) == len(everything) - 1 and INDEX in everything:
@@ -250,7 +250,7 @@ def _predicts(estimator: Any, rows: Any) -> bool:
 
 
 def pandas_categories(estimator: Any, entries: Sequence[Input], table: Any) -> dict[str, list[Any]]:
-    """The categories of columns that a booster was fitted on as pandas' type `category`, in its order."""
+    """The categories, in order, of columns that a booster was fitted on as pandas' type `category`."""
     estimator = getattr(estimator, "best_estimator_", estimator)
     known = iter(getattr(getattr(estimator, "booster_", None), "pandas_categorical", None) or ())
     kinds = (
@@ -275,7 +275,7 @@ def _check_columns(
     inputs: dict[str, Input],
     unusable: dict[str, str],
 ) -> None:
-    """Raise LifecycleError where the data lacks a column, or has others than the model takes."""
+    """Raise LifecycleError if the columns of the data are not those of the model."""
     count = getattr(estimator, "n_features_in_", 0) or len(names)  # CatBoost says 0
     lacking = [name for name in (unusable if named is None else names) if name in unusable]
     if lacking and (named is not None or len(names) != count):
@@ -293,7 +293,7 @@ def _check_columns(
 
 
 def threshold(path: Path, estimator: Any, labels: dict[Any, Any]) -> dict[str, Any] | None:
-    """The rule of a classifier that has a threshold of its own; `labels` by class. Raises LifecycleError."""
+    """The rule of a classifier with its own threshold, or None; `labels` by class. Raises LifecycleError."""
     while type(estimator).__name__ not in ("TunedThresholdClassifierCV", "FixedThresholdClassifier"):
         frozen = estimator.estimator if type(estimator).__name__ == "FrozenEstimator" else None
         inner = getattr(estimator, "best_estimator_", getattr(estimator, "final_estimator_", frozen))
@@ -308,13 +308,13 @@ def threshold(path: Path, estimator: Any, labels: dict[Any, Any]) -> dict[str, A
         )
     least: Any = getattr(estimator, "best_threshold_", getattr(estimator, "threshold", None))
     scorer = getattr(estimator, "_curve_scorer", None)
-    positive = scorer._get_pos_label() if scorer else estimator.pos_label  # as its own `predict` asks
+    positive = scorer._get_pos_label() if scorer else estimator.pos_label  # as in its `predict`
     label = list(labels.values())[1] if positive is None else labels[positive]
     return {"label": label, "least": 0.5 if least == "auto" else float(least)}
 
 
 def as_words(path: Path, labels: list[Any], truth: Any, target: str) -> list[Any]:
-    """The target's own words for labels that LabelEncoder made of them; raises LifecycleError."""
+    """The target's words for labels that a LabelEncoder turned into numbers; raises LifecycleError."""
     values = sorted({spelling(one): one for one in truth.drop_null().unique().to_pylist()}.items())
     if {spelling(one) for one in labels} & {key for key, _ in values}:
         return labels
@@ -328,7 +328,7 @@ def as_words(path: Path, labels: list[Any], truth: Any, target: str) -> list[Any
 
 
 def answers(path: Path, original: Original, classes: list[Any], rows: Any) -> Answers:
-    """Values [rows, 1], or probabilities; raises LifecycleError where `predict` chooses another label."""
+    """Values [rows, 1], or probabilities; raises LifecycleError if `predict` gives another label."""
     estimator = original.estimator
     if not original.labels:
         values = np.asarray(estimator.predict(rows), np.float64)
@@ -403,7 +403,7 @@ def open_onnx(path: Path, inputs: dict[str, Input], table: Any, target: str) -> 
 
 
 def without_zipmap(model: Any) -> None:
-    """Take the ZipMap nodes off, which turn probabilities into a list of maps."""
+    """Remove ZipMap nodes, which turn probabilities into a list of maps."""
     from onnx import TensorProto
     from onnx.helper import make_tensor_value_info
 
@@ -455,7 +455,7 @@ def unpickle(path: Path, load: Callable[[Path], Any] | None = None) -> Any:
 
 
 def as_labels(path: Path, labels: list[Any]) -> list[Any]:
-    """Labels that an answer can have; raises LifecycleError."""
+    """Labels in a type that an answer can have; raises LifecycleError."""
     if all(isinstance(label, float) and label.is_integer() for label in labels):
         labels = [int(label) for label in labels]
     if not all(isinstance(label, str | int) for label in labels) or len({type(one) for one in labels}) > 1:
@@ -475,7 +475,7 @@ def _final(estimator: Any) -> str:
 
 
 def describe(estimator: Any) -> str:
-    """The kinds of its steps."""
+    """The class names of its steps."""
     if hasattr(estimator, "steps"):
         return f"{type(estimator).__name__}({', '.join(describe(step) for _, step in estimator.steps)})"
     if hasattr(estimator, "transformers_"):
@@ -488,7 +488,7 @@ def describe(estimator: Any) -> str:
 
 
 def parts(table: Any, rows: int = ROWS_A_CALL) -> Iterator[Any]:
-    """A table in pieces of so many rows."""
+    """A table in pieces of `rows` rows."""
     for start in range(0, table.num_rows, rows):
         yield table.slice(start, rows)
 
@@ -504,7 +504,7 @@ def column(part: Any, entry: Input) -> Any:
 
 
 def asked(part: Any, entries: Sequence[Input], takes: dict[str, Any], *, named: bool) -> Any:
-    """Rows as the estimator takes them: a Series of text, an array, or a DataFrame."""
+    """Rows as the estimator's input: a Series of text, an array, or a DataFrame."""
     import pandas as pd
 
     if takes.get("takes") == "column":
@@ -519,14 +519,14 @@ def asked(part: Any, entries: Sequence[Input], takes: dict[str, Any], *, named: 
 
 
 def plain(part: Any, entries: Sequence[Input]) -> Any:
-    """Rows as an array: of float64, or of objects where there is text."""
+    """Rows as an array of float64, or of objects if there is text."""
     columns = [column(part, entry) for entry in entries]
     kind = object if any(one.dtype == object for one in columns) else np.float64
     return np.column_stack([one.astype(kind) for one in columns])
 
 
 def as_served(part: Any, entries: Sequence[Input], dtype: Any) -> Any:
-    """Rows as the service hands them to a runtime."""
+    """Rows as the service passes them to a runtime."""
     columns = [part.column(entry.name) for entry in entries]
     if dtype is np.object_:
         return np.column_stack([np.array(one.to_pylist(), object) for one in columns])
@@ -562,6 +562,6 @@ def original_answers(original: Original, table: Any, entries: Sequence[Input]) -
         if not np.isfinite(found[-1]).all():
             row = int(np.flatnonzero(~np.isfinite(found[-1]).all(axis=1))[0])
             before = sum(map(len, found[:-1]))
-            raise Unanswered(f"the model answers row {before + row + 1} with something that is no number")
+            raise Unanswered(f"the model answers row {before + row + 1} with NaN or infinity")
         progress(sum(map(len, found)))
     return np.concatenate(found)

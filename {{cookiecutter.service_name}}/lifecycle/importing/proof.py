@@ -1,9 +1,9 @@
-"""Opens a model, in a process of its own, and takes the first form of it that answers as it does.
+"""Opens a model in a separate process, and takes its first form with the same answers.
 
-Conversion -> original.py: the model; its answers to the sample, and to rows that are peculiar in one column
+Conversion -> original.py: the model; its answers to the sample, and to rows with one unusual value
 -> convert.py: candidates, the fastest first -> each in the runtime that will serve it
 -> the same label and scores for every row, alone and in batches of several sizes and orders?
--> its files, answers.npy (of the original), Converted
+-> files of the form, answers.npy (of the original), Converted
 """
 
 import sys
@@ -53,11 +53,11 @@ from lifecycle.importing.steps import (
 )
 from lifecycle.tables import read_sample
 
-VALUE_TOLERANCE = 1e-4  # of the standard deviation of the values
+VALUE_TOLERANCE = 1e-4  # share of the standard deviation of the values
 PECULIAR_ROWS, ROWS_ALONE, WORDS, TIES = 600, 40, 60, 6
 UNSEEN, NEW_WORD = "no row has this", "of a new word"
 SECONDS_MEASURED = 0.1
-# Types that estimators of these libraries are made of; anything else is for the person to trust.
+# Types of these libraries are trusted; the user must trust all others.
 KNOWN = tuple(f"{name}." for name in ("sklearn", "numpy", "scipy", "pandas", "imblearn", *BOOSTERS))
 OWN = "app.own."
 KNOWN_BUILTINS = {
@@ -68,7 +68,7 @@ KNOWN_BUILTINS = {
 
 
 class Refused(LifecycleError):
-    """A candidate that may not be taken until the person does something; the reason outweighs all others."""
+    """A candidate that needs an action of the user first; this reason is reported before all others."""
 
 
 def prove(folder: Path) -> None:
@@ -114,7 +114,7 @@ def prove(folder: Path) -> None:
 
 
 def opened(request: Conversion, table: Any) -> Original:
-    """The model in the file, of whatever kind; raises LifecycleError, or AsText."""
+    """The model in the file; raises LifecycleError, or AsText."""
     inputs = {entry.name: entry for entry in request.inputs}
     if request.model.suffix == ".onnx":
         return open_onnx(request.model, inputs, table, request.target)
@@ -126,7 +126,7 @@ def opened(request: Conversion, table: Any) -> Original:
 
 
 def check_words(original: Original, answers: Answers, truth: Any, target: str) -> None:
-    """Raise LifecycleError where the target's words, in order, are not what the model's numbers stand for."""
+    """Raise LifecycleError if the sorted words of the target do not match the model's numbers."""
     positions = np.array(
         [original.labels.index(one) if one in original.labels else -1 for one in truth.to_pylist()]
     )
@@ -135,26 +135,26 @@ def check_words(original: Original, answers: Answers, truth: Any, target: str) -
     np.add.at(counts, (chosen[positions >= 0], positions[positions >= 0]), 1)
     if (counts.argmax(axis=1) != np.arange(len(counts)))[counts.any(axis=1)].any():
         raise LifecycleError(
-            f"the model's labels are {quoted(original.outputs['classes'])}, and the words of {target!r} in "
-            "their order are not what it means by them: fit it on the words, or give data with its numbers"
+            f"the model's labels are {quoted(original.outputs['classes'])}, and the sorted words of "
+            f"{target!r} do not match them: fit it on the words, or give data with its numbers"
         )
 
 
-# --- rows that are peculiar -------------------------------------------------------------------------------
+# --- unusual rows -----------------------------------------------------------------------------------------
 
 
 class Strange(NamedTuple):
-    """Rows that are unlike the others in one column, and the original's answers to them."""
+    """Rows with an unusual value in one column, and the original's answers to them."""
 
     rows: Any  # pyarrow table
-    told: list[str]  # of each row, what is peculiar
+    told: list[str]  # what is unusual about each row
     answers: Answers
 
 
 def peculiar(original: Original, entries: Sequence[Input], rows: Any) -> tuple[Strange, list[str]]:
-    """Rows to ask beside the sample, and the columns of words of which an encoder fails on any new one.
+    """Unusual rows to compare in addition to the sample, and text columns whose encoder fails on new words.
 
-    Each is an ordinary row with one value changed; what the original cannot answer itself is left out.
+    Each is an ordinary row with one value changed; rows that the original cannot answer are left out.
     """
     complete = rows.drop_null()
     complete = complete if complete.num_rows else rows
@@ -171,7 +171,7 @@ def peculiar(original: Original, entries: Sequence[Input], rows: Any) -> tuple[S
     found = found[:PECULIAR_ROWS]
     table = pa.Table.from_pylist([row for row, _ in found], schema=rows.schema)
     answered = dict(answerable(original, entries, table))
-    # Other text, like dates, may have values that training never saw; what an encoder knows is all there is.
+    # Only text of encoders is closed: other text, like dates, may have values that training never saw.
     known = fitted_on_text(original.estimator, original.names)
     failed = {told for at, (_, told) in enumerate(found) if at not in answered}
     closed = [name for name in original.names if name in known and f"with {name!r} {NEW_WORD}" in failed]
@@ -181,7 +181,7 @@ def peculiar(original: Original, entries: Sequence[Input], rows: Any) -> tuple[S
 
 
 def unusual(entry: Input, column: Any) -> Iterator[tuple[Any, str]]:
-    """Values of a column to ask about, and what is unusual about each."""
+    """Unusual values of a column, each with its description."""
     if entry.nullable:
         yield None, "missing"
     present = column.unique().drop_null().sort()
@@ -202,7 +202,7 @@ def unusual(entry: Input, column: Any) -> Iterator[tuple[Any, str]]:
 def answerable(
     original: Original, entries: Sequence[Input], table: Any, first: int = 0
 ) -> Iterator[tuple[int, Any]]:
-    """The rows that the original can answer, by position, each with its answer; halves find those."""
+    """Index and answer of the rows that the original can answer; others are found by halving the table."""
     try:
         yield from enumerate(original_answers(original, table, entries), first)
     except Unanswered:
@@ -216,7 +216,7 @@ def answerable(
 
 
 class Proof:
-    """The rows and the answers that a form of the model has to give."""
+    """The rows, and the answers that a form of the model must give."""
 
     def __init__(
         self, original: Original, entries: list[Input], rows: Any, answers: Answers, strange: Strange
@@ -232,7 +232,7 @@ class Proof:
             self._compare(original_answers(original, row, entries), [at], "the model itself, asked alone,")
 
     def gap(self, model: Model) -> float:
-        """How far its answers are from the original's at most; raises LifecycleError beyond the tolerance."""
+        """The largest distance from the original's answers; raises LifecycleError beyond the tolerance."""
 
         def ask(rows: Sequence[Any]) -> Answers:
             return np.asarray(model.runtime.infer(model.matrix(rows)), np.float64)
@@ -264,7 +264,7 @@ class Proof:
                 f"gives {given.shape[1]} numbers a row where the original gives {wanted.shape[1]}"
             )
         gaps = np.nan_to_num(np.abs(given - wanted).max(axis=1), nan=np.inf)
-        # A value far beyond all training rows is as precise as floats are, no more.
+        # For values far beyond the training rows, the tolerance grows with the value, as floats do.
         allowed = self.tolerance * np.maximum(1.0, np.abs(wanted).max(axis=1) / self._largest)
         far = gaps > allowed
         if self.original.labels:
@@ -283,12 +283,12 @@ class Proof:
 
 
 def tuples(table: Any) -> list[tuple[Any, ...]]:
-    """Rows as the service has them after validation."""
+    """Rows as tuples, as the service has them after validation."""
     return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
 def taken(request: Conversion, proof: Proof) -> tuple[Candidate, Model, float]:
-    """The first candidate that is proven, loaded, and how far its answers are; raises LifecycleError."""
+    """The first proven candidate, its loaded model, and its distance; raises LifecycleError."""
     import onnxruntime
 
     original = proof.original
@@ -320,7 +320,7 @@ def taken(request: Conversion, proof: Proof) -> tuple[Candidate, Model, float]:
 
 
 def loaded(request: Conversion, proof: Proof, candidate: Candidate) -> Model:
-    """A candidate as the service would load it; raises LifecycleError where its types are not trusted."""
+    """A candidate loaded as in the service; raises LifecycleError if its types are not trusted."""
     files = candidate.make()
     types = sorted(skops_types(files["model.skops"])) if "model.skops" in files else []
     original, libraries = proof.original, candidate.libraries | trusted(request, types)
@@ -350,7 +350,7 @@ def loaded(request: Conversion, proof: Proof, candidate: Candidate) -> Model:
 
 
 def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
-    """The distributions that these types are of; raises Refused unless all may be loaded where it serves."""
+    """The distributions of these types; raises Refused if the service may not load one of them."""
     modules = {one.partition(".")[0] for one in types} - {"builtins", "app"} if types else set()
     providers = metadata.packages_distributions() if modules else {}
     for one in types:
@@ -369,7 +369,7 @@ def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
 
 
 def rows_a_second(call: Callable[[], Any]) -> int:
-    """How many calls of one row a model answers, measured here; two digits, because more are noise."""
+    """Calls with one row per second, measured on this machine, rounded to two digits."""
     calls, began = 0, perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

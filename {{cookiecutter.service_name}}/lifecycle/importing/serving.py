@@ -1,7 +1,7 @@
-"""Where a version will serve: what the image has to install for it, and imports that find nothing else.
+"""The environment in which a version will serve: its missing packages, and imports limited to it.
 
-requirements/*.txt but dev.txt -> locked() -> lacking(libraries) -> add() to runtime.in, if asked
-the packages of the lock, what is lacking, and what that needs -> Only(): any other import fails
+requirements/*.txt but dev.txt -> locked() -> lacking(libraries) -> add() to runtime.in, on request
+the packages of the lock, missing packages and their dependencies -> Only(): any other import fails
 """
 
 import re
@@ -15,17 +15,17 @@ from typing import Any
 from lifecycle.command import ROOT
 
 RUNTIME_IN = Path("requirements/runtime.in")
-# The C locale, and no other to be found, as in a slim image.
+# The C locale without any other, as in a slim image.
 LOCALE = {"LC_ALL": "C", "LANG": "C", "LOCPATH": "/nonexistent"}
 
 
 def plain(name: str) -> str:
-    """A distribution's name as every tool spells it."""
+    """A distribution's normalised name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def locked() -> set[tuple[str, str]]:
-    """Names and versions of what the image installs."""
+    """Names and versions of the packages in the image."""
     texts = [path.read_text("utf-8") for path in (ROOT / "requirements").glob("*.txt") if path.stem != "dev"]
     found = re.findall(r"^([\w.-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", "\n".join(texts), re.MULTILINE)
     return {(plain(name), version) for name, version in found}
@@ -40,7 +40,7 @@ def lacking(libraries: Mapping[str, str]) -> list[str]:
 
 
 def add(requirements: Iterable[str], why: str) -> str:
-    """The text of requirements/runtime.in with these, in place of other versions of them."""
+    """The text of requirements/runtime.in with these requirements, replacing other versions of them."""
     names = {plain(one.partition("==")[0]) for one in requirements}
     lines = (ROOT / RUNTIME_IN).read_text("utf-8").splitlines()
     kept = [line for line in lines if plain(re.split(r"[^\w.-]", line, maxsplit=1)[0]) not in names]
@@ -48,7 +48,7 @@ def add(requirements: Iterable[str], why: str) -> str:
 
 
 class Only:
-    """Imports of the image alone: its lock, these requirements and what they need; no other is found."""
+    """A context in which only packages of the image can be imported: its lock, and these requirements."""
 
     def __init__(self, requirements: Iterable[str]) -> None:
         pending = [name for name, _ in locked()] + [one.partition("==")[0] for one in requirements]
@@ -58,7 +58,7 @@ class Only:
             if name in known:
                 continue
             known.add(name)
-            with suppress(metadata.PackageNotFoundError):  # what is for other systems
+            with suppress(metadata.PackageNotFoundError):  # packages for other systems
                 found = metadata.distribution(name)
                 needed = [one for one in found.requires or () if "extra ==" not in one]
                 pending += [re.split(r"[^\w.-]", one, maxsplit=1)[0] for one in needed]
@@ -66,7 +66,7 @@ class Only:
                 self._allowed |= {one.parts[0].partition(".")[0] for one in files}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Called by an import before anything is looked for."""
+        """Refuse an import that the image could not do; the import system calls this first."""
         known = name.partition(".")[0] in self._allowed or name.startswith(
             "_sysconfigdata"
         )  # of Python itself

@@ -1,10 +1,10 @@
-"""How an import runs: its processes, the documents that they exchange, and the move into the repository.
+"""The run of an import: its processes, the documents that they exchange, and the move into the repository.
 
 importer -> Conversion -> proof    -> Converted, answers.npy, model.*; or text.txt, columns to read as text
 importer -> Assembly   -> assemble -> repository/; or unfit.txt, why this form cannot be served
-either step -> refusal.txt, if it found a reason to stop
+each step -> refusal.txt, if it found a reason to stop
 .import/repository/ (made) -> .import/backup/ (the old files), journal.json -> moved, file by file
-a failure, Ctrl-C, or the next import after a kill -> recover() puts back what the journal names
+a failure, Ctrl-C, or the next import after a kill -> recover() restores the files in the journal
 """
 
 import json
@@ -37,11 +37,11 @@ class _Document(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The document that another process has written."""
+        """Read the document that another process has written."""
         return cls.model_validate_json((folder / f"{cls.__name__.lower()}.json").read_bytes())
 
     def write(self, folder: Path) -> None:
-        """Hand it to the next process."""
+        """Write the document for the next process."""
         (folder / f"{type(self).__name__.lower()}.json").write_text(self.model_dump_json(), "utf-8")
 
 
@@ -59,7 +59,7 @@ class Conversion(_Document):
 
 
 class Converted(_Document):
-    """The model that was opened, and how its converted form was proven."""
+    """The opened model, and the proof of its converted form."""
 
     task: Literal["classification", "regression"]
     labels: list[bool | int | str]
@@ -73,13 +73,13 @@ class Converted(_Document):
     gap: float  # the largest difference from the original's answers
     rate: int  # rows a second on this machine, at one row a call
     original_rate: int
-    closed: list[str]  # columns of text of which the model takes no word that it does not know
-    outputs: dict[str, Any]  # threshold and classes, as the manifest has them
+    closed: list[str]  # text columns in which the model fails on unknown words
+    outputs: dict[str, Any]  # `threshold` and `classes` of the manifest
     manifest: dict[str, Any]  # its libraries, trusted_types, code, takes, dtypes, stages
 
 
 class Assembly(_Document):
-    """The version to make of the converted model."""
+    """The version to make from the converted model."""
 
     version: str
     name: str
@@ -91,21 +91,21 @@ class Assembly(_Document):
     review_threshold: float
     feedback_tolerance: float
     holdout: str | None  # path in the repository
-    words: dict[str, dict[str, Any]]  # by input, where an earlier making of the version said others
-    requirements: list[str]  # what the image lacks for it
+    words: dict[str, dict[str, Any]]  # by input, from an earlier import of this version
+    requirements: list[str]  # packages that the image lacks
 
 
 def run(name: str, folder: Path, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
     """Run a step and wait for its end; raises LifecycleError if it refuses or fails."""
     own = {key: value for key, value in os.environ.items() if not key.upper().startswith("APP_")}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # The converter iterates over sets, whose order would otherwise differ each time, and with it the bytes.
+    # The converter iterates over sets: their order, and so the bytes, would differ in each run.
     own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
-    # Rows are asked one at a time, where threads of a library only wait for each other.
+    # Rows are asked one at a time, and threads of a library would slow this down.
     own |= {name: own.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     own |= environment or {}
     command = [sys.executable, "-m", f"lifecycle.importing.{name}", str(folder)]
-    # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the step.
+    # In its own process group, so that Ctrl-C reaches only this process, which then ends the step.
     with subprocess.Popen(  # noqa: S603  # this package's own steps
         command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0, close_fds=False
     ) as process:
@@ -122,7 +122,7 @@ def run(name: str, folder: Path, cwd: Path = ROOT, environment: Mapping[str, str
 
 
 def step(function: Callable[[Path], None]) -> None:
-    """Call a step with its folder; its LifecycleError is kept for the process that waits."""
+    """Call a step with its folder; its LifecycleError is written for the parent process."""
     sys.stdout = sys.stderr  # for anything that the model's own code prints
     folder = Path(sys.argv[1])
     try:
@@ -131,13 +131,13 @@ def step(function: Callable[[Path], None]) -> None:
         (folder / REFUSAL).write_text(str(error), "utf-8")
     except MemoryError:
         (folder / REFUSAL).write_text("there is not enough memory for this model", "utf-8")
-    except Exception as error:  # whatever a model's own code or a library may raise
+    except Exception as error:  # from the model's own code or a library
         log(traceback.format_exc())
         (folder / REFUSAL).write_text(f"{type(error).__name__}: {error}; nothing was changed", "utf-8")
 
 
 def log(words: str) -> None:
-    """Keep what is too long for a line of progress; the step runs in the import's folder of work."""
+    """Append text that is too long for a line of progress to the log in the work folder."""
     with Path(sys.argv[1], LOG).open("a", encoding="utf-8") as file:
         file.write(words.rstrip() + "\n")
 
@@ -160,7 +160,7 @@ class Progress:
         self._work, self._last = work, time.monotonic()
 
     def __call__(self, rows: int) -> None:
-        """So many rows are done."""
+        """Report the number of rows done."""
         if time.monotonic() - self._last > SECONDS_A_LINE:
             self._last = time.monotonic()
             say(f"{self._work}: {rows:,} rows")
@@ -168,14 +168,14 @@ class Progress:
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Work while no other import does, else raise LifecycleError. The lock ends with its last process."""
+    """A lock against other imports; raises LifecycleError if taken. It ends with the last process."""
     with (root / "pyproject.toml").open("r+b") as file:
         os.set_inheritable(file.fileno(), True)  # a step may still run after its parent was killed
         try:
             if sys.platform == "win32":
                 import msvcrt
 
-                file.seek(2**30)  # beyond its end: others may read it
+                file.seek(2**30)  # beyond the end, so that others may read the file
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl

@@ -1,10 +1,10 @@
-"""torch: a module as it was given, where torch is installed.
+"""torch: an original torch module, if torch is installed.
 
-    torch.save(module), torch.export.save -> asked with the data's rows
-    what it says to all of them -> values, probabilities, or logits, which lack a softmax or sigmoid
-    -> ONNX by torch's own exporter, with what it lacks at its end
+    torch.save(module), torch.export.save -> answers to the data's rows
+    all answers -> values, probabilities, or logits, which need a softmax or sigmoid
+    -> ONNX by torch's own exporter, plus the softmax or sigmoid
 
-The columns are those of the data beside the target, in their order; a missing value is NaN.
+The columns are those of the data without the target, in order; a missing value is NaN.
 """
 
 import importlib
@@ -33,22 +33,22 @@ from lifecycle.importing.original import (
 )
 from lifecycle.importing.steps import say
 
-EXAMPLE_ROWS = 4  # one row would be taken for a constant
+EXAMPLE_ROWS = 4  # the exporter takes a single row for a constant
 SUM_TOLERANCE = 1e-4
 
 Reading = Literal["value", "probabilities", "probability", "logits", "logit"]
 WORDS = {
     "probabilities": "probabilities",
     "probability": "the probability",
-    "logits": "logits, so a softmax is put at its end",
-    "logit": "a logit, so a sigmoid is put at its end",
+    "logits": "logits, so a softmax is added at its end",
+    "logit": "a logit, so a sigmoid is added at its end",
 }
 
 
 def open_torch(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
 ) -> Original:
-    """The module in the file, of either of torch's formats; raises LifecycleError."""
+    """The module in a file of torch.save or torch.export; raises LifecycleError."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
@@ -56,17 +56,17 @@ def open_torch(
             f"{path.name}: is for torch, which is not installed here: install torch and onnxscript into "
             ".venv, or export the module to ONNX where torch is and import that file"
         ) from None
-    logging.disable(logging.WARNING)  # its exporter tells of what it lacks for other models
+    logging.disable(logging.WARNING)  # the exporter warns about packages for other models
     text = {name: "holds text" for name, entry in inputs.items() if entry.dtype == "string"}
     for name, why in (unusable | text).items():
-        raise LifecycleError(f"column {name!r} {why}, and a torch module is given every column, as a number")
+        raise LifecycleError(f"column {name!r} {why}, and a torch module takes all columns as numbers")
     columns = list(inputs.values())
     saved, module = load(torch, path)
     weights = {one.dtype for one in module.state_dict().values()}
     dtype = np.float64 if torch.float64 in weights and torch.float32 not in weights else np.float32
 
     def outputs(part: Any) -> Answers:
-        """The module's own answers, [rows, 1 or labels]."""
+        """The module's answers, [rows, 1 or labels]."""
         rows = as_served(part, columns, dtype)
         found = ask(torch, path, module, rows)
         unknown = np.isnan(rows).any(axis=1)
@@ -99,7 +99,7 @@ def open_torch(
 
 
 def load(torch: Any, path: Path) -> tuple[Any, Any]:
-    """The content of the file and the callable of it; raises LifecycleError."""
+    """The content of the file, and its callable module; raises LifecycleError."""
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if any(name.endswith("models/model.json") for name in names):
         program = unpickle(path, torch.export.load)
@@ -125,7 +125,7 @@ def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = module(torch.from_numpy(rows))
-    except Exception as error:  # a module may raise anything about rows it does not like
+    except Exception as error:  # a module may raise anything
         words = " ".join(str(error).split())[:160]
         raise LifecycleError(
             f"{path.name}: cannot be asked with {len(rows):,} rows of the data's {rows.shape[1]} columns "
@@ -142,11 +142,11 @@ def ask(torch: Any, path: Path, module: Any, rows: Any) -> Answers:
     return answers
 
 
-# --- the meaning of its answers -----------------------------------------------------------------------------
+# --- the meaning of the answers -----------------------------------------------------------------------------
 
 
 def read_as(path: Path, raw: Answers, truth: Any, target: str) -> tuple[list[Any], Reading]:
-    """The labels, in the order of their columns, and what the numbers are; raises LifecycleError."""
+    """The labels in the order of their columns, and the meaning of the numbers; raises LifecycleError."""
     values = sorted(truth.drop_null().unique().to_pylist())
     width, within = raw.shape[1], bool(((raw >= 0) & (raw <= 1)).all())
     if width == 1 and (len(values) != 2 or (set(values) - {0, 1} and isinstance(values[0], float))):
@@ -183,7 +183,7 @@ def finished(raw: Answers, reading: Reading) -> Answers:
 
 
 def tell(path: Path, reading: Reading, labels: list[Any], scores: Answers, truth: Sequence[Any]) -> None:
-    """Say how the answers are read, and how often they are right when read so."""
+    """Report how the answers are interpreted, and how often they are then right."""
     right = np.mean([labels[at] == value for at, value in zip(scores.argmax(axis=1), truth, strict=True)])
     listed = ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")
     say(
@@ -193,7 +193,7 @@ def tell(path: Path, reading: Reading, labels: list[Any], scores: Answers, truth
 
 
 def to_onnx(torch: Any, saved: Any, example: Any, reading: Reading) -> bytes:
-    """The module, with the softmax or sigmoid that it lacks; the same bytes each time, on any machine."""
+    """The module with the missing softmax or sigmoid; the same bytes each time, on any machine."""
     from onnx import TensorProto, helper
 
     with warnings.catch_warnings():
@@ -226,7 +226,7 @@ def to_onnx(torch: Any, saved: Any, example: Any, reading: Reading) -> bytes:
 
 
 def forget(part: Any) -> None:
-    """Remove notes of the exporter: lines of source code, with their paths."""
+    """Remove the exporter's notes: lines of source code with paths."""
     for name in ("metadata_props", "doc_string"):
         if name in part.DESCRIPTOR.fields_by_name:
             part.ClearField(name)

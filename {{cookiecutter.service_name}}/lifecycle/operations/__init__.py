@@ -1,9 +1,9 @@
-"""Looking at a service, for Python: the functions that `python -m lifecycle` calls, too.
+"""Inspection of a service, for use from Python: the functions behind `python -m lifecycle`.
 
 >>> from lifecycle.operations import drift
 >>> drift(logs=Path("service.log"))
 
-`size` and `sbom` are called like their modules: `from lifecycle.operations.size import size`.
+`size` and `sbom` have the names of their modules: `from lifecycle.operations.size import size`.
 """
 
 from typing import Any
@@ -14,6 +14,6 @@ __all__ = ["docs", "drift", "quality", "runbooks"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is."""
+    """Import a function on first use."""
     modules = {"docs": "documents", "runbooks": "documents", "drift": "monitor", "quality": "monitor"}
     return door(__name__, name, modules)

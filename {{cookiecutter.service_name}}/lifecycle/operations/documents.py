@@ -1,14 +1,14 @@
-"""Documents that follow from the contract and the served version, and the runbooks in one file for a wiki.
+"""Documents generated from the contract and the served version, and all runbooks in one file for a wiki.
 
     app/schemas/predict.py, artifacts/<served>/ -> docs/example.json, sections of docs/contract.md,
     of docs/model_card.md and of README.md; openapi.json only on request
     docs/runbooks/*.md -> broken links, a line each, and exit 1; or build/runbooks.md with a table of contents
 
-Sections are found by their headings; the rest of these files belongs to people. If the model card is about
-another contract, its sentences about the model are removed, because they describe another model.
+Sections are found by their headings; people write the rest of these files. If the model card is about another
+contract, its sentences about the model are removed, because they describe another model.
 
-Links between runbooks are absolute, because a wiki keeps nothing else through a paste. Those below an address
-of this project (`[project.urls]` of pyproject.toml) are looked up in its files; others are only listed.
+Links between runbooks are absolute, because relative links break when pasted into a wiki. Links below an
+address of this project (`[project.urls]` of pyproject.toml) are checked; others are only listed.
 """
 
 import itertools
@@ -35,7 +35,7 @@ PREDICTION_ID = "3aad39cc0382cba9767711fcf2ff892a"
 DOCUMENTS = ("README.md", "docs/contract.md", "docs/model_card.md", "docs/example.json")
 LISTED = 20  # categories and labels that a table names
 TYPES = {"float64": "number", "int64": "whole number", "bool": "`true` or `false`", "string": "text"}
-BY_PEOPLE = {  # sections of the model card that only people can write
+BY_PEOPLE = {  # sections of the model card for people to write
     "What it is for": "who decides what by its answers, and what it must not be used for",
     "Known limits": "where it is wrong or unsure, and what it was never trained on",
     "Quality": "how often it is right on rows it never saw, and how that was measured",
@@ -49,10 +49,10 @@ _LINK = re.compile(r"\]\(([^)]*)\)|(?<!\]\()(https?://[^\s)>]+[\w/])")
 def docs(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if something differs.")] = False,
     openapi: Annotated[
-        bool, typer.Option("--openapi", help="Write openapi.json too, whatever clients that breaks.")
+        bool, typer.Option("--openapi", help="Also write openapi.json, even if that breaks clients.")
     ] = False,
 ) -> None:
-    """Write what the documents say of the contract and of the served version."""
+    """Update the documents about the contract and the served version."""
     texts = documents() | ({"openapi.json": snapshot()} if openapi else {})
     there = {name: (ROOT / name).read_text("utf-8") for name in texts if (ROOT / name).exists()}
     differing = [name for name, text in texts.items() if there.get(name) != text]
@@ -69,7 +69,7 @@ def docs(
 def runbooks(
     output: Annotated[Path, typer.Option(help="Where to write it.")] = ROOT / "build" / "runbooks.md",
 ) -> None:
-    """Write all runbooks into one file for a wiki; fails, a line each, where a link leads nowhere."""
+    """Write all runbooks into one file for a wiki; fails with a line for each broken link."""
     pages = [INDEX, *sorted(set(FOLDER.glob("*.md")) - {INDEX})]
     title, _, rest = INDEX.read_text("utf-8").partition("\n")
     body = "\n\n".join([rest.strip(), *(_deeper(page.read_text("utf-8")) for page in pages[1:])])
@@ -84,18 +84,18 @@ def runbooks(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(document, "utf-8", newline="\n")
     for link in sorted({link for page in pages for _, link, fault in checked(page) if fault is None}):
-        typer.echo(f"not checked, because it leads elsewhere: {link}")
-    typer.echo(f"{output}: every link to a page of this project leads somewhere")
+        typer.echo(f"not checked, because it is external: {link}")
+    typer.echo(f"{output}: every link to a page of this project works")
 
 
 def documents(root: Path = ROOT, version: str = "") -> dict[str, str]:
-    """Path below `root` and the text that it should have, about the served version or this one."""
+    """Path below `root` and text of each document, about `version` or else the served version."""
     folder = root / "artifacts" / (version or read_release(root / "artifacts").serving)
     manifest = read_manifest(folder)
     golden = [json.loads(line) for line in (folder / "golden.jsonl").read_bytes().splitlines()]
     example, *_ = _examples(manifest)
     row = next((row for row in golden if row["features"] == example), None)
-    if row is None:  # the owner chose another example
+    if row is None:  # the example is not a golden row
         pipeline = Pipeline.offline(read_artifact(root / "artifacts", manifest.version))
         row = asdict(pipeline.answers([Features.model_validate(example)])[0])  # type: ignore[arg-type]  # it was loaded
     answer = _answer(manifest, row)
@@ -107,7 +107,7 @@ def documents(root: Path = ROOT, version: str = "") -> dict[str, str]:
     old = re.search(r"^\| contract \| `(\w+)` \|$", card, re.MULTILINE)
     if old and old[1] != manifest.contract_sha256[:12]:
         for heading, what in BY_PEOPLE.items():
-            words = f"Nobody has said so far: {what}. Whoever answers for the model writes it here."
+            words = f"Not written yet: {what}. The model's owner writes it here."
             card = replaced(card, heading, words)
     card = replaced(card, "Facts", _facts(manifest))
     texts = (readme, contract, card, _json(example) + "\n")
@@ -115,7 +115,7 @@ def documents(root: Path = ROOT, version: str = "") -> dict[str, str]:
 
 
 def replaced(text: str, heading: str, words: str) -> str:
-    """The document with other words under one heading, down to the next heading of any level."""
+    """The document with new text under a heading, up to the next heading of the same level."""
     pattern = rf"(^## {re.escape(heading)}\n).*?(?=^## |\Z)"
     new, found = re.subn(
         pattern, lambda match: f"{match[1]}{words.strip()}\n\n", text, flags=re.MULTILINE | re.DOTALL
@@ -141,7 +141,7 @@ def _examples(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _answer(manifest: Manifest, row: dict[str, Any]) -> dict[str, Any]:
-    """The answer as a document shows it, rounded so that every machine writes the same digits."""
+    """The answer for a document, rounded so that all machines write the same digits."""
     said = {"prediction_id": PREDICTION_ID, "model_version": manifest.version}
     if "value" in row:
         return said | {"value": float(f"{row['value']:.6g}"), "action": "accept"}
@@ -156,7 +156,7 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
     others = _examples(manifest)[1:2] or [example]
     true = _json(answer.get("label", answer.get("value")))
     told = f'{{"prediction_id": "\\1", "label": {true}}}'
-    told = re.sub(r"[/&]|\\(?!1)", lambda found: "\\" + found[0], told)  # as sed wants it
+    told = re.sub(r"[/&]|\\(?!1)", lambda found: "\\" + found[0], told)  # escaped for sed
     script = shlex.quote(rf's/.*"prediction_id":"\([0-9a-f]*\)".*/{told}/')
     batch = _quoted({"instances": [example, *others]})
     lines = ",\n".join(f"  {_json(key)}: {_json(value)}" for key, value in answer.items())
@@ -165,8 +165,8 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
         "Predict": f"```sh\n{POST}{_quoted(example)}\n```\n```json\n{{\n{lines}\n}}\n```",
         "Features": (
             f"{_table(('input', 'type', 'unit', 'allowed', 'seen in training'), map(_row, manifest.inputs))}"
-            "\n\nEvery one is required and has its own JSON type (a number is no string and no "
-            "boolean); `null` is taken only where the table says so, and nothing else may stand beside them."
+            "\n\nAll inputs are required, each in its own JSON type (a number is not a string or a "
+            "boolean). `null` is accepted only if the table says so. Other names are refused."
         ),
         "Answer": _outputs(manifest),
         "Predict several": (
@@ -178,8 +178,8 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
             "When the truth is known, seconds or months later, send it with the id of the prediction; the "
             f"answer is 202.\n```sh\n{POST}@docs/example.json | sed {script} | "
             f"curl -s {SERVICE}/v1/feedback -H 'content-type: application/json' -d @-\n```\n{said}"
-            "Sent again, the same label changes nothing. The first label counts: another one for the same "
-            "prediction is refused with 409. An id that no version here can have given out is 404."
+            "The same label sent again changes nothing. The first label counts: another label for the same "
+            "prediction is refused with 409. An id that this service cannot have issued is 404."
         ),
     }
 
@@ -188,7 +188,7 @@ def _outputs(manifest: Manifest) -> str:
     outputs = manifest.outputs
     rows = {
         "prediction_id": "32 characters that name this prediction; keep it for questions and for feedback, "
-        "and read nothing from it",
+        "and do not interpret it",
         "model_version": "the version that answered",
     }
     if outputs.labels:
@@ -220,7 +220,7 @@ def _row(one: Input) -> tuple[str, ...]:
 
 
 def _facts(manifest: Manifest) -> str:
-    """What the manifest says, for people."""
+    """The manifest's facts, as a table for people."""
     training, outputs = manifest.training, manifest.outputs
     rows = {
         "version": f"`{manifest.version}`, served as {manifest.runtime}",
@@ -250,7 +250,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _listed(values: Sequence[Any]) -> str:
-    """Values as code, the first of them where there are many."""
+    """Values as Markdown code, only the first if there are many."""
     named = [f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in values[:LISTED]]
     return ", ".join(named) + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")
 
@@ -275,7 +275,7 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
 
 
 def anchor(heading: str) -> str:
-    """The fragment that a link to `heading` needs, as GitHub and most wikis make it."""
+    """The fragment of a link to `heading`, as in GitHub and most wikis."""
     return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -286,7 +286,7 @@ def headings(text: str, level: int | None = None) -> list[str]:
 
 
 def checked(page: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Place, target and fault of every link outside code: "" without fault, None for one to elsewhere."""
+    """Place, target and fault of every link outside code: "" if it works, None if it is external."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
     own = {f"{urls['Runbooks']}/": FOLDER, f"{urls['Repository']}/blob/main/": ROOT}
     for number, line in prose(page.read_text("utf-8")):
@@ -308,7 +308,7 @@ def checked(page: Path) -> Iterator[tuple[str, str, str | None]]:
 
 
 def broken(pages: list[Path]) -> list[str]:
-    """One line for every link that leads nowhere in this project."""
+    """One line for every broken link."""
     found = itertools.chain.from_iterable(map(checked, pages))
     return [f"{place}: {link}: {fault}" for place, link, fault in found if fault]
 

@@ -1,8 +1,8 @@
-"""How far a running service has moved from training, and how often its model is right.
+"""The drift of a running service from training, and the quality of its answers.
 
 Prometheus, a scrape of /metrics, or the log -> rows by bin -> PSI against baseline.json -> table, pictures
-predictions in the log + true labels by prediction_id -> by version, of labels accuracy, calibration and
-confusion, of values errors -> tables, pictures
+predictions in the log + true labels by prediction_id -> by version: accuracy, calibration and confusion of
+labels, errors of values -> tables, pictures
 """
 
 import json
@@ -30,9 +30,9 @@ from lifecycle.command import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd  # a second to import: the functions that need it import it
+    import pandas as pd  # slow to import: done in the functions that need it
 
-# As in ops/prometheus/drift_rules.yml; MINIMUM is the rows below which no verdict is given.
+# As in ops/prometheus/drift_rules.yml; with fewer than MINIMUM rows there is no verdict.
 MINIMUM, FLOOR, STABLE, DRIFTED = 300, 0.001, 0.1, 0.2
 PREDICTION = "(prediction)"
 SERIES = {
@@ -58,13 +58,13 @@ def drift(
     artifacts: Annotated[Path, typer.Option(help="Folder of the versions.")] = ROOT / "artifacts",
     pictures: Pictures = ROOT / "build",
 ) -> None:
-    """Say how far inputs and predictions have moved from training (PSI), and draw what drifted."""
+    """Show how far inputs and predictions have moved from training (PSI), and draw those that drifted."""
     if metrics and logs:
         raise LifecycleError("give METRICS or LOGS, not both")
     counts = logged(logs) if logs else observed(prometheus, window, metrics)
     found: list[Moved] = []
     for version in sorted({version for version, _ in counts}):
-        # A version that consists of rules has no baseline.
+        # A rules model has no baseline.
         if baseline := read_artifact(artifacts, version).files.get("baseline.json"):
             found += compare(version, json.loads(baseline), counts)
     if not found:
@@ -86,7 +86,7 @@ def quality(
     ] = None,
     pictures: Pictures = ROOT / "build",
 ) -> None:
-    """Say how often each version was right, and whether its scores mean what they say."""
+    """Show how often each version was right, and whether its scores are calibrated."""
     if logs is None:
         raise LifecycleError("say which log: LOGS=service.log")
     for version, known in judged(logs, labels).items():
@@ -95,8 +95,8 @@ def quality(
 
 
 def ask(address: str, query: str) -> list[tuple[dict[str, str], float]]:
-    """The answer of Prometheus to an instant query: labels and value of each series."""
-    import httpx2  # here, because it takes a while
+    """The result of an instant query to Prometheus: labels and value of each series."""
+    import httpx2  # here: slow to import
 
     try:
         answer = httpx2.get(f"{address.rstrip('/')}/api/v1/query", params={"query": query}, timeout=10)
@@ -117,7 +117,7 @@ def scraped(path: Path) -> Iterator[tuple[str, dict[str, str], float]]:
 
 
 def log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log, also where a log collector put something in front of them."""
+    """The JSON objects of a log, also if a log collector has put a prefix on each line."""
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             document = json.loads(line[line.find("{") :])
@@ -142,7 +142,7 @@ def logged(path: Path) -> Counts:
 
 
 def observed(prometheus: str, window: str, metrics: Path | None) -> Counts:
-    """Rows by bin in a scrape, so since the service started, or in the last `window` of Prometheus."""
+    """Rows by bin: since the start of the service from a scrape, or in the last `window` of Prometheus."""
     counts: Counts = defaultdict(Counter)
     if metrics:
         samples = [(labels, value) for name, labels, value in scraped(metrics) if name in SERIES]
@@ -156,7 +156,7 @@ def observed(prometheus: str, window: str, metrics: Path | None) -> Counts:
 
 
 class Moved(NamedTuple):
-    """One feature of one version beside its baseline; shares and terms have an entry a bin."""
+    """A feature of a version compared with its baseline; shares and terms have an entry per bin."""
 
     version: str
     feature: str
@@ -164,8 +164,8 @@ class Moved(NamedTuple):
     bins: list[str]
     then: NDArray[np.float64]
     now: NDArray[np.float64]
-    terms: NDArray[np.float64]  # what each bin adds to the index
-    trained: bool  # whether training had enough rows for the index to mean something
+    terms: NDArray[np.float64]  # contribution of each bin to the index
+    trained: bool  # whether training had enough rows for a meaningful index
 
     @property
     def psi(self) -> float:
@@ -181,11 +181,11 @@ class Moved(NamedTuple):
 
 
 def compare(version: str, baseline: dict[str, Any], counts: Counts) -> list[Moved]:
-    """Every feature of `version`, and its predictions, beside the baseline."""
-    from app.monitoring.drift import settled  # here, because its libraries take a while
+    """Every feature of `version`, and its predictions, compared with the baseline."""
+    from app.monitoring.drift import settled  # here: slow to import
 
     expected = {name: baseline_counts(feature) for name, feature in baseline["features"].items()}
-    values = baseline.get("values")  # a regressor's
+    values = baseline.get("values")  # of a regressor
     expected[PREDICTION] = baseline_counts(values) if values else Counter(baseline["labels"])
     found = []
     for name, counted in expected.items():
@@ -206,14 +206,14 @@ def trained_features(root: Path, version: str) -> set[str]:
 
 
 def baseline_counts(feature: dict[str, Any]) -> Counter[str]:
-    """Training's rows by bin, `missing` and `other` included."""
+    """Training rows by bin, including `missing` and `other`."""
     counts = Counter(dict(zip(feature["bins"], feature["counts"], strict=True)))
     counts.update({key: feature[key] for key in ("missing", "other") if key in feature})
     return counts
 
 
 def drift_table(found: Sequence[Moved]) -> str:
-    """A line a feature."""
+    """A table with a line per feature."""
     rows = []
     for one in found:
         most = int(one.terms.argmax())
@@ -224,7 +224,7 @@ def drift_table(found: Sequence[Moved]) -> str:
 
 
 def draw_drift(moved: Moved, folder: Path) -> Path:
-    """Write a picture of the shares of each bin, in training and now; its path."""
+    """Write a picture of the share of each bin, in training and now; returns its path."""
     import pandas as pd
 
     figure = _figure(max(5, len(moved.bins)))
@@ -238,15 +238,15 @@ def draw_drift(moved: Moved, folder: Path) -> Path:
 
 
 def _figure(width: float) -> Any:
-    from matplotlib.figure import Figure  # here, because it takes a second
+    from matplotlib.figure import Figure  # here: takes a second
 
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
 def judged(logs: Path, labels: Path | None) -> dict[Any, "pd.DataFrame"]:
-    """By version, the predictions in the log whose truth is known; without `labels`, the truth is feedback.
+    """By version, the predictions in the log with known truth, from `labels` or else from feedback.
 
-    A classifier's frame has the columns label, truth (as text) and score, a regressor's value and truth.
+    The frame of a classifier has label, truth (both as text) and score, that of a regressor value and truth.
     """
     import pandas as pd
 
@@ -277,8 +277,8 @@ def judged(logs: Path, labels: Path | None) -> dict[Any, "pd.DataFrame"]:
 
 
 def _labels(path: Path, *, text: bool) -> dict[str, str]:
-    """Label by prediction_id, from any data file with these columns; the last of an id counts."""
-    from lifecycle.formats import TEXT, format_of  # here, because pyarrow takes a second
+    """Label by prediction_id, from any data file with these columns; the last label of an id counts."""
+    from lifecycle.formats import TEXT, format_of  # here: pyarrow takes a second
     from lifecycle.tables import read_table, spelling
 
     columns = ("prediction_id", "label")
@@ -291,7 +291,7 @@ def _labels(path: Path, *, text: bool) -> dict[str, str]:
             raise
         bad = int(ragged[1])
     pairs = [] if bad else [*zip(*(table.column(name).to_pylist() for name in columns), strict=True)]
-    first = 2 if format_of(path) in TEXT else 1  # a header is a row, too
+    first = 2 if format_of(path) in TEXT else 1  # count the header
     bad = bad or next((row for row, pair in enumerate(pairs, first) if None in pair), 0)
     if bad:
         raise LifecycleError(f"{path}:{bad}: needs prediction_id and label, as CSV or JSON lines")
@@ -299,7 +299,7 @@ def _labels(path: Path, *, text: bool) -> dict[str, str]:
 
 
 def _classified(version: str, known: "pd.DataFrame") -> str:
-    """Accuracy, calibration and confusion."""
+    """Tables of accuracy, calibration and confusion."""
     import pandas as pd
 
     bins = reliability(known.score, known.label == known.truth)
@@ -318,7 +318,7 @@ def _classified(version: str, known: "pd.DataFrame") -> str:
 
 
 def _measured(version: str, known: "pd.DataFrame") -> str:
-    """RMSE, MAE and bias (too large is positive), in all and by tenths of the predictions in order."""
+    """RMSE, MAE and bias (positive if predictions are too large): overall and by tenths."""
 
     def errors(part: "pd.DataFrame") -> tuple[str, str, str]:
         off = part.value - part.truth
@@ -337,8 +337,8 @@ def _measured(version: str, known: "pd.DataFrame") -> str:
 
 
 def draw_quality(version: str, known: "pd.DataFrame", folder: Path) -> Path:
-    """Write a picture of calibration and confusion, or of a regressor's errors; its path."""
-    from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay  # here: it takes a second
+    """Write a picture of calibration and confusion, or of a regressor's errors; returns its path."""
+    from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay  # here: takes a second
 
     figure, truth = _figure(10), known.truth
     if "label" in known:

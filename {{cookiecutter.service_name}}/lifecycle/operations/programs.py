@@ -1,6 +1,6 @@
-"""Runs the service, or another program, as long as a block lasts: for load tests and `make size`.
+"""Runs the service or another program for the duration of a block: for load tests and `make size`.
 
-command -> ready -> the block -> SIGTERM, or SIGKILL where it does not end
+command -> ready -> the block -> SIGTERM, or SIGKILL if it does not end
 """
 
 import json
@@ -44,9 +44,9 @@ def started(
     ready: Callable[[], object],
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[psutil.Popen]:
-    """Run a program in the service's folder, once `ready` says so; what it prints goes to `log`.
+    """Run a program in the service's folder, and wait until `ready` is true; its output goes to `log`.
 
-    SystemExit, with the end of the log, if the program ends or is not ready in time.
+    Raises SystemExit, with the end of the log, if the program ends or is not ready in time.
     """
     with log.open("wb") as output:
         process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -66,7 +66,7 @@ def started(
 
 
 def golden_rows() -> tuple[str, list[dict[str, Any]]]:
-    """The version that is released, and the rows of its golden set."""
+    """The served version, and the rows of its golden set."""
     version = read_release(ROOT / "artifacts").serving
     lines = read_artifact(ROOT / "artifacts", version).files["golden.jsonl"].splitlines()
     return version, [json.loads(line) for line in lines]
@@ -84,7 +84,7 @@ class Running:
         return list(self.process.children())
 
     def model(self) -> dict[str, Any]:
-        """The `model` part of /version: version, runtime, how it is run."""
+        """The `model` part of /version: version, runtime, execution."""
         return dict(httpx2.get(f"{self.address}/version").raise_for_status().json()["model"])
 
 

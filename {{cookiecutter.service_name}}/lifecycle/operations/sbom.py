@@ -1,10 +1,10 @@
-"""What the image is made of, as a CycloneDX bill of materials; the base image has one of its own.
+"""The contents of the image as a CycloneDX bill of materials, without those of its base image.
 
-    requirements/runtime.txt, <capability>.txt -> licence and needs of each package, from this environment
+    requirements/runtime.txt, <capability>.txt -> licence and dependencies of each package, as installed
     artifacts/v* -> each model file with its sha256 -> build/sbom.json
 
-The lock is for several Pythons and systems, the bill for those it is made with. The same revision gives the
-same bytes, because nothing in it is random; it holds a time only if SOURCE_DATE_EPOCH is set.
+The lock covers several Pythons and systems, the bill only those of this environment. The same revision gives
+the same bytes; the bill holds a time only if SOURCE_DATE_EPOCH is set.
 """
 
 import json
@@ -26,7 +26,7 @@ SERVICE = "root-component"  # the service itself, as cyclonedx-py calls it
 def sbom(
     output: Annotated[Path, typer.Option(help="Where it is written.")] = ROOT / "build" / "sbom.json",
 ) -> None:
-    """Write down what the image is made of, as a CycloneDX bill of materials."""
+    """Write the contents of the image as a CycloneDX bill of materials."""
     bill = bill_of_materials()
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(bill, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -35,7 +35,7 @@ def sbom(
 
 
 def requirements(file: Path) -> list[Requirement]:
-    """The lines of a requirements file that hold here, `.in` or locked `.txt`."""
+    """The requirements of a file, `.in` or locked `.txt`, that apply to this environment."""
     lines = file.read_text("utf-8").replace("\\\n", " ").splitlines()
     bare = [line.partition(" #")[0].partition(" --hash")[0].strip() for line in lines]
     wanted = [Requirement(line) for line in bare if line and line[0] not in "#-"]
@@ -43,8 +43,8 @@ def requirements(file: Path) -> list[Requirement]:
 
 
 def bill_of_materials(root: Path = ROOT) -> dict[str, Any]:
-    """The locked packages that hold here, and the models, as CycloneDX; LifecycleError if one is missing."""
-    # Everything in this environment. A test validates it, which takes twenty times as long.
+    """The locked packages of this environment, and the models; LifecycleError if a package is missing."""
+    # Everything in this environment. Only a test validates it, because that takes twenty times as long.
     options = ["--output-reproducible", "--short-PURLs", "--no-validate"]
     options += ["--pyproject", str(ROOT / "pyproject.toml"), sys.executable]
     made = subprocess.run(  # noqa: S603  # nothing in it comes from outside

@@ -1,7 +1,7 @@
-"""How many workers this machine carries, measured.
+"""Measures how many workers this machine can run.
 
 the service with 1 and with 2 workers, under load -> memory of each, processor time of a request
--> a table of workers, the number to set, and what limits it
+-> a table of workers, the number to set, and the reason
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lifecycle.command import ROOT, LifecycleError, table
 from lifecycle.operations.programs import service
 from load.run import step
 
-MEMORY_SHARE = 0.8  # the rest is for buffers of the system and for unusually large requests
+MEMORY_SHARE = 0.8  # the rest is for system buffers and unusually large requests
 CONNECTIONS = 64
 MIB = 2**20
 
@@ -23,7 +23,7 @@ MIB = 2**20
 def size(
     seconds: Annotated[float, typer.Option(help="How long each of the four steps takes.")] = 2.0,
 ) -> None:
-    """Say how many workers this model and this machine carry, from a measurement."""
+    """Measure how many workers suit this model and this machine."""
     cost, there = measure(seconds), machine()
     workers, reason = advise(cost, there)
     picked = default_workers(ROOT / "artifacts")
@@ -43,19 +43,19 @@ def size(
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured. Memory in bytes, a page that n processes share counted as 1/n in each (PSS)."""
+    """Measurements. Memory in bytes; a page shared by n processes counts as 1/n in each (PSS)."""
 
-    shared: int | None  # memory that exists once, however many workers; None where the system has no PSS
+    shared: int | None  # memory that all workers share; None if the system has no PSS
     worker: int | None  # memory that each worker adds
-    model_seconds: float  # the model's part of one request alone
+    model_seconds: float  # time in the model, for a request alone
     request_seconds: float  # processor time of a request among many
     execution: str
 
 
 def measure(seconds: float) -> Cost:
-    """Start the service with two workers and then with one, load each for `seconds` a step, weigh it."""
+    """Start the service with two workers and then with one; measure both under load, `seconds` per step."""
     weights: list[int] = []
-    for workers in (2, 1):  # the last steps are those with one worker
+    for workers in (2, 1):  # in this order: `busy` and `alone` must be of one worker
         typer.echo(f"size: measuring with {workers} workers ...", err=True)
         with service(APP_WORKERS=str(workers), APP_METRICS_ENABLED="true") as running:
             busy = step(running, CONNECTIONS, seconds)
@@ -72,14 +72,14 @@ def measure(seconds: float) -> Cost:
 
 
 def carried(cost: Cost, there: Machine) -> int | None:
-    """Workers that the memory carries, at least one; None where a worker's memory is not known."""
+    """Number of workers that fit into memory, at least one; None if a worker's memory is unknown."""
     if cost.shared is None or cost.worker is None:
         return None
     return max(1, int(there.memory * MEMORY_SHARE - cost.shared) // cost.worker)
 
 
 def advise(cost: Cost, there: Machine) -> tuple[int, str]:
-    """The number of workers to set, and why not more."""
+    """The number of workers to set, and the reason why not more."""
     most = carried(cost, there)
     if most is not None and most < there.cpus:
         return most, f"memory bound: {MEMORY_SHARE:.0%} of the memory carries no more"
@@ -87,7 +87,7 @@ def advise(cost: Cost, there: Machine) -> tuple[int, str]:
 
 
 def size_table(cost: Cost, there: Machine) -> str:
-    """Workers, their memory, and about how many predictions a second they give."""
+    """A table of workers, their memory, and about how many predictions a second they give."""
     chosen, _ = advise(cost, there)
     rows = []
     for workers in sorted({1, 2, 4, 8, there.cpus, chosen}):

@@ -1,4 +1,4 @@
-"""Releases of versions, for Python: the functions that `python -m lifecycle` calls, too.
+"""Releases of versions, for use from Python: the functions behind `python -m lifecycle`.
 
 >>> from lifecycle.release import evaluate, promote
 >>> if not evaluate("v2").failed:
@@ -15,7 +15,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: a rollback does not wait for what an evaluation needs."""
+    """Import a function on first use: a rollback must not wait for the libraries of an evaluation."""
     promotion = ("new_key", "promote", "release_check", "rollback", "sign")
     modules = {"evaluate": "evaluation"} | dict.fromkeys(promotion, "promotion")
     return door(__name__, name, modules | dict.fromkeys(("canary", "compare", "shadow"), "rollout"))

@@ -1,9 +1,9 @@
-"""Whether a version is good enough to be released: its golden set, and rows whose truth is known.
+"""Decides whether a version is good enough to be released, by its golden set and labelled rows.
 
-labelled rows -> answers of the version and of the served one -> metrics, also of slices -> gates
+labelled rows -> answers of the version and of the served version -> metrics, also of slices -> gates
 -> report and pictures in build/, verdict in evaluation/<version>.json, which a promotion needs
 
-pyarrow, pandas, scikit-learn and matplotlib take seconds to import, for which a rollback must not wait.
+Functions import pyarrow, pandas, scikit-learn and matplotlib, because a rollback must not wait for them.
 """
 
 import itertools
@@ -43,10 +43,10 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(ge=0)]
 Rounded = Annotated[float, AfterValidator(lambda value: round(value, 6))]
 Count = Annotated[int, Field(ge=1)]
-MAX_VALUES = 20  # a numeric column with more different values is cut into bins
+MAX_VALUES = 20  # a numeric column with more distinct values is cut into bins
 MAX_POINTS = 5000  # in a picture
 LOWER_IS_BETTER = {"calibration", "rmse", "mae"}
-LOSS_IS_A_SHARE = {"rmse", "mae"}  # of the served version's figure; of other metrics it is a difference
+LOSS_IS_A_SHARE = {"rmse", "mae"}  # of the served version's value; for other metrics it is a difference
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -60,7 +60,7 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """The labelled rows: a file in evaluation/ and its target column, by default the manifest's."""
+    """The labelled rows: a file in evaluation/, and its target column, by default the manifest's target."""
 
     file: str = "holdout.csv"
     target: str | None = None
@@ -69,7 +69,7 @@ class Source(_Strict):
 
 
 class Slice(_Strict):
-    """Parts of the rows by one column, and what all parts must reach, or each part by its name."""
+    """Parts of the rows by a column, with a threshold for all parts, or for each part by name."""
 
     column: str
     edges: list[float] | None = None
@@ -80,7 +80,7 @@ class Slice(_Strict):
 
 
 class Thresholds(_Strict):
-    """The conditions of a release, by metric; `against_served` is the loss that is allowed."""
+    """The conditions of a release, by metric; `against_served` is the allowed loss."""
 
     data: Source = Source()
     classification: dict[OfLabels, Unit] = {}
@@ -90,7 +90,7 @@ class Thresholds(_Strict):
 
 
 class Rows(_Strict):
-    """The rows of an evaluation; `file` is relative to the service's folder, or only a name."""
+    """The rows of an evaluation; `file` is relative to the service's folder, or a name without folder."""
 
     file: str
     sha256: str
@@ -99,7 +99,7 @@ class Rows(_Strict):
 
 
 class Verdict(_Strict):
-    """`evaluation/<version>.json`: the result, and the bytes for which it is valid; no time, no machine."""
+    """`evaluation/<version>.json`: the result, and checksums of its inputs; no time, no machine data."""
 
     version: str
     passed: bool
@@ -114,19 +114,19 @@ class Verdict(_Strict):
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as the file has them, and the truth of each."""
+    """The rows of the file, and the truth of each."""
 
     name: str
     sha256: str
     target: str
     table: Any  # pyarrow
-    truths: NDArray[Any]  # [rows] of values, or of positions among `labels`
+    truths: NDArray[Any]  # [rows] of values, or of indexes in `labels`
     labels: list[str]  # as text; [] for a regressor
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one version to every row; NaN where it gave an error."""
+    """The answers of one version to every row; NaN for errors."""
 
     values: Floats  # [rows, labels] of probabilities, or [rows]
     reviewed: float  # share of rows with action `review`
@@ -134,12 +134,12 @@ class Answers:
 
     @property
     def known(self) -> Mask:
-        """Rows that have an answer."""
+        """Mask of rows that have an answer."""
         return np.array(np.isfinite(self.values.reshape(len(self.values), -1)).all(axis=1), np.bool_)
 
 
 class Part(NamedTuple):
-    """One part of a slice; metrics are empty where it has no answered row."""
+    """One part of a slice; metrics are empty if no row was answered."""
 
     name: str
     rows: int
@@ -166,10 +166,10 @@ def evaluate(
     target: Annotated[str | None, typer.Option(envvar="TARGET", help="The column with the truth.")] = None,
     root: Root = ROOT,
 ) -> Verdict:
-    """Hold a version to evaluation/thresholds.toml: golden set, quality, slices, and the served version.
+    """Check a version against evaluation/thresholds.toml: golden set, quality, slices, served version.
 
-    Writes its verdict, and a report with pictures; nothing, if it cannot be evaluated. It passed if nothing
-    is in `failed` of the result.
+    Writes a verdict, and a report with pictures; or nothing, if the version cannot be evaluated. The version
+    passed if `failed` of the result is empty.
     """
     artifacts, thresholds = root / "artifacts", read_thresholds(root / "evaluation" / THRESHOLDS)
     artifact = read_artifact(artifacts, version)
@@ -180,7 +180,7 @@ def evaluate(
     path = data or root / "evaluation" / thresholds.data.file
     if data is None and not path.is_file():
         raise LifecycleError(
-            f"no rows to judge {version} by: give DATA=rows.csv with the column {column!r}, or keep "
+            f"no rows to evaluate {version} with: give DATA=rows.csv with the column {column!r}, or keep "
             f"such rows as evaluation/{thresholds.data.file}"
         )
     rows = read_data(path, column, manifest.outputs.labels, root)
@@ -195,7 +195,7 @@ def evaluate(
         gates += [Gate("other rows than in training", "the same" if same else "others", "others", not same)]
     answers, served, note, theirs = ask(pipeline, rows), read_release(artifacts).serving, "", None
     if served == version:
-        note = f"{version} is the one that serves"
+        note = f"{version} is the served version"
     else:
         try:
             theirs = ask(Pipeline.offline(read_artifact(artifacts, served)), rows)
@@ -246,12 +246,12 @@ def read_data(path: Path, target: str, labels: Sequence[Any], root: Path) -> Dat
 
     types = contract_types(target, labels)
     table = read_table(path, types, {*types, target})
-    # The place in the repository, or the file's name alone: a verdict must show no path of a machine.
+    # The path in the repository, or only the file's name: a verdict must not contain paths of a machine.
     name = path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name
     if target not in table.column_names:
         raise LifecycleError(f"{name}: has no column {target!r}; say which one with TARGET=...")
     for _ in instances(table, name):
-        pass  # validate every row before the first is asked
+        pass  # validate all rows first
     known = truths(table.column(target).to_pylist(), labels, name, target)
     return Data(name, sha256(path), target, table, known, [spelling(label) for label in labels])
 
@@ -273,7 +273,7 @@ def ask(pipeline: Pipeline, data: Data) -> Answers:
 
 
 def measured(data: Data, answers: Answers | None, mask: Mask | bool = True) -> Metrics:
-    """The metrics of the answered rows among `mask`; {} without answers."""
+    """The metrics of the answered rows in `mask`; {} without answers."""
     if answers is None:
         return {}
     mask = answers.known & mask
@@ -281,10 +281,10 @@ def measured(data: Data, answers: Answers | None, mask: Mask | bool = True) -> M
 
 
 def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> Metrics:
-    """Every metric that these rows allow: a classifier's if there are labels, else a regressor's.
+    """All metrics that can be computed: of a classifier if there are labels, else of a regressor.
 
-    `truths` and `values` as in Data and Answers, without rows that have no answer. `calibration` is the
-    expected calibration error, `auc` the mean over labels of each against the rest.
+    `truths` and `values` as in Data and Answers, without unanswered rows. `calibration` is the expected
+    calibration error, `auc` the mean over labels, each against the rest.
     """
     from sklearn import metrics
 
@@ -303,7 +303,7 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> Metr
     error = calibration_error(reliability(values.max(axis=1), right))
     found = {"accuracy": right.mean(), "calibration": error}
     if len(labels) > 1:
-        # Probabilities in float32 sum to 1 only nearly, and those of rules and other models need not.
+        # Probabilities in float32 sum to 1 only approximately, and those of rules need not at all.
         shares, every = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-9), [*range(len(labels))]
         found["brier"] = metrics.brier_score_loss(truths, shares, labels=every, scale_by_half=False)
     areas = [
@@ -319,7 +319,7 @@ def measure(truths: NDArray[Any], values: Floats, labels: Sequence[str]) -> Metr
 def slices(
     thresholds: Thresholds, data: Data, answers: Answers, served: Answers | None
 ) -> list[tuple[Slice, list[Part]]]:
-    """The parts of every slice, with the metrics of both versions; raises LifecycleError."""
+    """Every slice with its parts and the metrics of both versions; raises LifecycleError."""
     found = []
     for one in thresholds.slices:
         name = one.column if one.column in data.table.column_names or one.column != "target" else data.target
@@ -336,7 +336,7 @@ def slices(
 
 
 def parts(column: Sequence[Any], edges: list[float] | None) -> dict[str, Mask]:
-    """The rows of each part of a column, by its name: by value, or of numbers by `edges` or quartiles."""
+    """Masks of the parts of a column, by name: a part per value, or for numbers by `edges` or quartiles."""
     import pandas as pd
 
     from lifecycle.tables import is_missing, spelling
@@ -355,7 +355,7 @@ def parts(column: Sequence[Any], edges: list[float] | None) -> dict[str, Mask]:
 
 
 def gate(metric: str, found: float | None, threshold: float, where: str = "", note: str = "") -> Gate:
-    """The condition that a metric reaches its threshold; a metric that cannot be measured does not."""
+    """The condition that a metric reaches its threshold; a metric that cannot be measured fails."""
     lower = metric in LOWER_IS_BETTER
     passed = found is not None and (found <= threshold if lower else found >= threshold)
     said = "not measurable on these rows" if found is None else f"{found:.4g}"
@@ -370,7 +370,7 @@ def judge(
     sliced: list[tuple[Slice, list[Part]]],
     served: tuple[str, Metrics] | None,
 ) -> Iterator[Gate]:
-    """Every condition on what was measured; `served` is the served version and its metrics."""
+    """All conditions on the measurements; `served` is the served version with its metrics."""
     rows, failed, least = data.table.num_rows, answers.failures.total(), thresholds.data.minimum_rows
     yield Gate("rows", str(rows), f"at least {least}", rows >= least)
     codes = ", ".join(f"{count} {code}" for code, count in sorted(answers.failures.items()))
@@ -384,7 +384,7 @@ def judge(
         if metric in theirs:
             was = theirs[metric]
             loss = was * worse if metric in LOSS_IS_A_SHARE else worse
-            # Rounded, so that the last bits of a computation decide nothing.
+            # Rounded, so that floating-point noise decides nothing.
             allowed = round(was + loss if metric in LOWER_IS_BETTER else was - loss, 9)
             note = f" ({version} has {was:.4g})"
             yield gate(metric, own.get(metric), allowed, f" against {version}", note)
@@ -416,7 +416,7 @@ def write_report(
     cut: list[tuple[Slice, list[Part]]],
     note: str,
 ) -> Path:
-    """Write report.md and its pictures (PNG) into `folder`; `note` says why there is no comparison."""
+    """Write report.md and its pictures (PNG) into `folder`; `note` explains a missing comparison."""
     version, served, theirs = verdict.version, verdict.served, verdict.served_metrics
     both, main = [version, served] if served else [version], "accuracy" if data.labels else "rmse"
 
@@ -450,7 +450,7 @@ def write_report(
 
 
 def pictures(version: str, data: Data, answers: Answers) -> Iterator[tuple[str, Any]]:
-    """Name and figure: calibration, and the errors of labels or values."""
+    """Names and figures: calibration, and the errors of labels or values."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, PredictionErrorDisplay
 

@@ -1,12 +1,12 @@
-"""Which version serves: release one that was evaluated, or go back to the one before; sign it; its checklist.
+"""Changes of the served version: promote an evaluated version, roll back, sign, run the release checklist.
 
 promote: verdict, files, golden set -> CHANGELOG.md, documents, release.json -> one commit
 rollback: files -> CHANGELOG.md, documents, release.json -> one commit
-release_check: docs/release_checklist.md -> each command is run, the other lines are for a person
+release_check: docs/release_checklist.md -> each command is run, the other lines are for people
 new_key, sign: a private key -> artifacts/v2/manifest.sig, for services that run with APP_TRUSTED_KEYS
 
-The running service follows release.json. No promotion and no rollback needs a network, and nothing is
-pushed. Without git the files are written all the same.
+The running service follows release.json. A promotion or rollback needs no network and pushes nothing. Without
+git, the files are written but not committed.
 """
 
 import json
@@ -50,14 +50,14 @@ def promote(
     version: Version,
     *,
     limits: Annotated[
-        str | None, typer.Option(envvar="LIMITS", help="Its known limits; else those of the model card.")
+        str | None, typer.Option(envvar="LIMITS", help="Known limits; by default from the model card.")
     ] = None,
     root: Root = ROOT,
 ) -> None:
-    """Let an evaluated version serve: release.json, a changelog entry, documents, and a commit of them.
+    """Let an evaluated version serve: update release.json, changelog and documents, and commit them.
 
-    Refused unless it passed an evaluation of these very files, thresholds and rows against what serves now;
-    then, and if the commit fails, nothing is changed.
+    Refused unless the version passed an evaluation with the present files, thresholds and rows against the
+    present served version. If it is refused or the commit fails, nothing is changed.
     """
     release = read_release(root / "artifacts")
     manifest, verdict = check(root, version, release)
@@ -78,12 +78,12 @@ def promote(
 
 def rollback(
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Also to a stub that answers all alike.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also to a stub without rules.")] = False,
     root: Root = ROOT,
 ) -> None:
-    """Let the previous version serve again, at once: verified, but asked for nothing else.
+    """Let the previous version serve again at once: it is verified, but not evaluated.
 
-    A commit that fails takes nothing back: what serves matters more than its record.
+    If the commit fails, the rollback still holds: the served version matters more than its record.
     """
     release = read_release(root / "artifacts")
     now, before = release.previous, release.serving
@@ -100,7 +100,7 @@ def rollback(
     except (LifecycleError, ArtifactError, OSError) as error:
         texts, untold = {}, f"rollback: done, but not in the documents: {error}"
     in_git = has_git(root)
-    # Other changes in a document are not for this commit.
+    # A document with other uncommitted changes is left out of this commit.
     own = [name for name in texts if in_git and not git(root, "status", "--porcelain", "--", name)]
     text = f"## Model {now} again, {datetime.now(UTC).date()}\n- Rolled back from `{before}`.\n"
     switch(root, Release(serving=now, previous=before), text, texts)
@@ -120,7 +120,7 @@ def rollback(
 def check(root: Path, version: str, release: Release) -> tuple[Manifest, Verdict]:
     """Manifest and verdict of a version that may be promoted; raises ArtifactError or LifecycleError.
 
-    It passed an evaluation with these files, thresholds and rows, against the version that serves.
+    It must have passed an evaluation with these files, thresholds and rows, against the served version.
     """
     if release.serving == version:
         raise LifecycleError(f"{version} serves already")
@@ -137,7 +137,7 @@ def check(root: Path, version: str, release: Release) -> tuple[Manifest, Verdict
         (verdict.data.file, verdict.data.sha256, root / verdict.data.file),
     ]
     for name, then, path in known:
-        # Rows that are kept elsewhere cannot be compared.
+        # Rows outside the repository cannot be compared.
         if (name != verdict.data.file or path.is_file()) and sha256(path) != then:
             raise LifecycleError(f"{version} was evaluated before {name} changed: {again}")
     if not verdict.passed:
@@ -182,7 +182,7 @@ def entry(manifest: Manifest, verdict: Verdict, before: str, limits: str) -> str
 
 
 def told(root: Path, version: str) -> dict[str, str]:
-    """The documents that say something else once `version` serves, and their text; raises LifecycleError."""
+    """The documents that change when `version` serves, and their new text; raises LifecycleError."""
     if not all((root / name).is_file() for name in DOCUMENTS):
         return {}
     texts = documents(root, version)
@@ -190,7 +190,7 @@ def told(root: Path, version: str) -> dict[str, str]:
 
 
 def switch(root: Path, release: Release, text: str, texts: Mapping[str, str]) -> None:
-    """Put the entry above all others in the changelog, then write documents and release.json; all or none."""
+    """Add the entry at the top of the changelog, then write documents and release.json; all or nothing."""
     path = root / CHANGELOG
     old = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else "# Changelog\n"
     head, found, rest = old.partition("\n## ")
@@ -204,7 +204,7 @@ def switch(root: Path, release: Release, text: str, texts: Mapping[str, str]) ->
 
 @contextmanager
 def undone_on_failure(*paths: Path) -> Iterator[None]:
-    """Put these files back as they are now if what is done meanwhile fails."""
+    """Restore these files if the block fails."""
     before = {path: path.read_bytes() for path in paths if path.exists()}
     try:
         yield
@@ -215,9 +215,9 @@ def undone_on_failure(*paths: Path) -> Iterator[None]:
 
 
 def git(root: Path, *arguments: str) -> str:
-    """The output of git in the service's folder; raises LifecycleError with its complaint."""
+    """The output of git in the service's folder; raises LifecycleError with git's error message."""
     done = subprocess.run(  # noqa: S603  # only arguments from this module
-        ["git", "--no-optional-locks", *arguments],  # noqa: S607  # wherever it is installed
+        ["git", "--no-optional-locks", *arguments],  # noqa: S607  # found by PATH
         cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -227,7 +227,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def has_git(root: Path) -> bool:
-    """Whether there is git, and a work tree that does not ignore this folder."""
+    """Whether git is installed, and a work tree contains and does not ignore this folder."""
     try:
         said = git(root, "status", "--porcelain", "--ignored", "--", f"artifacts/{RELEASE}")
     except (LifecycleError, OSError):
@@ -236,7 +236,7 @@ def has_git(root: Path) -> bool:
 
 
 def commit(root: Path, message: str, *more: str) -> None:
-    """Commit release.json, the changelog and `more`, nothing else; on failure the index is as before."""
+    """Commit only release.json, the changelog and `more`; on failure, restore the index."""
     paths = [f"artifacts/{RELEASE}", CHANGELOG, *more]
     with undone_on_failure(root / git(root, "rev-parse", "--git-path", "index")):
         git(root, "add", "--", *paths)
@@ -244,7 +244,7 @@ def commit(root: Path, message: str, *more: str) -> None:
 
 
 class Line(NamedTuple):
-    """One line of the checklist; without a command it is for a person."""
+    """A line of the checklist; a line without a command is for people."""
 
     number: int  # in the file
     command: str | None
@@ -252,7 +252,7 @@ class Line(NamedTuple):
 
 
 def parse(document: str) -> list[Line]:
-    """The lines to tick, in order; raises LifecycleError for one that says neither Run nor Sign."""
+    """The lines to tick, in order; raises LifecycleError for a line with neither Run nor Sign."""
     lines = []
     for number, text in enumerate(document.splitlines(), 1):
         if found := LINE.fullmatch(text):
@@ -264,9 +264,9 @@ def parse(document: str) -> list[Line]:
 
 
 def release_check(version: Version, *, root: Root = ROOT) -> None:
-    """Run every line of the release checklist that can be run, and list the lines that people must sign.
+    """Run the commands in the release checklist, and list the lines that people must sign.
 
-    A ticked copy goes to build/, to be kept with the release, beside the output of each command.
+    A ticked copy and the output of each command go to build/; keep the copy with the release.
     """
     read_artifact(root / "artifacts", version)
     document = read_text(root / CHECKLIST).replace("$VERSION", version)
@@ -295,8 +295,8 @@ def release_check(version: Version, *, root: Root = ROOT) -> None:
 
 
 def _run(command: str, root: Path) -> tuple[bool, bytes]:
-    """Run a command of the checklist without a shell: whether it passed, and its output."""
-    # A make around this one would hand its flags down.
+    """Run a command of the checklist without a shell; returns whether it passed, and its output."""
+    # Without the flags of an outer make.
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     try:
         done = subprocess.run(  # noqa: S603  # a command in the repository's own document
@@ -328,7 +328,7 @@ def sign(
 ) -> str:
     """Sign a version with a private key, for services that run with APP_TRUSTED_KEYS.
 
-    Its files are verified before; an older signature is replaced.
+    Its files are verified first; an older signature is replaced.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -337,7 +337,7 @@ def sign(
     read_artifact(root / "artifacts", version)
     try:
         private = load_pem_private_key(key.read_bytes(), password=None)
-    except (ValueError, TypeError):  # no PEM, or one with a password
+    except (ValueError, TypeError):  # not PEM, or with a password
         private = None
     if not isinstance(private, Ed25519PrivateKey):
         raise LifecycleError(f"{key}: holds no Ed25519 private key in PEM without a password")
@@ -348,5 +348,5 @@ def sign(
 
 
 def public_key(private: "Ed25519PrivateKey") -> str:
-    """The public key as APP_TRUSTED_KEYS takes it: the base64 of its 32 bytes."""
+    """The public key for APP_TRUSTED_KEYS: the base64 of its 32 bytes."""
     return b64encode(private.public_key().public_bytes_raw()).decode()

@@ -1,9 +1,9 @@
-"""A new version beside the served one: as a shadow for no client, then as a canary for some; how it does.
+"""A new version beside the served version: as a shadow, then as a canary; and a comparison of both.
 
 shadow, canary -> release.json, which the running service follows
 Prometheus, or a scrape of /metrics -> traffic, agreement, failures, latency, scores -> table, picture
 
-Neither needs an evaluation, because neither replaces the served version: `make promote` does.
+Shadow and canary need no evaluation, because neither replaces the served version: `make promote` does.
 """
 
 import math
@@ -34,7 +34,7 @@ Sample = tuple[str, dict[str, str], float]
 
 
 def shadow(version: Beside = None, *, end: End = False, artifacts: Artifacts = ROOT / "artifacts") -> None:
-    """Ask VERSION what clients ask, after they got their answer; clients never see its answers."""
+    """Let VERSION predict the clients' rows after they got their answers; clients never see its answers."""
     _beside("shadow", artifacts, version, end=end)
 
 
@@ -45,12 +45,12 @@ def canary(
     end: End = False,
     artifacts: Artifacts = ROOT / "artifacts",
 ) -> None:
-    """Let VERSION answer PERCENT of the clients, until it does worse than the served version."""
+    """Let VERSION answer PERCENT of the clients; it stops if it does worse than the served version."""
     _beside("canary", artifacts, version, end=end, canary_percent=0 if end else percent)
 
 
 def _beside(role: str, root: Path, version: str | None, *, end: bool, **more: int) -> None:
-    """Change release.json; raises ArtifactError or LifecycleError for a version that cannot be beside."""
+    """Change a role in release.json; raises ArtifactError or LifecycleError for an unfit version."""
     release = read_release(root)
     if bool(version) == end:
         raise LifecycleError(f"say which version: make {role} VERSION=v2; or end it: make {role} END=yes")
@@ -65,7 +65,7 @@ def _beside(role: str, root: Path, version: str | None, *, end: bool, **more: in
 
 @dataclass
 class Side:
-    """What was seen of one version. Buckets of histograms: upper bound -> count up to there."""
+    """Measurements of one version. Buckets of histograms: upper bound -> cumulative count."""
 
     version: str
     role: str
@@ -74,17 +74,17 @@ class Side:
 
     @property
     def rows(self) -> float:
-        """The rows it answered, or as a shadow would have."""
+        """Number of rows answered, also as a shadow."""
         return self.counts["predictions_total"] + self.counts["agree"] + self.counts["disagree"]
 
     @property
     def agreement(self) -> float:
-        """The share of a shadow's answers that the served version gave, too."""
+        """Share of a shadow's answers that agree with the served version's."""
         return self.counts["agree"] / self.rows if self.rows else math.nan
 
     @property
     def failures(self) -> float:
-        """The share that failed: of a shadow's rows, or of the requests while there is a canary."""
+        """Share of failures: of a shadow's rows, or of requests while there is a canary."""
         if self.role == "shadow":
             failed, whole = self.counts["error"], self.rows + self.counts["error"]
         else:
@@ -92,7 +92,7 @@ class Side:
         return failed / whole if whole else math.nan
 
     def quantile(self, histogram: str, share: float) -> float:
-        """Interpolated within its bucket, as Prometheus does."""
+        """A quantile, interpolated within its bucket as in Prometheus."""
         bounds = sorted(self.buckets[histogram].items())
         target, low, below = share * (bounds[-1][1] if bounds else 0), 0.0, 0.0
         for high, upto in bounds:
@@ -103,11 +103,11 @@ class Side:
 
     @property
     def spread(self) -> str:
-        """The name of the histogram of its scores, or of a regressor's values."""
+        """The name of the histogram of scores, or of a regressor's values."""
         return next((name for name in self.buckets if name.endswith(("_score", "_value"))), "")
 
     def verdict(self, served: "Side") -> str:
-        """The conclusion, by the margins that stop a canary too."""
+        """The conclusion, by the same margins that stop a canary."""
         if self.role == "serving":
             return "-"
         if (self.counts["canary_requests_total"] if self.role == "canary" else self.rows) < MINIMUM:
@@ -127,7 +127,7 @@ def compare(
     window: Window = "1h",
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = ROOT / "build" / "compare.svg",
 ) -> list[Side]:
-    """Put served version, canary and shadow side by side: traffic, agreement, failures, latency, scores."""
+    """Compare served version, canary and shadow: traffic, agreement, failures, latency, scores."""
     found = sides(scraped(metrics) if metrics else from_prometheus(prometheus, window))
     if [side.role for side in found[:2]] not in (["serving", "canary"], ["serving", "shadow"]):
         raise LifecycleError(f"{metrics or prometheus}: there is no shadow and no canary to compare")
@@ -138,7 +138,7 @@ def compare(
 
 
 def from_prometheus(address: str, window: str) -> list[Sample]:
-    """The increase of everything that `sides` reads, over the last `window`."""
+    """The increase, over the last `window`, of all metrics that `sides` reads."""
     wanted = [*COUNTERS, *(f"{name}_bucket" for name in HISTOGRAMS)]
     samples = [
         (name, labels, value)
@@ -160,7 +160,7 @@ def sides(samples: Iterable[Sample]) -> list[Side]:
         histogram = name.removesuffix("_bucket")
         version = labels.get("shadow_version" if name.startswith("shadow") else "model_version")
         for side in result:
-            # A version in both roles has scores of its own in each; its calls are counted together.
+            # A version in both roles has separate scores for each, but a common count of calls.
             mixed = name.startswith("model_call") or name.startswith("shadow") == (side.role == "shadow")
             if version != side.version or not mixed:
                 continue
@@ -196,8 +196,8 @@ def comparison(found: Sequence[Side]) -> str:
 
 
 def draw(found: Sequence[Side], path: Path) -> None:
-    """Draw agreement, latency and scores beside each other; the name of `path` gives the format."""
-    import pandas as pd  # here, because these take a second
+    """Draw agreement, latency and scores side by side; the suffix of `path` gives the format."""
+    import pandas as pd  # here: these take a second
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")

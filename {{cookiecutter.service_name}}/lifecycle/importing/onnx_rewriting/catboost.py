@@ -1,4 +1,4 @@
-"""CatBoost: its own ONNX export, which knows models of numbers."""
+"""CatBoost: its own ONNX export, which supports models of numbers."""
 
 import tempfile
 from pathlib import Path

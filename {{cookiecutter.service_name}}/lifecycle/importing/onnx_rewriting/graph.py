@@ -1,10 +1,10 @@
-"""An ONNX graph that grows step by step, and the way from an estimator to the function that adds it.
+"""An ONNX graph that is built step by step, and the registry of functions that add estimators to it.
 
     columns of the contract -> Numbers (doubles) and Words (text) -> transform() ... -> answer() -> bytes
 
-`converter("StandardScaler", ...)` registers a function for estimators of these names, in this package's file
-for their library. An estimator of scikit-learn without one is left to skl2onnx; anything else is Unsupported.
-Numbers are doubles throughout, as in scikit-learn; a missing number is NaN, a missing word is empty.
+`converter("StandardScaler", ...)` registers a function for estimators with these class names, in the file of
+this package for their library. skl2onnx converts other estimators of scikit-learn; the rest is Unsupported.
+All numbers are doubles, as in scikit-learn; a missing number is NaN, a missing word is an empty string.
 """
 
 import importlib
@@ -20,14 +20,14 @@ import numpy as np
 from lifecycle.command import LifecycleError
 
 OPSET = {"": 18, "ai.onnx.ml": 3}
-# By library; that of any other library has its name.
+# Modules here by library; for any other library, the module has the library's name.
 FILES = {"sklearn": ("sklearn", "trees"), "imblearn": ("sklearn",), "category_encoders": ("sklearn",)}
 MISSING = float("nan")
 NEIGHBOURS = ("KNeighborsClassifier", "KNeighborsRegressor", "KNNImputer")
 
 
 class Unsupported(LifecycleError):
-    """A part of a model that has no ONNX form here; names the part in a few words."""
+    """A part of a model that has no ONNX form here; the message names the part."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Words:
-    """A tensor of text [rows, 1], and what some of its words stand for, such as a missing value."""
+    """A tensor of text [rows, 1], with replacements of some words, such as for a missing value."""
 
     tensor: str
     known: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def converter(*names: str, method: Method = "answer") -> Callable[[_F], _F]:
 
 
 def transform(graph: "Graph", step: Any, frame: Frame) -> Frame:
-    """Add a transformer to the graph: its output's columns."""
+    """Add a transformer to the graph; returns its output columns."""
     if step is None or isinstance(step, str):
         return frame if step == "passthrough" or step is None else []
     found = _added("transform", graph, step, frame)
@@ -75,13 +75,13 @@ def transform(graph: "Graph", step: Any, frame: Frame) -> Frame:
 
 
 def answer(graph: "Graph", estimator: Any, frame: Frame) -> Numbers:
-    """Add a predictor: probabilities [rows, labels] of a classifier, or values [rows, 1]."""
+    """Add a predictor; returns probabilities [rows, labels] of a classifier, or values [rows, 1]."""
     estimator = unwrapped(estimator)
     return _added("answer", graph, estimator, frame) or foreign(graph, estimator, frame)
 
 
 def decision(graph: "Graph", estimator: Any, frame: Frame) -> Numbers:
-    """Add what calibration looks at: `decision_function` [rows, 1 or labels], else probabilities."""
+    """Add the input of a calibration: `decision_function` [rows, 1 or labels], else probabilities."""
     estimator = unwrapped(estimator)
     found: Numbers | None = _added("decision", graph, estimator, frame)
     if found:
@@ -93,7 +93,7 @@ def decision(graph: "Graph", estimator: Any, frame: Frame) -> Numbers:
 
 
 def inverse(graph: "Graph", step: Any, values: Numbers) -> Numbers:
-    """Add a transformer's way back."""
+    """Add a transformer's `inverse_transform`."""
     found: Numbers | None = _added("inverse", graph, step, values)
     if found:
         return found
@@ -101,7 +101,7 @@ def inverse(graph: "Graph", step: Any, values: Numbers) -> Numbers:
 
 
 def unwrapped(estimator: Any) -> Any:
-    """The estimator below searches, frozen estimators and thresholds."""
+    """The estimator inside searches, frozen estimators and thresholds."""
     inner = {
         "BaseSearchCV": "best_estimator_", "FrozenEstimator": "estimator",
         "BaseThresholdClassifier": "estimator_",
@@ -114,7 +114,7 @@ def unwrapped(estimator: Any) -> Any:
 
 
 def _added(method: Method, graph: "Graph", step: Any, given: Any) -> Any:
-    """What the registered function for a step adds; None if there is none."""
+    """Call the registered function for a step; None if there is none."""
     for kind in type(step).__mro__:
         library = kind.__module__.partition(".")[0]
         for file in FILES.get(library, (library,)):
@@ -127,7 +127,7 @@ def _added(method: Method, graph: "Graph", step: Any, given: Any) -> Any:
 
 
 class Graph:
-    """Nodes and constants; every method adds to them and gives the name of a tensor, or Numbers."""
+    """Nodes and constants; each method adds some and returns the name of a tensor, or Numbers."""
 
     def __init__(self) -> None:
         self.inputs: list[Any] = []
@@ -155,7 +155,7 @@ class Graph:
         return key
 
     def node(self, operator: str, *taken: Any, domain: str = "", **attributes: Any) -> str:
-        """One operator; numbers and arrays among what it takes become constants of doubles."""
+        """Add an operator; numbers and arrays among its inputs become constants of doubles."""
         from onnx import helper
 
         self._count += 1
@@ -171,7 +171,7 @@ class Graph:
         return self.node("Cast", tensor, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def number(self, operator: str, *taken: Any, width: int, **attributes: Any) -> Numbers:
-        """One operator whose output is a matrix of doubles."""
+        """Add an operator whose output is a matrix of doubles."""
         tensors = [one.tensor if isinstance(one, Numbers) else one for one in taken]
         return Numbers(self.node(operator, *tensors, **attributes), width)
 
@@ -194,7 +194,7 @@ class Graph:
         return self.number("Gather", numbers, chosen, width=len(indices), axis=1)
 
     def columns(self, frame: Frame, indices: Sequence[int]) -> Frame:
-        """Some columns of a frame; neighbours of one matrix stay together."""
+        """Some columns of a frame; adjacent columns of one matrix stay together."""
         places = [(part, at) for part in frame for at in range(part.width)]
         chosen: Frame = []
         together: list[int] = []
@@ -221,18 +221,18 @@ class Graph:
         return self.number("Div", 1.0, self.node("Add", 1.0, grown), width=raw.width)
 
     def both(self, second: Numbers) -> Numbers:
-        """Probabilities of both labels from that of the second."""
+        """Probabilities of both labels from the probability of the second."""
         first = self.node("Sub", 1.0, second.tensor)
         return self.number("Concat", first, second, width=2, axis=1)
 
     def scores(self, raw: Numbers) -> Numbers:
-        """Probabilities of all labels from raw scores: a logit of the second of two, or one of each."""
+        """Probabilities of all labels from logits: of the second of two labels, or of each label."""
         if raw.width == 1:
             return self.both(self.sigmoid(raw))
         return self.number("Softmax", raw, width=raw.width, axis=1)
 
     def normalised(self, scores: Numbers, *, otherwise: float | None = None) -> Numbers:
-        """Each row divided by its sum; where that is 0, the row is `otherwise`, or stays."""
+        """Each row divided by its sum; if the sum is 0, the row becomes `otherwise`, or is unchanged."""
         total = self.node("ReduceSum", scores.tensor, self.constant([1], np.int64), keepdims=1)
         none = self.node("Equal", total, 0.0)
         safe = self.node("Where", none, 1.0, total)
@@ -242,7 +242,7 @@ class Graph:
         return self.number("Where", none, otherwise, divided, width=scores.width)
 
     def table(self, column: Numbers | Words, keys: Sequence[Any], rows: Any) -> Numbers:
-        """A row of the table for each key, and its last row for anything else."""
+        """The row of the table for each key, and its last row for other values."""
         rows = np.asarray(rows, np.float64)
         if isinstance(column, Words):
             if strange := [key for key in keys if not isinstance(key, str) and not is_missing(key)]:
@@ -273,7 +273,7 @@ class Graph:
         return self.number("Gather", rows, flat, width=rows.shape[1], axis=0)
 
     def include(self, model: Any, tensor: str) -> list[str]:
-        """Add another model of one input; the names of its outputs here."""
+        """Add another model with one input; returns the names of its outputs in this graph."""
         self._count += 1
         prefix, outer = f"/{self._count}/", {model.graph.input[0].name: tensor, "": ""}
 
@@ -297,7 +297,7 @@ class Graph:
         return [renamed(one.name) for one in model.graph.output]
 
     def finish(self, answers: Numbers, name: str) -> bytes:
-        """The model: only what its answers need, the same bytes each time."""
+        """The model with only the nodes that its answers need; the same bytes each time."""
         from onnx import TensorProto, helper
 
         self.nodes.append(helper.make_node("Identity", [answers.tensor], [name], name))
@@ -325,7 +325,7 @@ def is_missing(value: Any) -> bool:
 def foreign(
     graph: Graph, estimator: Any, frame: Frame, *, transforms: bool = False, raw_scores: bool = False
 ) -> Numbers:
-    """An estimator of scikit-learn by skl2onnx: its last output; raises Unsupported.
+    """Add an estimator of scikit-learn with skl2onnx; returns its last output; raises Unsupported.
 
     It gets doubles, or floats where onnxruntime has no operator for doubles.
     """
@@ -335,7 +335,7 @@ def foreign(
     from sklearn.base import is_classifier
 
     name, failure = type(estimator).__name__, None
-    # Of two neighbours at the same distance, skl2onnx and scikit-learn choose different ones.
+    # For neighbours at the same distance, skl2onnx and scikit-learn make different choices.
     if not type(estimator).__module__.startswith("sklearn.") or name in NEIGHBOURS:
         raise Unsupported(f"{name} has no ONNX form")
     if any(isinstance(one, Words) for one in frame):

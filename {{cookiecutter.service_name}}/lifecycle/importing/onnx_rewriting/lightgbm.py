@@ -1,4 +1,4 @@
-"""LightGBM: its boosters' trees, on numbers and on pandas' categories, whatever the names of the columns."""
+"""LightGBM: the trees of its boosters, on numbers and on pandas' categories, with any column names."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
 
 
 def _coded(graph: Graph, model: Any, frame: Frame) -> Frame:
-    """Words as the numbers of pandas' categories; one that is not known is missing."""
+    """Words as the codes of pandas' categories; an unknown word is missing."""
     categories = iter(model.pandas_categorical or [])
     made: Frame = []
     for part in frame:

@@ -1,4 +1,4 @@
-"""scikit-learn but for its trees, and what joins it in pipelines: imblearn and category_encoders.
+"""scikit-learn without its trees, and libraries used in its pipelines: imblearn and category_encoders.
 
 pipelines, numbers, categories -> linear models -> models of models
 """
@@ -28,7 +28,7 @@ from lifecycle.importing.onnx_rewriting.graph import (
 )
 from lifecycle.importing.onnx_rewriting.trees import linked
 
-MAX_TABLE = 20_000_000  # numbers that an encoder is asked for, to know what it makes of each category
+MAX_TABLE = 20_000_000  # size of the output when asking an encoder for all categories
 BINARY = 2
 UNSEEN = "a word that nobody has written"
 
@@ -39,7 +39,7 @@ def _pipeline(method: Method, last: Callable[..., Any]) -> None:
     @converter("Pipeline", method=method)
     def _steps(graph: Graph, pipeline: Any, frame: Frame) -> Any:
         for _, step in pipeline.steps[:-1]:
-            if not hasattr(step, "fit_resample"):  # imblearn's samplers only work while a model is fitted
+            if not hasattr(step, "fit_resample"):  # imblearn's samplers are used only in training
                 frame = transform(graph, step, frame)
         return last(graph, pipeline.steps[-1][1], frame)
 
@@ -104,7 +104,7 @@ def _scaler_inverse(graph: Graph, step: Any, values: Numbers) -> Numbers:
 
 @converter("SimpleImputer", method="transform")
 def _imputer(graph: Graph, step: Any, frame: Frame) -> Frame:
-    # A column that had no value in training is left out.
+    # A column without any value in training is dropped.
     kept = [at for at, value in enumerate(step.statistics_) if not is_missing(value)]
     made: Frame = []
     place, sought = 0, step.missing_values
@@ -132,7 +132,7 @@ def _indicator(graph: Graph, step: Any, frame: Frame) -> Frame:
     return [graph.table(graph.columns(frame, [at])[0], sought, shape) for at in step.features_]
 
 
-# By NumPy's name: operators of ONNX one after the other, each with what it takes beside the numbers.
+# By NumPy's name: the ONNX operators in order, each with its further inputs.
 FUNCTIONS: dict[str, list[tuple[str, list[Any]]]] = {
     "log": [("Log", [])],
     "log1p": [("Add", [1.0]), ("Log", [])],
@@ -154,13 +154,13 @@ FUNCTIONS: dict[str, list[tuple[str, list[Any]]]] = {
     "floor": [("Floor", [])],
     "ceil": [("Ceil", [])],
     "expit": [("Neg", []), ("Exp", []), ("Add", [1]), ("Reciprocal", [])],  # as Graph.sigmoid
-    "check_array": [],  # it looks at the numbers, and hands them on
+    "check_array": [],  # only checks the numbers
     "identity": [],
 }
 
 
 def applied(graph: Graph, function: Any, numbers: Numbers) -> Numbers:
-    """A function of NumPy on each number; raises Unsupported for any other."""
+    """A NumPy function applied to each number; raises Unsupported for other functions."""
     function = getattr(function, "func", function)
     name = getattr(function, "__name__", "")
     known = isinstance(function, np.ufunc) or getattr(function, "__module__", "").startswith("sklearn.")
@@ -234,7 +234,7 @@ def interpolated(graph: Graph, values: Numbers, xs: Any, ys: Any) -> Numbers:
 def _encoder(graph: Graph, step: Any, frame: Frame) -> Frame:
     if hasattr(step, "categories_"):
         return encoded(graph, step, frame, [list(one) for one in step.categories_])
-    # Of category_encoders: it encodes columns of words, and hands the others on.
+    # From category_encoders: encodes text columns and passes the others through.
     names, outputs = list(step.feature_names_in_), list(step.get_feature_names_out())
     places = [part for part in frame for _ in range(part.width)]
     if any(isinstance(part, Words) != (name in step.cols) for part, name in zip(places, names, strict=True)):
@@ -247,7 +247,7 @@ def _encoder(graph: Graph, step: Any, frame: Frame) -> Frame:
 def encoded(
     graph: Graph, step: Any, frame: Frame, keys: Sequence[Sequence[Any]], passed: dict[int, int] | None = None
 ) -> Frame:
-    """A step whose every output looks at one column: ask it about all keys of each, and keep the answers.
+    """A step whose outputs each depend on one column: ask it for all keys, and store the answers in a table.
 
     `passed` are outputs that are a column as it came: the output's place, and the column's.
     """

@@ -1,4 +1,4 @@
-"""Trees: those of scikit-learn, and the one operator that the trees of all libraries become.
+"""Trees: the trees of scikit-learn, and the ONNX operator for the trees of all libraries.
 
 Tree(splits, leaves) ... -> ensemble() -> the sum of the leaves that a row reaches [rows, targets]
 """
@@ -27,11 +27,11 @@ class Tree:
 
     feature: Any
     threshold: Any
-    yes: Any  # the node to go to where the feature is at most (or: less than, equal to) the threshold
+    yes: Any  # next node if the feature is at most (or: less than, equal to) the threshold
     no: Any
     missing: Any  # whether a missing value goes to `yes`
-    values: Any  # of the leaves, [nodes, targets]
-    target: int = 0  # where its targets begin in the answer
+    values: Any  # leaf values, [nodes, targets]
+    target: int = 0  # index of its first target in the answer
     mode: Any = "BRANCH_LEQ"  # of all splits, or an array
 
 
@@ -90,10 +90,10 @@ def ensemble(
 
 @dataclass(frozen=True)
 class Split:
-    """A node that is no leaf; `yes` and `no` are nodes as the library has them, or splits."""
+    """An inner node; `yes` and `no` are nodes of the library, or splits."""
 
     feature: int
-    values: Sequence[float]  # a row goes to `yes` where the comparison with any of them is true
+    values: Sequence[float]  # a row goes to `yes` if the comparison with any of them is true
     missing: bool  # whether a missing value goes to `yes`
     yes: Any
     no: Any
@@ -101,7 +101,7 @@ class Split:
 
 
 def grown(root: Any, read: Callable[[Any], Split | float], target: int = 0) -> Tree:
-    """A tree of a library that has no arrays of it; `read` gives a split, or the value of a leaf."""
+    """A tree of a library without arrays of nodes; `read` returns a split, or the value of a leaf."""
     rows: list[list[Any]] = []  # feature, threshold, yes, no, missing, mode, value
 
     def grow(node: Any) -> int:
@@ -127,7 +127,7 @@ def grown(root: Any, read: Callable[[Any], Split | float], target: int = 0) -> T
 
 
 def floats(graph: Graph, numbers: Numbers) -> Numbers:
-    """The numbers as single precision holds them, which is what some trees look at."""
+    """The numbers rounded to single precision, as some libraries compare them."""
     return Numbers(graph.cast(graph.cast(numbers.tensor, np.float32), np.float64), numbers.width)
 
 
@@ -206,7 +206,7 @@ def _histogram_node(known: Any, predictor: Any, nodes: Any, at: int) -> Split | 
     inside = _members(predictor.raw_left_cat_bitsets[node["bitset_idx"]])
     if not missing:
         return Split(feature, sorted(inside), False, left, right, "BRANCH_EQ")
-    bits, places = known  # a category that is not known goes where a missing value goes
+    bits, places = known  # unknown categories follow missing values
     others = sorted(_members(bits[places[feature]]) - inside)
     return Split(feature, others, False, right, left, "BRANCH_EQ")
 
@@ -229,7 +229,7 @@ def _boosted_regressor(graph: Graph, estimator: Any, frame: Frame) -> Numbers:
 
 
 def linked(graph: Graph, link: Any, raw: Numbers) -> Numbers:
-    """A generalised linear value: what its link makes of the raw one."""
+    """The value of a generalised linear model: its inverse link applied to the raw value."""
     name = type(link).__name__
     if name not in ("IdentityLink", "LogLink"):
         raise Unsupported(f"the link {name} has no ONNX form")

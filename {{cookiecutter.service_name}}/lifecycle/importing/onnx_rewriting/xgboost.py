@@ -1,4 +1,4 @@
-"""XGBoost: its boosters' trees, on numbers and on pandas' categories, whatever the names of the columns."""
+"""XGBoost: the trees of its boosters, on numbers and on pandas' categories, with any column names."""
 
 import json
 from itertools import pairwise
@@ -65,7 +65,7 @@ def booster(graph: Graph, model: Any, frame: Frame) -> Numbers:
 
 
 def _coded(graph: Graph, categories: Any, frame: Frame) -> Frame:
-    """Columns of pandas' categories as their numbers; a category that is not known is missing."""
+    """Columns of pandas' categories as their codes; an unknown category is missing."""
     made: Frame = []
     places = [(part, at) for part in frame for at in range(part.width)]
     encodings = (categories or {}).get("enc") or [{}] * len(places)
@@ -96,7 +96,7 @@ def _tree(tree: dict[str, Any], target: int, factor: float) -> Tree:
         if not tree["split_type"][at]:
             return Split(feature, [single[at]], missing, left[at], right[at], "BRANCH_LT")
         chosen = Split(feature, members[at], False, right[at], left[at], "BRANCH_EQ")
-        # A missing value goes where the categories go: it is not below infinity.
+        # A missing value follows the categories, because NaN is not less than infinity.
         return chosen if missing else Split(feature, [np.inf], False, chosen, right[at], "BRANCH_LT")
 
     return grown(0, read, target)
