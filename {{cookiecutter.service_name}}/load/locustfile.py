@@ -1,9 +1,9 @@
-"""Traffic as clients send it, and the gate it has to pass.
+"""Traffic as from clients, and the gate that the service must pass.
 
 golden set -> single and batch calls, one in twenty invalid -> p50, p95, p99, error ratio -> exit code
 
-python -m load.run                                      starts the service, loads it, stops it
-locust -f load/locustfile.py --host http://localhost:8000        loads one that runs, with locust's pages
+python -m load.run                                         starts the service, loads it, stops it
+locust -f load/locustfile.py --host http://localhost:8000  loads a running service, with locust's web page
 """
 
 import ipaddress
@@ -24,7 +24,7 @@ from lifecycle.operations.programs import golden_rows
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
 def add_options(parser: LocustArgumentParser) -> None:
-    """The gate's numbers are those of slo.toml unless the command line says otherwise."""
+    """Add options for the gate, with the numbers of slo.toml as defaults."""
     slo = tomllib.loads((ROOT / "slo.toml").read_text("utf-8"))
     add = parser.add_argument
     add("--p95-ms", type=float, default=slo["latency_p95_ms"], help="p95 latency must be below")
@@ -35,12 +35,12 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]  # locust leaves it untyped
 def refuse_other_machines(environment: Environment, **_: object) -> None:
-    """Refuse other hosts than this machine without --allow-remote: load on a wrong host is an outage."""
+    """Refuse other hosts than this machine without --allow-remote: load on the wrong host is an outage."""
     options = environment.parsed_options
     assert options is not None  # set by locust's main  # noqa: S101
     host = urlsplit(environment.host or "").hostname or ""
     own = host == "localhost"
-    with suppress(ValueError):  # a name; DNS is not asked
+    with suppress(ValueError):  # a name; no DNS query
         own = ipaddress.ip_address(host).is_loopback
     if not (own or options.allow_remote):
         raise SystemExit(f"load: {host or 'no host'} is not this machine; add --allow-remote if you mean it")
@@ -69,7 +69,7 @@ def judge(environment: Environment, **_: object) -> None:
     def show(**_: object) -> None:
         print(figures, verdict, sep="\n", flush=True)
 
-    # When locust has printed its own table, so that the verdict is the last line.
+    # After locust's own table, so that the verdict is the last line.
     environment.events.quit.add_listener(show)  # type: ignore[no-untyped-call]  # locust leaves it untyped
 
 
@@ -79,7 +79,7 @@ class Client(FastHttpUser):
     wait_time = between(0.05, 0.15)
 
     def on_start(self) -> None:
-        """Read the golden set of the version that serves."""
+        """Read the golden set of the served version."""
         self.version, self.golden = golden_rows()
         key = self.environment.parsed_options.api_key
         self.headers = {"X-API-Key": key} if key else {}
@@ -92,14 +92,14 @@ class Client(FastHttpUser):
 
     @task(15)
     def batch(self) -> None:
-        """Up to a whole golden set at once."""
+        """Up to the whole golden set in one call."""
         rows = random.sample(self.golden, random.randint(2, len(self.golden)))
         body = {"instances": [row["features"] for row in rows]}
         self.ask("/v1/predict/batch", body, lambda answer: self.same(rows, answer["predictions"], answer))
 
     @task(5)
     def invalid(self) -> None:
-        """A field too few, one too many, or of the wrong type: 422 that blames the input is right."""
+        """A missing field, an extra field, or a wrong type: the right answer is a 422 about the input."""
         row = random.choice(self.golden)["features"]
         name = random.choice(list(row))
         fewer = {key: value for key, value in row.items() if key != name}
@@ -109,7 +109,7 @@ class Client(FastHttpUser):
     def ask(
         self, path: str, body: Any, is_right: Callable[[Any], bool], status: int = 200, name: str = ""
     ) -> None:
-        """POST `body`; another status than `status`, or an answer that is not right, counts as an error."""
+        """POST `body`; a status other than `status`, or a wrong answer, counts as an error."""
         with self.client.post(
             path, json=body, headers=self.headers, name=name or path, catch_response=True
         ) as response:
@@ -125,12 +125,12 @@ class Client(FastHttpUser):
                 response.failure(f"unexpected answer: {error!r}")
 
     def same(self, rows: list[Any], predictions: list[Any], answer: Any) -> bool:
-        """Whether each row got its own answer, which a busy service must not mix up; of this version only."""
+        """Whether each row got its own answer; answers of other versions are not compared."""
         return answer["model_version"] != self.version or all(map(as_recorded, rows, predictions))
 
 
 def as_recorded(row: Any, prediction: Any) -> bool:
-    """The label is the one on record, or the value is within the tolerance."""
+    """Whether the label is the recorded label, or the value is within the tolerance."""
     if "label" in row:
         return bool(prediction["label"] == row["label"])
     return bool(abs(prediction["value"] - row["value"]) <= row["tolerance"])

@@ -1,10 +1,10 @@
-"""`python -m load.run`: start the service on a free port, load it, stop it; the exit code is the gate's.
+"""`python -m load.run`: start the service on a free port, load it, stop it; exits with the gate's code.
 
     service -> locust (load/locustfile.py) -> percentiles, verdict, load/report.html
     service -> 1, 4, 16, 64 keep-alive connections, each asks again when answered -> latencies
-    /metrics and processor time before and after each step -> what limits it: load/profile.md and .svg
+    /metrics and processor time before and after each step -> the bottleneck: load/profile.md and .svg
 
-The clients share this machine with the service, so their processor time is measured too, and stated.
+The clients share this machine with the service, so their processor time is measured and reported too.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ CONNECTIONS = (1, 4, 16, 64)
 PATH = "/v1/predict"
 STAGES = ("queue", "preprocess", "inference", "postprocess")
 LAST_ANSWER_SECONDS = 30.0
-BUSY = 0.9  # share of the processors that counts as all: some is lost in hand-overs
-STRAY = 0.25  # processors used by other programs, above which figures are not to be quoted
+BUSY = 0.9  # share of the processors that counts as all: scheduling loses some
+STRAY = 0.25  # above this use of processors by other programs, figures must not be quoted
 
 command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -76,14 +76,14 @@ def run(
 
 @dataclass
 class Answers:
-    """What the clients of one step saw."""
+    """Answers to the clients of one step."""
 
     seconds: list[float] = field(default_factory=list)  # of each 200
     others: Counter[int] = field(default_factory=Counter)  # other statuses; 0 is a lost connection
 
 
 async def _drive(address: str, connections: int, seconds: float) -> Answers:
-    """Ask for predictions on so many connections for so long."""
+    """Send predictions on `connections` connections for `seconds`."""
     answers, where, end = Answers(), urlsplit(address), perf_counter() + seconds
     key = f"X-API-Key: {os.environ['LOAD_API_KEY']}\r\n" if os.environ.get("LOAD_API_KEY") else ""
     head = f"POST {PATH} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n{key}"
@@ -93,7 +93,7 @@ async def _drive(address: str, connections: int, seconds: float) -> Answers:
     )
 
     async def client() -> None:
-        """On one keep-alive connection: the next request leaves when the last is answered."""
+        """One keep-alive connection: send a request after each answer."""
         try:
             reader, writer = await asyncio.open_connection(where.hostname, where.port)
             while (sent := perf_counter()) < end:
@@ -117,21 +117,21 @@ async def _drive(address: str, connections: int, seconds: float) -> Answers:
 
 @dataclass(frozen=True)
 class Step:
-    """One number of connections; times in milliseconds, processors as the mean number in use."""
+    """Measurements with one number of connections; times in milliseconds, processors in use on average."""
 
     connections: int
-    rate: float  # good answers a second
+    rate: float  # answers with 200 per second
     p50: float
     p95: float
     p99: float
-    refused: dict[int, int]  # other answers than 200, by status
+    refused: dict[int, int]  # answers other than 200, by status
     refused_share: float
     stages: dict[str, float]  # mean milliseconds of a request, and "total"
     rows_a_call: float
     client: float
     server: float
-    model: float  # of `server`, about: the time inside the model's calls
-    stray: float  # processors used by neither the service nor the clients
+    model: float  # part of `server` in calls of the model, approximately
+    stray: float  # processors used by other programs
 
 
 def _scrape(running: Running) -> list[Sample]:
@@ -145,9 +145,9 @@ def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 def step(running: Running, connections: int, seconds: float) -> Step:
-    """Measure one number of connections."""
+    """Measure with one number of connections."""
     users, before = (running.workers(), [psutil.Process()]), _scrape(running)
-    psutil.cpu_percent()  # what it says next is of the time since this call
+    psutil.cpu_percent()  # the next call returns the use since this one
     began, used = perf_counter(), np.array([*map(_processor_seconds, users)])
     answers = uvloop.run(_drive(running.address, connections, seconds))
     took = perf_counter() - began
@@ -179,7 +179,7 @@ def step(running: Running, connections: int, seconds: float) -> Step:
 
 
 def bottleneck(peak: Step, workers: int, cpus: int) -> tuple[str, str]:
-    """What limited the service at its highest throughput, and what to do about it."""
+    """The bottleneck at the highest throughput, and advice."""
     if peak.refused.get(503, 0) and peak.refused_share > 0.01:
         return (
             f"Admission: {peak.refused_share:.0%} were refused, so that the rest was answered in time.",
@@ -238,18 +238,18 @@ def report(steps: Sequence[Step], workers: int, cpus: int, model: str, picture: 
 
 Written by `make load` on {datetime.now(UTC).date()}: {model}; {workers} workers, \
 {cpus} processors, shared with the load generator; Python {platform.python_version()}.
-One instance a request, on connections that each ask again when answered: at many connections the latency is \
-mostly waiting for the requests before.
+One instance per request; each connection sends the next request after an answer. With many connections the \
+latency is mostly waiting for earlier requests.
 
 ![Throughput and latency by number of connections]({picture})
 
 - **Peak:** {peak.rate:,.0f} predictions a second at {peak.connections} connections, p99 {_ms(peak.p99)} ms.
 - **Promise:** p95 below {promised:g} ms {held}.
 - **First bottleneck:** {what}
-- **Workers:** {advice} `make size` says what the memory carries.
+- **Workers:** {advice} `make size` measures how many workers fit into memory.
 {warning if stray > STRAY else ""}
-The stages are mean milliseconds of a request inside the service, as `/metrics` has them; what `total` has \
-beyond them is HTTP, validation and waiting for other requests.
+The stages are mean milliseconds of a request inside the service, from `/metrics`. The rest of `total` is \
+HTTP, validation and waiting for other requests.
 
 | connections | requests/s | p50 ms | p95 ms | p99 ms | not 200 | rows a model call | processors: workers \
 | load generator | {" | ".join(STAGES)} | total |
@@ -263,8 +263,8 @@ def _ms(value: float) -> str:
 
 
 def draw(steps: Sequence[Step], path: Path) -> None:
-    """Throughput and latency by number of connections; the latency's scale is logarithmic."""
-    from matplotlib.figure import Figure  # here, because it takes a second
+    """Throughput and latency by number of connections, latency on a logarithmic scale."""
+    from matplotlib.figure import Figure  # here: takes a second
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     rates, latency = figure.subplots(1, 2)
@@ -279,8 +279,8 @@ def draw(steps: Sequence[Step], path: Path) -> None:
 
 
 def write_profile(running: Running, target: Path, seconds: float) -> None:
-    """Measure every number of connections and write `target` and the picture beside it."""
-    step(running, CONNECTIONS[-1], seconds)  # a first time, for caches and connections
+    """Measure all numbers of connections; write `target` and the picture beside it."""
+    step(running, CONNECTIONS[-1], seconds)  # warm up caches and connections
     steps = []
     for connections in CONNECTIONS:
         steps.append(step(running, connections, seconds))

@@ -1,11 +1,11 @@
-"""Which changes of the API break a client that was written for the old one.
+"""Finds changes of the API that break clients written for the old API.
 
-`make contract` writes openapi.json again; BREAKING=yes lets it write a change that breaks clients.
+`make contract` updates openapi.json; with BREAKING=yes also for a change that breaks clients.
 
     old OpenAPI, new OpenAPI -> breaks(old, new) -> sentences, none if every old client keeps working
 
-One rule in two directions. What a client may send must still be taken: the old request schema lies within
-the new one. What a client is promised must still be kept: the new response schema lies within the old one.
+One rule in two directions. Requests that were valid must stay valid: the old request schema lies within the
+new one. Answers must keep their promises: the new response schema lies within the old one.
 """
 
 import json
@@ -106,7 +106,7 @@ def _within(
     sent: bool,
     seen: frozenset[Any] = frozenset(),
 ) -> Iterator[str]:
-    """Where `inner` allows what `outer` does not. `sent`: inner is the old schema, otherwise the new one."""
+    """Values that `inner` allows and `outer` does not. `sent`: inner is the old schema, else the new one."""
     pair = (_name(inner), _name(outer))
     if all(pair) and pair in seen:  # a schema that holds itself
         return
@@ -133,7 +133,7 @@ def _within(
             worse = outer.get(key, -math.inf) > inner.get(key, -math.inf)
         elif key in UPPER:
             worse = outer.get(key, math.inf) < inner.get(key, math.inf)
-        else:  # a unit, a pattern, a format: any difference may be one to a client
+        else:  # a unit, a pattern, a format: any difference may matter to a client
             worse = was != now
         if worse:
             yield f"{at}: {key} was {was}, is {now}"
@@ -157,7 +157,7 @@ def _within(
 def _members(
     inner: Any, outer: Any, inners: Any, outers: Any, at: str, *, sent: bool, seen: frozenset[Any]
 ) -> Iterator[str]:
-    """The part of `_within` that is about objects."""
+    """The part of `_within` for objects."""
     known, expected = inner.get("properties", {}), outer.get("properties", {})
     for name in expected:
         if name not in known and not sent:
@@ -197,7 +197,7 @@ def _values(schema: Any) -> list[Any] | None:
 
 
 def live() -> dict[str, Any]:
-    """The OpenAPI document of the application as it is now."""
+    """The current OpenAPI document of the application."""
     return create_app(load_settings(env="local", docs_enabled=True, api_keys=())).openapi()
 
 

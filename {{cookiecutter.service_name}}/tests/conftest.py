@@ -35,14 +35,14 @@ KEY_SHA256 = sha256(KEY.encode()).hexdigest()
 
 
 def read(path: str | Path) -> str:
-    """The text of a file; in the template, where nothing is answered yet, with the names of the answers."""
+    """The text of a file; in the unrendered template, the questions' names take the place of answers."""
     text = re.sub(r"\{\% (end)?raw \%\}", "", (ROOT / path).read_text("utf-8"))
     text = re.sub(r"\{\{ cookiecutter\W(\w+_url) \}\}", r"https://git.example.com/\1", text)
     return re.sub(r"\{\{ cookiecutter\W(\w+) \}\}", r"\1", text)
 
 
 def manifest_of(version: str) -> Document:
-    """What a version says of itself."""
+    """The manifest of a version."""
     document: Document = json.loads((ARTIFACTS / version / "manifest.json").read_bytes())
     return document
 
@@ -78,7 +78,7 @@ def recorded(answer: Document) -> Document:
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """This process's environment with exactly these `APP_` settings: `port=1` is APP_PORT=1."""
+    """The environment of this process with only these `APP_` settings: `port=1` is APP_PORT=1."""
     inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("APP_")}
     given = {f"APP_{name.upper()}": str(value) for name, value in settings.items()}
     return {**inherited, "PYTHONPATH": str(ROOT), "APP_ARTIFACTS_DIR": str(ARTIFACTS), **given}

@@ -47,7 +47,7 @@ def metrics_in(expression: str) -> set[str]:
 
 
 def check(*command: str | Path) -> None:
-    """Run a program that has to find nothing wrong."""
+    """Run a program that must find no errors."""
     name, *arguments = map(str, command)
     relaxed = os.environ | {"GOGC": "800"}  # garbage collected less often: a third less CPU
     done = subprocess.run(
@@ -74,7 +74,7 @@ def test_prometheus_accepts_the_rules(ops: Path) -> None:
 
 
 def test_alertmanager_accepts_its_configuration(ops: Path) -> None:
-    """`amtool` finds nothing wrong in who is told."""
+    """`amtool` finds no errors in the routes of alerts."""
     check("amtool", "check-config", ops / "alertmanager" / "alertmanager.yml")
 
 
@@ -150,7 +150,7 @@ def test_queries_ask_for_metrics_that_exist(path: Path) -> None:
 
 
 def test_panels_ask_the_data_source_that_is_provided() -> None:
-    """Every panel asks the data source variable of its board, of the kind that Grafana is given."""
+    """Every panel uses the data source variable of its board, of the kind that Grafana gets."""
     source = yaml.safe_load(read("ops/grafana/provisioning/datasources/prometheus.yaml"))["datasources"][0]
     for path in BOARDS:
         variables = {one["name"]: one.get("query") for one in board(path)["templating"]["list"]}

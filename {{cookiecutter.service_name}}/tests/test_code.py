@@ -17,7 +17,7 @@ from tests.conftest import ROOT, environment, read
 
 OWN = sorted((ROOT / "app" / "own").glob("*.py"))
 
-# Libraries are loaded first; everything that happens afterwards is done by the module itself.
+# Libraries are loaded first; later events come from the module itself.
 WATCH = """
 import importlib, os, sys
 module, *libraries = sys.argv[1:]

@@ -21,12 +21,12 @@ SECTIONS = [
     "TL;DR", "Is it real", "Impact", "First three actions", "Ranked causes",
     "Roll back the model / the image", "Escalate", "Silence", "After",
 ]  # fmt: skip
-# Where alerts find the runbooks: links to the same place are links to docs/runbooks.
+# The address of the runbooks in alerts: links below it are links to docs/runbooks.
 BASES = {rule["annotations"]["runbook_url"].rpartition("/")[0] for rule in ALERTS.values()}
 
 
 def name(path: Path) -> str:
-    """A path as people say it."""
+    """A path for messages."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -36,7 +36,7 @@ def blocks(text: str, language: str) -> str:
 
 
 def code(text: str) -> str:
-    """Everything that is written as code for a shell: blocks, and words in back ticks."""
+    """All code for a shell: blocks, and words in back ticks."""
     return "\n".join([blocks(text, "sh"), *re.findall(r"`([^`\n]+)`", text)])
 
 
@@ -47,7 +47,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def fault(page: Path, link: str) -> str:
-    """What is wrong with a link; nothing if it leads to another site, which is not asked."""
+    """The fault of a link, or nothing; links to other sites are not checked."""
     address, _, anchor = link.partition("#")
     base, _, file = address.rpartition("/")
     if base in BASES:
@@ -65,7 +65,7 @@ def fault(page: Path, link: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Every link to a document ends at one that exists, heading included."""
+    """Every link to a document leads to an existing file and heading."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", read(page), flags=re.DOTALL)
     faults = [fault(page, link) for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     assert not any(faults), "\n".join(filter(None, faults))
@@ -73,7 +73,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_and_paths_exist(page: Path) -> None:
-    """A command, a path or a container in a document is one that this project has."""
+    """Commands, paths and containers in documents exist in this project."""
     written = code(read(page))
     recipes = "".join(path.read_text("utf-8") for path in [ROOT / "Makefile", *ROOT.glob("make/*.mk")])
     targets = set(re.findall(r"^([a-z-]+):", recipes, re.MULTILINE))
@@ -118,7 +118,7 @@ def test_alerts_and_runbooks_have_the_same_names() -> None:
     """Each alert has its runbook, each runbook its alert, and the index leads to all of them."""
     pages = {path.stem for path in RUNBOOKS}
     assert pages == set(ALERTS), "name docs/runbooks/*.md after the alerts in ops/prometheus/*rules.yml"
-    # The page of a capability, docs/<capability>.md, leads to its own runbooks.
+    # The page of a capability, docs/<capability>.md, links to its runbooks.
     index = "".join(read(page) for page in [ROOT / "docs/runbooks/README.md", *(ROOT / "docs").glob("*.md")])
     linked = set(re.findall(r"\[(\w+)\]\([^)]*\1\.md\)", index))
     assert pages <= linked, f"docs/runbooks/README.md does not lead to {pages - linked}"

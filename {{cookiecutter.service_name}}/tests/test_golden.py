@@ -98,7 +98,7 @@ def test_scores_are_probabilities(service: Service) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_golden_set_can_notice_a_change(version: str) -> None:
-    """A model's golden set has every label, or different values; rules may know one answer only."""
+    """A model's golden set has every label, or different values; rules may have a single answer."""
     rows = golden_rows(version)
     assert all(Features.model_validate(row["features"]) for row in rows)
     if manifest_of(version)["runtime"] == "rules":
@@ -109,7 +109,7 @@ def test_the_golden_set_can_notice_a_change(version: str) -> None:
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_the_golden_set_covers_nulls_and_categories(name: str) -> None:
-    """Where a feature may be null a golden row lacks it; of several categories more than one is there."""
+    """The golden set has a null for each nullable feature, and more than one category of each feature."""
     values = [row["features"][name] for row in GOLDEN]
     assert None in values or not INPUTS[name]["nullable"]
     assert len({*values} - {None}) > 1 or len(INPUTS[name]["categories"] or []) < 2

@@ -81,7 +81,7 @@ def test_production_shows_no_documentation() -> None:
 
 
 def test_a_misspelt_setting_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An APP_ variable that nothing reads is refused by its name."""
+    """An unknown APP_ variable is refused by name."""
     monkeypatch.setenv("APP_WROKERS", "2")
     with pytest.raises(SettingsError, match="APP_WROKERS"):
         load_settings()
@@ -102,7 +102,7 @@ def test_the_example_changes_nothing(defaults: Document, tmp_path: Path) -> None
 
 
 def test_every_setting_is_documented(defaults: Document) -> None:
-    """Each setting has its row in a table of docs/ and its line in `.env.example`, and nothing else has."""
+    """All settings, and only these, have a row in a table of docs/ and a line in `.env.example`."""
     pages = "".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     rows = re.findall(r"^\| `(APP_\w+)` \|[^|]+\|[^|]+\|$", pages, re.MULTILINE)
     examples = "".join(path.read_text("utf-8") for path in sorted(ROOT.glob(".env*.example")))

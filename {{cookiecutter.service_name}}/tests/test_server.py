@@ -13,7 +13,7 @@ PROBLEM = {"type", "title", "status", "detail", "code", "request_id", "errors", 
 JSON = {"content-type": "application/json"}
 BODY = json.dumps(EXAMPLE).encode()
 
-# What a client does wrong -> request, status, code.
+# Mistake of a client -> request, status, code.
 MISTAKES: dict[str, tuple[Document, int, str]] = {
     "truncated JSON": ({"content": BODY[:-1], "headers": JSON}, 400, "invalid_json"),
     "NaN": ({"content": b'{"x": NaN}', "headers": JSON}, 400, "invalid_json"),
@@ -36,7 +36,7 @@ MISTAKES: dict[str, tuple[Document, int, str]] = {
 
 @pytest.mark.parametrize("page", ["README.md", "docs/contract.md"])
 def test_the_documented_example_is_true(page: str, service: Service) -> None:
-    """The request in the document, sent as it stands there, gets the answer that stands below it."""
+    """The request in the document, sent unchanged, gets the answer below it."""
     body = re.search(r"-d '(\{[^\n]*\})'\n```\n```json", read(page))
     sent = json.loads(body[1].replace("'\"'\"'", "'") if body else read("docs/example.json"))
     block = re.search(r"```json\n(.*?)```", read(page), re.DOTALL)
@@ -104,7 +104,7 @@ def test_operations_say_what_runs(service: Service) -> None:
 
 
 def test_feedback_counts_once(service: Service) -> None:
-    """The true label is taken for a prediction that was made; sent again it is taken, another one is not."""
+    """Feedback for a prediction is accepted, also when it is repeated; a different label is refused."""
 
     def feedback(label: Any) -> int:
         body = {"prediction_id": prediction["prediction_id"], "label": label}

@@ -1,9 +1,9 @@
 """The capability `object-store`: artifacts from an object store or a web server.
 
-    APP_ARTIFACTS_DIR=s3://bucket/prefix -> a process that fetches -> private folder -> verified as any other
+    APP_ARTIFACTS_DIR=s3://bucket/prefix -> a process that fetches -> private folder -> the usual verification
 
-The process is one of its own, because the caller is about to fork and must have no threads, which obstore
-starts, and because an alarm can end it whatever it waits for.
+A separate process fetches, because the caller will fork and must have no threads, which obstore starts, and
+because an alarm can end the process at any time.
 """
 
 import signal
@@ -22,21 +22,21 @@ REFUSED = 3  # exit code of the process: its last line is the reason, otherwise 
 
 
 def install(app: Any, service: Any) -> None:
-    """Nothing is added to the application: artifacts are read before it is made."""
+    """Add nothing to the application: artifacts are read before it is created."""
 
 
 @contextmanager
 def local_folder(settings: Settings, version: str | None) -> Iterator[Path]:
-    """A private copy, while in use, of `version`, or of the version that release.json names.
+    """A temporary private copy of `version`, or of the version that release.json names.
 
-    Raises ArtifactError, also for what is raised inside, with the address in place of the copy's path.
+    Raises ArtifactError; errors raised inside get the address in place of the copy's path.
     """
     place = str(settings.artifacts_dir).rstrip("/")
-    with TemporaryDirectory(prefix="artifacts-") as folder:  # readable for this user alone
+    with TemporaryDirectory(prefix="artifacts-") as folder:  # readable only by this user
         flags = [str(int(settings.artifacts_allow_private)), str(int(bool(settings.trusted_keys)))]
         command = [sys.executable, "-m", "app.object_store.fetch", place, version or "", folder, *flags]
         project = Path(__file__).resolve().parents[2]
-        # Only our own words are passed on: those of libraries and servers may hold credentials.
+        # Pass on only our own messages: those of libraries and servers may hold credentials.
         done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             said = (done.stdout.splitlines() or [""])[-1]

@@ -1,9 +1,9 @@
-"""Fetches one version into a folder; run by `local_folder` in a process of its own.
+"""Fetches a version into a folder; `local_folder` runs it in a separate process.
 
-    release.json -> v1/manifest.json, and its signature if one is needed -> the files that it lists
+    release.json -> v1/manifest.json, and its signature if required -> the listed files
 
-obstore knows the clouds: where a bucket is, and the credentials in the variables of their SDKs. It would also
-follow redirects and connect to any address that a name resolves to. So it only signs the address of each
+obstore knows the clouds: the address of a bucket, and the credentials in the variables of the SDKs. But it
+follows redirects and connects to any address that a name resolves to. So it only signs the address of each
 object, and this module fetches the object.
 """
 
@@ -35,7 +35,7 @@ from app.core.store import (
 )
 from app.object_store import REFUSED
 
-SECONDS = 4  # for everything, plus the time that the files take at the lowest speed:
+SECONDS = 4  # in total, plus the time for the files at this minimum speed:
 BYTES_PER_SECOND = 2**20
 CONNECT_SECONDS = 3
 SIGNED_FOR = timedelta(minutes=5)
@@ -43,16 +43,16 @@ PLAIN = re.compile(r"\w[\w.-]*")
 
 
 class Unavailable(Exception):
-    """Why an object was not fetched, in a few words of ours."""
+    """An object cannot be fetched; the message is the reason, in our own words."""
 
 
 def fetch_version(place: str, version: str, folder: Path, allow_private: bool, signed: bool) -> None:
-    """Fetch one version, or the served one, into `folder`; the process is ended if that takes too long."""
+    """Fetch `version`, or the served version, into `folder`; an alarm ends a process that takes too long."""
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     started, address = monotonic(), addresses(place)
 
     def fetch(name: str, limit: int) -> None:
-        print(name, flush=True)  # noqa: T201  # for the parent, which names it if this process is ended
+        print(name, flush=True)  # noqa: T201  # the parent reports it if this process is ended
         try:
             _fetch(address(name), folder / name, limit, allow_private)
         except Unavailable as error:
@@ -84,7 +84,7 @@ def fetch_version(place: str, version: str, folder: Path, allow_private: bool, s
 
 
 def addresses(place: str) -> Callable[[str], SplitResult]:
-    """From an object's name to the address, signed where need be, to fetch it from."""
+    """A function from an object's name to its address, signed if necessary."""
     if place.startswith("https:"):
         return lambda name: urlsplit(f"{place}/{quote(name)}")
     import obstore
@@ -102,7 +102,7 @@ def addresses(place: str) -> Callable[[str], SplitResult]:
 
 
 def _fetch(address: SplitResult, target: Path, limit: int, allow_private: bool) -> None:
-    """GET `address` into `target`, at most `limit` bytes of it."""
+    """GET `address` into `target`, at most `limit` bytes."""
     secure = address.scheme == "https"
     host, port = address.hostname or "", address.port or (443 if secure else 80)
     protocol = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -131,7 +131,7 @@ def _status(status: int) -> str:
 
 
 def _connect(host: str, port: int, secure: bool, allow_private: bool) -> socket.socket:
-    """A connection to one of the addresses that were checked, so that none is looked up twice."""
+    """A connection to a checked address; a second DNS look-up could give another address."""
     found = dict.fromkeys(str(one[4][0]) for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     for one in found:
         check_address(one, secure, allow_private)

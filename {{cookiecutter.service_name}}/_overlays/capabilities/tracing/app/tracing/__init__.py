@@ -8,11 +8,11 @@ from app.tracing.settings import Settings
 
 
 def install(app: FastAPI, service: Service) -> None:
-    """Wrap the application, outermost, in what makes the spans; without an endpoint do nothing."""
+    """Wrap the application in the outermost middleware, `Spans`; without an endpoint do nothing."""
     settings, inner = service.settings, app.middleware_stack
     if not isinstance(settings, Settings) or settings.tracing_endpoint is None or inner is None:
         return
-    from app.tracing.spans import Spans, provide  # here: without an endpoint its libraries stay out of memory
+    from app.tracing.spans import Spans, provide  # here: not needed without an endpoint
 
     dropped = Counter(
         "trace_spans_dropped_total",

@@ -8,7 +8,7 @@ _URL = settings.form(r"https?://[^/@\s]+(/\S*)?", "a URL such as http://collecto
 
 
 class Settings(settings.Settings):
-    """Where the spans go."""
+    """The address of the collector."""
 
-    # No user and password: those would be credentials, in a value that is shown and logged.
+    # No user and password: they would be credentials, in a value that is shown and logged.
     tracing_endpoint: Annotated[str, _URL] | None = None

@@ -1,8 +1,8 @@
-"""Spans of requests, and their way to the collector.
+"""Spans of requests, and their export to the collector.
 
     request -> Spans (a span, its trace id in the scope) -> bounded queue -> thread -> collector
 
-A collector that is slow or away blocks the thread, never a request: spans are then dropped and counted.
+A slow or unreachable collector blocks the thread, never a request: spans are then dropped and counted.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_SPANS = 2048  # that wait for the collector
-EXPORT_SECONDS = 5.0  # for one batch of them, retries included
-CLOSE_SECONDS = 2.0  # for what waits at the end of the process
+MAX_SPANS = 2048  # waiting for the collector
+EXPORT_SECONDS = 5.0  # for a batch of spans, including retries
+CLOSE_SECONDS = 2.0  # for waiting spans at the end of the process
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 OnDrop = Callable[[int], None]
@@ -30,8 +30,8 @@ OnDrop = Callable[[int], None]
 class Spans:
     """ASGI middleware: a server span for each request.
 
-    Its attributes come from closed sets: not path, query, host or header, which may hold anything. It is
-    sampled as the caller's `traceparent` says, or always without one.
+    Attributes come from closed sets: no path, query, host or header, which may hold anything. The caller's
+    `traceparent` decides about sampling; without it every span is sampled.
     """
 
     def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
@@ -39,12 +39,12 @@ class Spans:
         self._propagator = TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Trace a request; at the end of the lifespan send the spans that wait."""
+        """Trace a request; at the end of the lifespan send the waiting spans."""
         if scope["type"] != "http":
             await self._app(scope, receive, self._closing(send))
             return
         method = scope["method"] if scope["method"] in METHODS else "HTTP"
-        # `tracestate` and `baggage` are left out: what a client writes there goes no further.
+        # `tracestate` and `baggage` are not passed on: clients may write anything there.
         caller = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
         parent = self._propagator.extract({"traceparent": caller[0]} if caller else {})
         span = self._tracer.start_span(
@@ -78,7 +78,7 @@ class Spans:
             span.end()
 
     def _closing(self, send: Send) -> Send:
-        """A `send` of the lifespan that sends the waiting spans before the process may end."""
+        """A `send` for the lifespan that exports the waiting spans before the process ends."""
 
         async def send_last(message: Message) -> None:
             if message["type"].startswith("lifespan.shutdown."):
@@ -96,7 +96,7 @@ def _note_status(span: trace.Span, status: int) -> None:
 
 
 def provide(name: str, version: str, endpoint: str, on_drop: OnDrop) -> TracerProvider:
-    """The provider of this service's spans, with the collector at `endpoint` behind it."""
+    """The provider of spans for this service, which exports to the collector at `endpoint`."""
     if urlsplit(endpoint).path in ("", "/"):
         endpoint = endpoint.rstrip("/") + "/v1/traces"
     resource = Resource.create({"service.name": name, "service.version": version})
@@ -106,14 +106,14 @@ def provide(name: str, version: str, endpoint: str, on_drop: OnDrop) -> TracerPr
 
 
 def close(provider: TracerProvider) -> None:
-    """Send the waiting spans, for at most CLOSE_SECONDS: a collector must not hold up the exit."""
+    """Send the waiting spans, for at most CLOSE_SECONDS: a collector must not delay the exit."""
     thread = Thread(target=provider.shutdown, name="traces", daemon=True)
     thread.start()
     thread.join(CLOSE_SECONDS)
 
 
 class _Exporter(SpanExporter):
-    """Sends spans to the collector; counts in `done` those it is finished with, sent or not."""
+    """Sends spans to the collector; `done` counts spans that were sent or given up."""
 
     def __init__(self, endpoint: str, on_drop: OnDrop) -> None:
         self._inner, self._on_drop, self.done = OTLPSpanExporter(endpoint, timeout=EXPORT_SECONDS), on_drop, 0
@@ -130,7 +130,7 @@ class _Exporter(SpanExporter):
 
 
 class _Queue(BatchSpanProcessor):
-    """The library's queue drops the oldest span without a count; this one drops the newest, and counts it."""
+    """A queue that drops the newest span and counts it; the library's drops the oldest without a count."""
 
     def __init__(self, exporter: _Exporter, on_drop: OnDrop) -> None:
         super().__init__(exporter, max_queue_size=MAX_SPANS + 1)
