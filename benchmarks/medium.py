@@ -94,7 +94,9 @@ def build(folder: Path) -> None:
         outputs={"score": "The share of the trees that say so.", "review_threshold": 0.6},
         libraries={name: version(name) for name in train.LIBRARIES},
         training=training,
-        ranges=package.ranges_of(rows),
+        ranges=dict(
+            zip(names, zip(rows.min(axis=0).tolist(), rows.max(axis=0).tolist(), strict=True), strict=True)
+        ),
     )
     artifacts = folder / "artifacts"
     shutil.rmtree(artifacts)  # its versions were made for another contract
