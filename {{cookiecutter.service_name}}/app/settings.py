@@ -10,7 +10,6 @@ capability is a folder that the template adds, named in `[tool.service]` of pypr
 
 import os
 import re
-import sys
 import tomllib
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
@@ -84,10 +83,6 @@ def _split(value: Any) -> Any:
     return parts
 
 
-def _log_format() -> Literal["json", "console"]:
-    return "console" if sys.stdout is not None and sys.stdout.isatty() else "json"
-
-
 _UPPER, _LOWER = BeforeValidator(str.upper), BeforeValidator(str.lower)  # case does not matter
 _LIST = BeforeValidator(_split)
 Version = Annotated[str, form("v[0-9]{1,9}", "a version such as v1")]
@@ -131,7 +126,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: Annotated[int | None, Field(ge=1, le=128)] = None
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], _UPPER] = "INFO"
-    log_format: Annotated[Literal["json", "console"], _LOWER] = Field(default_factory=_log_format)
+    log_format: Annotated[Literal["json", "console"], _LOWER] = "json"
     artifacts_dir: Path | str = Path("artifacts")  # str: an address
     model_version: Version | None = None
     fallback_version: Version | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from prometheus_client import values
 from prometheus_client.multiprocess import mark_process_dead
 
-from app.observability.metrics import METRICS_FOLDER, readable
+from app.observability.metrics import METRICS_FOLDER, count_alone, readable
 from app.settings import SettingsError
 
 MEMORY = "/dev/shm"  # noqa: S108  # if no temporary folder is writable
@@ -30,8 +30,7 @@ class MetricFiles:
 
     def prepare(self, enabled: bool) -> None:
         """In the master: create the folder, once. A folder that the platform has set is left alone."""
-        os.environ.pop("prometheus_multiproc_dir", None)
-        os.environ.pop(METRICS_FOLDER, None)
+        count_alone()
         if not enabled:
             return
         for place in (None, MEMORY):
@@ -48,7 +47,6 @@ class MetricFiles:
     def begin(self, slot: int) -> None:
         """In a worker, before it creates its metrics; without a folder it counts only for itself."""
         self._name = f"{slot}x"
-        values.ValueClass = values.MutexValue
         if METRICS_FOLDER in os.environ and self._folder:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,8 @@ def test_health_ready_and_version_say_what_is_running(service: Service) -> None:
     assert document["api_version"] == "v1"
     assert model["version"] == SERVED
     assert model["sha256"] in [one["sha256"] for name, one in MANIFEST["files"].items() if "model." in name]
+    files = [name for name in MANIFEST["files"] if name.startswith("model.") or name == "rules.json"]
+    assert model["files"] == {name: MANIFEST["files"][name]["sha256"] for name in files}
     assert model["training_data_id"] == MANIFEST["training"]["data_sha256"]
     assert model["libraries"] == MANIFEST["libraries"]
 

@@ -4,8 +4,10 @@ Nothing lasting is done to what is not the service's own, nothing is deleted tha
 of a worker or of the log is the end of nothing else.
 """
 
+import errno
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -13,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import pytest
 
 from app.rollout.fleet import read_usable
 from app.settings import Settings, SettingsError, load_settings
-from server.fleet import ForkingFleet
+from server.fleet import ForkingFleet, check_address
 from tests.service.conftest import (
     ARTIFACTS,
     EXAMPLE,
@@ -87,6 +89,38 @@ def test_a_folder_of_the_platform_is_left_alone(
         assert service.stop() == 0
         assert [path.name for path in theirs.iterdir()] == ["counter_1.db"]
         assert (theirs / "counter_1.db").read_text() == "not ours"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a folder", "no folder"])
+def test_without_a_master_the_folder_of_the_platform_is_left_alone(tmp_path: Path, there: bool) -> None:
+    """Under uvicorn itself a single process counts for itself, whatever PROMETHEUS_MULTIPROC_DIR says."""
+    theirs = tmp_path / "theirs"
+    if there:
+        theirs.mkdir()
+        (theirs / "counter_1.db").write_text("not ours")
+    names = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
+    variables = environment() | dict.fromkeys(names, str(theirs))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = ("uvicorn", "--factory", "app.main:create_app", "--port", str(port))
+    with (tmp_path / "log").open("wb") as log:
+        process = begin(tmp_path, *words, env=variables, stdout=log, stderr=subprocess.STDOUT)
+
+    def scraped() -> str | None:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        with suppress(httpx2.TransportError):
+            if client.get("/ready").status_code == 200:
+                return client.get("/metrics").text
+        return None
+
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_SECONDS) as client:
+            until(scraped, "/metrics")
+            assert client.post("/v1/predict", json=EXAMPLE).status_code == 200
+            until(lambda: PREDICTIONS.search(scraped() or ""), "the prediction in the metrics")
+    finally:
+        end(process)
+    assert [path.name for path in theirs.glob("*")] == (["counter_1.db"] if there else [])
 
 
 def test_variables_of_kubernetes_are_left_alone(
@@ -168,6 +202,52 @@ def test_a_port_in_use_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
     assert "APP_PORT" in line
     assert "in use" in line
+
+
+# Where the kernel lets only root listen; in a container it may be nowhere.
+RESERVED = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+
+
+def test_a_port_that_needs_rights_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names APP_PORT, to a user who may not listen at port 80."""
+
+    class Refusing(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", Refusing)
+        with pytest.raises(SettingsError, match=r"Permission denied.*: change APP_PORT") as refused:
+            check_address("127.0.0.1", 80)
+    assert "port 80" in str(refused.value)
+    if RESERVED <= 80:
+        return
+    rights = ("setpriv", "--bounding-set=-net_bind_service") if os.geteuid() == 0 else ()
+    process = begin(
+        tmp_path, *GUNICORN, program=(*rights, sys.executable, "-m"), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env=environment(host="127.0.0.1", port=80, workers=1),
+    )  # fmt: skip
+    try:
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        end(process)
+    assert process.returncode != 0
+    (line,) = said.decode().splitlines()
+    assert "port 80 ([Errno 13] Permission denied): change APP_PORT" in line
+
+
+def test_lines_are_json_unless_said_otherwise(tmp_path: Path) -> None:
+    """On a terminal too: whoever reads the log of a container that has one gets what was promised."""
+    ours, theirs = pty.openpty()
+    with closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
+        process = begin(tmp_path, "app", "config", env=environment(), stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # so Linux says that the other end is closed
+            while part := terminal.read(4096):
+                said += part
+        end(process)
+    assert json.loads(said)["APP_LOG_FORMAT"] == "json"
 
 
 def test_small_letters_will_do(tmp_path: Path) -> None:

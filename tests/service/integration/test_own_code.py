@@ -19,7 +19,17 @@ from app.core.errors import ServiceError
 from app.core.lookup import Lookup
 from app.observability.metrics import LOOKUP_MISSES, Metrics
 from app.schemas.predict import Features
-from tests.service.conftest import EXAMPLE, NUMBER, Service, assert_answers, number, refusal, serving, without
+from tests.service.conftest import (
+    EXAMPLE,
+    NUMBER,
+    Service,
+    assert_answers,
+    number,
+    refusal,
+    serving,
+    until,
+    without,
+)
 from tests.service.faults.test_quotas import Redis, redis
 from tests.service.where import ROOT
 
@@ -132,6 +142,8 @@ def test_a_miss_degrades_the_answer_if_so_configured(begin: Start, place: Path, 
     whole = service.predict({**EXAMPLE, NUMBER: number(0.5)}).json()
     number_of = "score" if "score" in whole else "value"
     assert unknown[number_of] == pytest.approx(whole[number_of], abs=1e-6)  # alone and in a batch
+    audit = until(lambda: [one for one in service.lines() if one["event"] == "audit"], "the audit line")
+    assert [one["degraded"] for one in audit[0]["predictions"]] == [False, True]
     redis.end()
     gone = service.predict(of("anna")).json()
     assert (gone["degraded"], gone["action"]) == (True, "review")

@@ -20,10 +20,11 @@ import yaml
 from prometheus_client import Metric
 
 from app.core.errors import _STATUS as STATUS_BY_CODE
-from app.core.store import read_artifact
+from app.core.store import Outputs, read_artifact
 from app.observability.metrics import Metrics
 from app.schemas.predict import Features
 from app.settings import installed, load_settings, redacted
+from lifecycle.operations import documents
 from lifecycle.operations.documents import anchor, api, broken, headings, prose
 from tests.service.conftest import (
     EXAMPLE,
@@ -551,6 +552,44 @@ def test_the_command_for_feedback_survives_any_label(label: Any) -> None:
     given = '{"prediction_id":"' + "0" * 32 + '","label":"x"}'
     done = subprocess.run(["sh", "-c", script], input=given, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {"prediction_id": "0" * 32, "label": label}
+
+
+def test_the_contract_says_which_features_may_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Features with a default, and the key by which own code finds them, if it is written."""
+    manifest = read_artifact(ROOT / "artifacts", SERVED).manifest
+    fields = dict(Features.model_fields)
+    first, column = next((name, field.alias or name) for name, field in fields.items())
+
+    def section() -> str:
+        return api(manifest, EXAMPLE, {"prediction_id": "", "label": ""})["Features"]
+
+    monkeypatch.setattr(documents, "LOOKED_UP", set())
+    assert "All inputs are required, each in its own JSON type" in section()
+    monkeypatch.setattr(documents, "LOOKED_UP", {first})
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    (tmp_path / "app/own").mkdir(parents=True)
+    code = tmp_path / "app/own/lookup.py"
+    code.write_text('"""async def lookup: not yet."""\n', "utf-8")
+    assert f"All inputs but `{column}` (which the service has defaults for) are required" in section()
+    code.write_text("async def lookup(instances, deadline): ...\n", "utf-8")
+    monkeypatch.setattr(documents, "KEYS", {first})
+    assert f"(which the service looks up by `{column}`, sent beside the inputs)" in section()
+
+
+def test_the_contract_says_how_the_label_is_chosen() -> None:
+    """By a threshold where the version has one; else it is the most probable label."""
+    manifest = read_artifact(ROOT / "artifacts", SERVED).manifest
+    labels = [
+        {"labels": ["no", "yes"]},
+        {"labels": ["no", "yes"], "threshold": {"label": "no", "least": 0.3}},
+    ]
+    found = [manifest.model_copy(update={"outputs": Outputs.model_validate(one)}) for one in labels]
+    answer = {"prediction_id": "", "label": "no"}
+    plain, ruled = (api(one, EXAMPLE, answer)["Answer"] for one in found)
+    assert "the most probable one" in plain
+    assert "`no` if its probability is at least 0.3" in ruled
 
 
 def test_every_file_is_explained() -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import joblib
@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
+from app.core import store
 from app.core.store import Input
 from lifecycle.command import ROOT, LifecycleError
 from lifecycle.importing import proof, serving
@@ -237,6 +238,62 @@ def test_code_that_is_not_here_is_told_where_to_go(content: bytes, said: str, tm
     """A module or a class that cannot be imported: what it is, and where to move it."""
     (tmp_path / "model.pkl").write_bytes(content)
     assert said in refusal(lambda: open_model(tmp_path / "model.pkl", {}, {}, table(LABELS), "y"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.cbm", b"CBM1P-\0\0\x14\0", "CatBoostClassifier or CatBoostRegressor"),
+        ("model.json", b'{\n  "features_info":\n    {\n', "CatBoostClassifier or CatBoostRegressor"),
+        ("model.ubj", b"{L\0\0\0\0\0\0\0\x07learner{L\0", "XGBClassifier or XGBRegressor"),
+        ("model.json", b'{"learner":{"attributes":{}', "XGBClassifier or XGBRegressor"),
+        ("model.model", b"{L\0\0\0\0\0\0\0\x07learner{L\0", "XGBClassifier or XGBRegressor"),
+        ("model.txt", b"tree\nversion=v4\nnum_class=1\n", "LGBMClassifier or LGBMRegressor"),
+        ("model.txt", b"tree\r\nversion=v4\r\n", "LGBMClassifier or LGBMRegressor"),
+        ("model.json", b'{"name": "tree", "version": "v4"', "LGBMClassifier or LGBMRegressor"),
+    ],
+)
+def test_a_file_of_a_library_of_its_own_is_refused_with_what_to_save(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    """Whatever its suffix: the first bytes tell which library wrote it."""
+    (tmp_path / name).write_bytes(content)
+    line = refusal(lambda: open_model(tmp_path / name, {}, {}, table(LABELS), "y"))
+    assert said in line
+    assert "joblib.dump" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("lightgbm.basic.Booster", "LGBMClassifier"),
+        ("xgboost.core.Booster", "XGBClassifier"),
+        ("catboost.core.CatBoost", "CatBoostClassifier"),
+    ],
+)
+def test_a_bare_booster_is_refused_with_what_to_save(
+    kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's own object knows neither labels nor columns as an estimator does."""
+    module, _, name = kind.rpartition(".")
+    made = type(name, (), {"__module__": module})
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], ModuleType(module.partition(".")[0]))
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    setattr(sys.modules[module], name, made)
+    joblib.dump(made(), tmp_path / "model.joblib")
+    assert said in refusal(lambda: open_model(tmp_path / "model.joblib", {}, {}, table(LABELS), "y"))
+
+
+def test_packages_that_own_code_imports_belong_to_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wherever in the file they are imported; without own types in the model they do not count."""
+    content = "import os\nfrom . import other\n\n\ndef one(x):\n    import pandas.api.types as kinds\n"
+    (tmp_path / "features.py").write_text(f"{content}    from scipy import stats\n", "utf-8")
+    monkeypatch.setattr(store, "OWN", tmp_path)
+    monkeypatch.setattr(proof, "OWN_FOLDER", tmp_path)
+    assert proof.trusted(request(), ["app.own.features.one"]) == {"pandas", "scipy"}
+    assert proof.trusted(request(), ["builtins.dict"]) == set()
 
 
 def test_only_the_packages_of_the_image_are_found() -> None:

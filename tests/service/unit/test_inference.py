@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
+from datetime import date
 from functools import wraps
 from time import perf_counter
 from typing import Any, Literal, ParamSpec, get_args
@@ -398,6 +399,40 @@ class Broken:
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
         raise RuntimeError(len(matrix))
+
+
+class Dates:
+    """A runtime that fails on a text that is no date, and on every row once it is broken."""
+
+    dtype: Any = np.object_
+    broken = False
+
+    def infer(self, matrix: Matrix) -> list[list[float]]:
+        """See `Runtime`."""
+        if self.broken:
+            raise RuntimeError("of no row")
+        return [[date.fromisoformat(text).month / 12, 0.0, 0.0][:WIDTH] for text in matrix[:, 4]]
+
+
+@on_a_loop
+async def test_a_text_that_the_model_cannot_read_is_the_clients_mistake() -> None:
+    """The error names the column; a model that fails on its own example as well is what is broken."""
+    columns = [*COLUMNS, Input(name="when", dtype="string", example="2012-01-31")]
+    kind: Any = create_model("Dated", __base__=ROW, when=(str, ...))
+    runtime = Dates()
+    pipeline = pipeline_of(runtime, manifest=OWN.model_copy(update={"inputs": columns}), execution="batch")
+    numbers = dict.fromkeys(RANGES, 2.0)
+    rows = [kind(**numbers, when=when) for when in ("2012-03-31", "yesterday", "2013-06-01")]
+    first, wrong, last = await outcomes(*(ask(pipeline, one) for one in rows))
+    assert [outputs(one[0])[0] for one in (first, last)] == [3 / 12, 6 / 12]
+    assert (wrong.code, wrong.errors[0]["loc"], len(wrong.errors)) == (
+        "invalid_input",
+        ["body", "instances", 0, "when"],
+        1,
+    )
+    runtime.broken = True
+    (broken,) = await outcomes(ask(pipeline, rows[0]))
+    assert broken.code == "model_error"
 
 
 @on_a_loop

@@ -28,7 +28,7 @@ AUDIT_ROWS = 100  # per log line; many log collectors cut lines at 16 KiB
 _IDEMPOTENCY_KEY = re.compile(rb"[\x20-\x7e]{1,255}")
 _ATTEMPT = re.compile(rb"[2-9]|[1-9][0-9]{1,2}")  # Envoy's count on a request that it retries
 # A classifier decides on label and score, a regressor on a value.
-_DECIDED = [one.name for one in fields(Prediction) if one.name in ("label", "score", "value")]
+_DECIDED = [one.name for one in fields(Prediction) if one.name in ("label", "score", "value", "degraded")]
 
 
 @dataclass(slots=True, eq=False)

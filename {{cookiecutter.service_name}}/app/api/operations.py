@@ -42,10 +42,11 @@ async def version(call: CurrentCall) -> Version:
     """The service, its API and the served model."""
     service, served = call.service, None
     if pipeline := service.models.serving:
-        manifest, sha256 = pipeline.artifact.manifest, pipeline.artifact.sha256
+        artifact, manifest = pipeline.artifact, pipeline.artifact.manifest
         data = manifest.training.data_sha256 if manifest.training else None
         how = data, manifest.libraries, pipeline.execution
-        served = ServedModel(manifest.version, sha256, manifest.runtime, *how)
+        files = {name: manifest.files[name].sha256 for name in artifact.model_files}
+        served = ServedModel(manifest.version, artifact.sha256, files, manifest.runtime, *how)
     return Version(service.name, service.version, "v1", served)
 
 

@@ -39,6 +39,7 @@ MAX_CALL_SECONDS = 0.05  # limit of a joined call: longer calls save nothing and
 MOST_INTEGER = 2.0**53  # floats cannot hold every integer beyond it
 MOST_INT64 = float(np.nextafter(2.0**63, 0))
 FAR = 20  # times the width of the training range: a failure beyond it is blamed on the input
+UNREADABLE = {"msg": "text that the model cannot read", "type": "unreadable"}
 TOO_LARGE = "larger than the model can compute with", "too_large"
 OUT_OF_RANGE = "outside the range seen in training", "out_of_range"
 MIN_BATCH_GAIN = 1.25  # batching must save this factor per row, else rows run as they arrive
@@ -92,6 +93,8 @@ class Model:
         integer = MOST_INT64 if runtime.dtype is np.object_ else MOST_INTEGER
         numbers = [inputs[index] for index in self._numeric]
         self._names = [entry.name for entry in numbers]
+        texts = (index for index, entry in enumerate(inputs) if entry.dtype == "string")
+        self._texts = {inputs[index].name: index for index in texts if not inputs[index].categories}
         self._open = np.array([entry.minimum is None or entry.maximum is None for entry in numbers], np.bool_)
         most = [integer if entry.dtype == "int64" else float(np.finfo(exact).max) for entry in numbers]
         ranges = [entry.training_range or (-own, own) for entry, own in zip(numbers, most, strict=True)]
@@ -179,7 +182,11 @@ class Model:
         return found
 
     def _explain(self, answers: list[Any], matrix: Matrix, beyond: Flags) -> None:
-        """Blame the client, and name the number, if an unbounded number is far outside the training range."""
+        """Blame the client for a number without bounds far outside the training range, and for a text."""
+        for index, one in enumerate(answers):
+            if isinstance(one, ServiceError) and (names := self._unreadable(matrix[index])):
+                answers[index] = ServiceError("invalid_input")
+                answers[index].errors += [{"loc": [name], **UNREADABLE} for name in names]
         failed = np.array([[isinstance(one, ServiceError)] for one in answers])
         numbers, low, high = self._numbers(matrix), self._low, self._high
         with np.errstate(over="ignore"):
@@ -187,6 +194,14 @@ class Model:
             far = (beyond & (outside / FAR > high - low)) | (np.abs(numbers) > MOST_INTEGER)
         for index, failure in self._violations(failed & far & self._open, *TOO_LARGE).items():
             answers[index] = failure
+
+    def _unreadable(self, row: NDArray[Any]) -> list[str]:
+        """Columns whose text makes the model fail when it is put into the example, which it can answer."""
+        names, at = list(self._texts), list(self._texts.values())
+        trials = self.matrix([self._example] * (len(names) + 1))
+        trials[np.arange(len(names)), at] = row[at]
+        *failed, broken = [isinstance(one, ServiceError) for one in self._infer(trials)] if names else [True]
+        return [] if broken else [name for name, fails in zip(names, failed, strict=True) if fails]
 
     def _infer(self, matrix: Matrix) -> list[Any]:
         """The model's output per row; if it raises, the rows are halved until the bad row is found."""

@@ -200,7 +200,8 @@ class SkopsRuntime:
         if inputs is not None:
             self._expect(inputs, takes, dtypes or {})
         alone = {key: 1 for key in self._model.get_params() if key.rpartition("__")[2] == "n_jobs"}
-        self._model.set_params(**alone)
+        if alone:  # a fitted CatBoost refuses even none
+            self._model.set_params(**alone)
         # The order of the columns has been checked; arrays need no names.
         warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
 
@@ -211,7 +212,8 @@ class SkopsRuntime:
         names = [entry.name for entry in inputs]
         fitted = getattr(self._model, "feature_names_in_", None)
         same = fitted is None or _plain(fitted) == _plain(names)
-        if not same or getattr(self._model, "n_features_in_", len(names)) != len(names):
+        count = getattr(self._model, "n_features_in_", 0) or len(names)  # CatBoost says 0
+        if not same or count != len(names):
             raise Unfit("takes other columns than manifest.json")
         self._takes = takes or ("array" if fitted is None or exact else "frame")
         self.dtype = np.float64 if exact else np.object_

@@ -182,7 +182,7 @@ class Artifact:
 
     @property
     def sha256(self) -> str:
-        """sha256 of the model file, hex."""
+        """sha256 of the file that gives the answers, hex."""
         return self.manifest.files[self.model_file].sha256
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, multiprocess
+from prometheus_client import values as samples
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
@@ -31,6 +32,13 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCORE = tuple(step / 10 for step in range(1, 11))
 FLUSH_SECONDS = 0.02
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # set if there are several workers
+
+
+def count_alone() -> None:
+    """Count in this process only: a folder that the platform has set is left alone."""
+    for name in (METRICS_FOLDER, METRICS_FOLDER.lower()):
+        os.environ.pop(name, None)
+    samples.ValueClass = samples.MutexValue
 
 
 class Metrics:

@@ -16,6 +16,7 @@ from app.core.lookup import own_lookup
 from app.core.runtimes import import_libraries
 from app.core.store import Artifact, read_artifact, read_release
 from app.monitoring.feedback import Given
+from app.observability.metrics import count_alone
 from app.rollout.canary import Counts
 from app.settings import Settings, local_folder
 
@@ -70,6 +71,7 @@ class Fleet:
     """The processes that serve together: here a single one, which waits for no other."""
 
     def __init__(self, settings: Settings, workers: int = 1) -> None:
+        count_alone()
         self.settings, self.workers = settings, workers
         self.given = Given()  # labels given as feedback
         self.counts = Counts()  # requests of a canary and of the version beside it

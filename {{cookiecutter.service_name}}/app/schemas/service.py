@@ -95,7 +95,8 @@ class ServedModel:
     """The model that answers."""
 
     version: str
-    sha256: str
+    sha256: Annotated[str, Field(description="Of the file that gives the answers.")]
+    files: Annotated[dict[str, str], Field(description="sha256 of every model file; a split model has two.")]
     runtime: str
     training_data_id: Annotated[str | None, Field(description="sha256 of the training data; null for rules.")]
     libraries: dict[str, str]

@@ -34,10 +34,18 @@ ROWS_A_CALL = 8_192
 ROUNDING = 1e-7
 INDEX = "Unnamed: 0"  # pandas' name for an index column that it wrote
 BOOSTERS = ("lightgbm", "xgboost")  # libraries whose estimators need converters of their own
-BARE = {  # objects that people save in place of an estimator
-    "lightgbm.basic.Booster": "LGBMClassifier or LGBMRegressor",
-    "xgboost.core.Booster": "XGBClassifier or XGBRegressor",
+# Objects and files that people save in place of an estimator; files by their first bytes.
+BARE = {
+    "lightgbm.basic.Booster": "LightGBM",
+    "xgboost.core.Booster": "XGBoost",
+    "catboost.core.CatBoost": "CatBoost",
 }
+NATIVE = {
+    "LightGBM": rb'tree\s+version=|\{\s*"name": "tree"',
+    "XGBoost": rb'\{L\0{7}\x07learner|\{\s*"learner"',
+    "CatBoost": rb'CBM1|\{\s*"(features_info|model_info|ctrs|oblivious_trees)"',
+}
+ESTIMATORS = {"LightGBM": "LGBM", "XGBoost": "XGB", "CatBoost": "CatBoost"}  # first part of the class names
 WITH_SCORES = {  # classifiers that need no calibration to have probabilities
     "VotingClassifier": "give it voting='soft', with models that all have `predict_proba`,",
     "SGDClassifier": "give it loss='log_loss'",
@@ -115,14 +123,18 @@ def open_model(
     path: Path, inputs: dict[str, Input], unusable: dict[str, str], table: Any, target: str
 ) -> Original:
     """An estimator from pickle or joblib; raises LifecycleError, or AsText."""
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if library := next((one for one, pattern in NATIVE.items() if re.match(pattern, begin)), ""):
+        raise LifecycleError(_instead(path, "is in a format of its own", library))
     estimator = unpickle(path)
     from sklearn.base import is_classifier, is_regressor
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
     found = type(estimator).__name__
-    if instead := BARE.get(f"{type(estimator).__module__}.{found}"):
-        raise LifecycleError(f"{path.name}: holds a bare {found}: save the fitted {instead} itself")
+    if library := BARE.get(f"{type(estimator).__module__}.{found}", ""):
+        raise LifecycleError(_instead(path, f"holds a bare {found}", library))
     if not hasattr(estimator, "predict"):
         raise LifecycleError(f"{path.name}: holds a {found}, not an estimator with `predict`")
     try:
@@ -173,6 +185,14 @@ def open_model(
         asked=lambda part: asked(part, columns, takes, named=named is not None),
     )
     return original
+
+
+def _instead(path: Path, what: str, library: str) -> str:
+    kind = ESTIMATORS[library]
+    return (
+        f"{path.name}: {what} of {library}, which lacks what an estimator knows: fit {kind}Classifier or "
+        f"{kind}Regressor, and save that object with joblib.dump(model, 'model.joblib')"
+    )
 
 
 def fitted_names(estimator: Any, inputs: dict[str, Input]) -> list[str] | None:

@@ -6,6 +6,7 @@ Conversion -> original.py: the model; its answers to the sample, and to rows wit
 -> files of the form, answers.npy (of the original), Converted
 """
 
+import ast
 import sys
 import traceback
 import warnings
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from app.core.pipeline import Model, Policy
 from app.core.runtimes import load_runtime, skops_types
+from app.core.store import OWN as OWN_FOLDER
 from app.core.store import Artifact, FileEntry, Input, Manifest, Outputs, own_code
 from lifecycle.command import LifecycleError
 from lifecycle.importing.convert import candidates
@@ -58,7 +60,9 @@ PECULIAR_ROWS, ROWS_ALONE, WORDS, TIES = 600, 40, 60, 6
 UNSEEN, NEW_WORD = "no row has this", "of a new word"
 SECONDS_MEASURED = 0.1
 # Types of these libraries are trusted; the user must trust all others.
-KNOWN = tuple(f"{name}." for name in ("sklearn", "numpy", "scipy", "pandas", "imblearn", *BOOSTERS))
+KNOWN = tuple(
+    f"{name}." for name in ("sklearn", "numpy", "scipy", "pandas", "imblearn", "catboost", *BOOSTERS)
+)
 OWN = "app.own."
 KNOWN_BUILTINS = {
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "set", "slice", "str",
@@ -351,7 +355,10 @@ def loaded(request: Conversion, proof: Proof, candidate: Candidate) -> Model:
 
 def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
     """The distributions of these types; raises Refused if the service may not load one of them."""
-    modules = {one.partition(".")[0] for one in types} - {"builtins", "app"} if types else set()
+    modules = {one.partition(".")[0] for one in types}
+    if any(one.startswith(OWN) for one in types):
+        modules |= own_imports()
+    modules -= {"builtins", "app"}
     providers = metadata.packages_distributions() if modules else {}
     for one in types:
         module, _, kind = one.rpartition(".")
@@ -366,6 +373,14 @@ def trusted(request: Conversion, types: Sequence[str]) -> set[str]:
             f"the model is made of types that are not trusted: {quoted(untrusted)}. If you know them: {more}"
         )
     return {providers[one][0] for one in modules if one in providers}
+
+
+def own_imports() -> set[str]:
+    """Packages that the own code of models imports, wherever in it."""
+    nodes = [node for name in own_code() for node in ast.walk(ast.parse((OWN_FOLDER / name).read_bytes()))]
+    names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
 
 
 def rows_a_second(call: Callable[[], Any]) -> int:

@@ -18,15 +18,17 @@ import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from app.core.lookup import LOOKED_UP
 from app.core.pipeline import Pipeline
 from app.core.store import Input, Manifest, read_artifact, read_manifest, read_release
-from app.schemas.predict import Features
+from app.schemas.contract import KEYS, label_key
+from app.schemas.predict import Features, Prediction
 from lifecycle.command import ROOT, LifecycleError, read_text
 
 SERVICE = "http://127.0.0.1:8000"
@@ -43,6 +45,7 @@ BY_PEOPLE = {  # sections of the model card for people to write
 }
 FOLDER = ROOT / "docs" / "runbooks"
 INDEX = FOLDER / "README.md"
+DEGRADES = "degraded" in {one.name for one in fields(Prediction)}
 _LINK = re.compile(r"\]\(([^)]*)\)|(?<!\]\()(https?://[^\s)>]+[\w/])")
 
 
@@ -143,12 +146,15 @@ def _examples(manifest: Manifest) -> list[dict[str, Any]]:
 def _answer(manifest: Manifest, row: dict[str, Any]) -> dict[str, Any]:
     """The answer for a document, rounded so that all machines write the same digits."""
     said = {"prediction_id": PREDICTION_ID, "model_version": manifest.version}
+    degraded = {"degraded": False} if DEGRADES else {}
     if "value" in row:
-        return said | {"value": float(f"{row['value']:.6g}"), "action": "accept"}
+        return said | {"value": float(f"{row['value']:.6g}"), "action": "accept"} | degraded
     rounded = {label: round(one, 3) for label, one in row["probabilities"].items()}
-    score = max(rounded.values())
+    score = rounded[label_key(row["label"])]
     action = "accept" if score >= manifest.outputs.review_threshold else "review"
-    return said | {"label": row["label"], "score": score, "probabilities": rounded, "action": action}
+    return (
+        said | {"label": row["label"], "score": score, "probabilities": rounded, "action": action} | degraded
+    )
 
 
 def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
@@ -165,8 +171,8 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
         "Predict": f"```sh\n{POST}{_quoted(example)}\n```\n```json\n{{\n{lines}\n}}\n```",
         "Features": (
             f"{_table(('input', 'type', 'unit', 'allowed', 'seen in training'), map(_row, manifest.inputs))}"
-            "\n\nAll inputs are required, each in its own JSON type (a number is not a string or a "
-            "boolean). `null` is accepted only if the table says so. Other names are refused."
+            f"\n\nAll inputs{_optional()} are required, each in its own JSON type (a number is not a string "
+            "or a boolean). `null` is accepted only if the table says so. Other names are refused."
         ),
         "Answer": _outputs(manifest),
         "Predict several": (
@@ -184,6 +190,19 @@ def api(manifest: Manifest, example: dict[str, Any], answer: dict[str, Any]) -> 
     }
 
 
+def _optional() -> str:
+    """The inputs that may be left out, and what the service does then, for a sentence about all inputs."""
+    columns = {name: f"`{field.alias or name}`" for name, field in Features.model_fields.items()}
+    optional, keys = (", ".join(columns[one] for one in columns if one in some) for some in (LOOKED_UP, KEYS))
+    if not optional:
+        return ""
+    written = re.search(r"(?m)^async def lookup\(", read_text(ROOT / "app" / "own" / "lookup.py"))
+    how = (
+        f"looks up{f' by {keys}, sent beside the inputs' if keys else ''}" if written else "has defaults for"
+    )
+    return f" but {optional} (which the service {how})"
+
+
 def _outputs(manifest: Manifest) -> str:
     outputs = manifest.outputs
     rows = {
@@ -192,8 +211,11 @@ def _outputs(manifest: Manifest) -> str:
         "model_version": "the version that answered",
     }
     if outputs.labels:
+        rule = "the most probable one"
+        if threshold := outputs.threshold:
+            rule = f"{_listed([threshold.label])} if its probability is at least {threshold.least:g}"
         rows |= {
-            "label": f"one of {_listed(outputs.labels)}: the most probable one",
+            "label": f"one of {_listed(outputs.labels)}: {rule}",
             "score": "the model's probability of `label`, from 0 to 1",
             "probabilities": "every label with its probability; they sum to 1",
         }
@@ -204,6 +226,8 @@ def _outputs(manifest: Manifest) -> str:
         f"`accept`; or `review`, when a person should look: {low}a value lies outside the range seen in "
         "training"
     )
+    if DEGRADES:
+        rows["degraded"] = "`true` if defaults stand in for features that were not found"
     return _table(("output", "meaning"), ((f"`{key}`", words) for key, words in rows.items()))
 
 
