@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import uvloop
 
-from benchmarks.swap import memory, p99, ready, serving
+from benchmarks.swap import memory, p99, ready, serving, status_of
 from tests.service.where import ROOT as SERVICE
 
 WARM_SECONDS, CAPACITY_SECONDS, CAPACITY_CONNECTIONS = 3.0, 6.0, 64
@@ -48,12 +48,11 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         self._buffer += data
-        head, separator, body = self._buffer.partition(b"\r\n\r\n")
-        length = head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]
-        if not separator or len(body) < int(length or 0):
+        status = status_of(self._buffer)
+        if status is None:
             return
         now = time.perf_counter()
-        self._answers.append((self._due, now - self._due, int(head[9:12])))
+        self._answers.append((self._due, now - self._due, status))
         self._buffer, self._busy = b"", False
         self._due += self._interval
         if not self._interval:

@@ -33,6 +33,13 @@ SERVICE = ROOT / "{{cookiecutter.service_name}}"
 BEFORE_SECONDS, AROUND_SECONDS, BETWEEN_SECONDS = 10.0, 2.0, 4.0
 
 
+def status_of(answer: bytes) -> int | None:
+    """The status of an answer; None if it is not complete yet."""
+    head, separator, body = answer.partition(b"\r\n\r\n")
+    length = head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]
+    return int(head[9:12]) if separator and len(body) >= int(length or 0) else None
+
+
 class Client(asyncio.Protocol):
     """One keep-alive connection: asks again when answered, and notes when it was and how long it took."""
 
@@ -50,12 +57,11 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         self._buffer += data
-        head, separator, body = self._buffer.partition(b"\r\n\r\n")
-        length = head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]
-        if not separator or len(body) < int(length or 0):
+        status = status_of(self._buffer)
+        if status is None:
             return
         now = time.perf_counter()
-        self._answers.append((now, now - self._sent, int(head[9:12])))
+        self._answers.append((now, now - self._sent, status))
         self._buffer = b""
         if self.ending:
             self._transport.close()

@@ -94,27 +94,27 @@ def commit(folder: Path, message: str) -> None:
         assert ended.returncode == 0, ended.stdout
 
 
+def cookiecutter(template: Path, into: Path, home: Path, *flags: str) -> list[str]:
+    """The command that renders into a folder; `flags` are Python's. Answers may follow.
+
+    Its configuration lies in `home`: the user's may hold other defaults, and other workers write the same
+    replay file.
+    """
+    config = home / "config.yaml"
+    config.write_text(f"replay_dir: {(home / 'replay').as_posix()!r}\n", encoding="utf-8")
+    command = [sys.executable, *flags, "-m", "cookiecutter", str(template), "--no-input"]
+    return [*command, "--output-dir", str(into), "--config-file", str(config)]
+
+
 @pytest.fixture(scope="session")
 def render(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Render:
     """Runs cookiecutter with `answers` into `into`, a new folder unless one is given."""
     home = tmp_path_factory.mktemp("home")
-    config = home / "config.yaml"
-    # Not the user's: it may hold other defaults, and other workers write the same replay file.
-    config.write_text(f"replay_dir: {(home / 'replay').as_posix()!r}\n", encoding="utf-8")
 
     def render(*words: str, into: Path | None = None, template: Path = template, **answers: str) -> Rendering:
         into = into or tmp_path_factory.mktemp("baked")
-        command = [
-            sys.executable,
-            "-m",
-            "cookiecutter",
-            str(template),
-            "--no-input",
-            "--output-dir",
-            str(into),
-        ]
         given = [f"{name}={answer}" for name, answer in answers.items()]
-        ended = run(*command, "--config-file", str(config), *words, *given, cwd=home)
+        ended = run(*cookiecutter(template, into, home), *words, *given, cwd=home)
         return Rendering(
             ended.returncode, ended.stdout, into / answers.get("service_name", "iris-classifier")
         )

@@ -6,13 +6,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.render import ROOT, SERVICE
-from tests.conftest import ENVIRONMENT, Bake, Render, commit, contents, run
+from tests.conftest import ENVIRONMENT, Bake, Render, commit, contents, cookiecutter, run
 
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
 CHOICES = {option: list(choices) for option, choices in QUESTIONS["_choices"].items()}
@@ -198,18 +197,8 @@ def test_printing_never_fails_a_render(template: Path, tmp_path: Path, folder: s
     """Whatever the terminal can show, the render stays; the folder is quoted, so that `cd` can be pasted."""
     into = tmp_path / folder
     into.mkdir()
-    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "cookiecutter",
-        template,
-        "--no-input",
-        "--output-dir",
-        into,
-    ]
     ended = subprocess.run(
-        [*command, "--config-file", tmp_path / "config.yaml"],
+        cookiecutter(template, into, tmp_path),
         env=ENVIRONMENT | {"PYTHONIOENCODING": f"{encoding}:strict"},
         capture_output=True,
     )
@@ -225,17 +214,7 @@ def test_a_terminal_that_takes_nothing_does_not_fail_a_render(
     template: Path, tmp_path: Path, output: str
 ) -> None:
     """With standard output closed, or on a full disk, the render stays."""
-    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "cookiecutter",
-        str(template),
-        "--no-input",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    command += ["--config-file", str(tmp_path / "config.yaml")]
+    command = cookiecutter(template, tmp_path, tmp_path)
     redirect = ">&-" if output == "closed" else ">/dev/full"
     ended = subprocess.run(
         ["sh", "-c", f'"$@" {redirect}', "sh", *command], env=ENVIRONMENT, capture_output=True
@@ -248,19 +227,8 @@ def test_a_module_in_the_folder_for_temporary_files_is_not_run(template: Path, t
     """Hooks run from the folder for temporary files; somebody's types.py there changes nothing."""
     for name in ("types", "json", "shutil"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('run by a hook')\n", "utf-8")
-    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
-    command: list[str | Path] = [
-        sys.executable,
-        "-P",
-        "-m",
-        "cookiecutter",
-        template,
-        "--no-input",
-        "--output-dir",
-        tmp_path / "out",
-    ]
     ended = subprocess.run(
-        [*command, "--config-file", tmp_path / "config.yaml"],
+        cookiecutter(template, tmp_path / "out", tmp_path, "-P"),
         env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
         capture_output=True,
     )
@@ -272,18 +240,8 @@ def test_mounted_files_can_be_read_by_containers(template: Path, tmp_path: Path)
     clone = shutil.copytree(template, tmp_path / "clone")
     for path in clone.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
-    (tmp_path / "config.yaml").write_text(f"replay_dir: {tmp_path.as_posix()}/replay\n", "utf-8")
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "cookiecutter",
-        clone,
-        "--no-input",
-        "--output-dir",
-        tmp_path / "out",
-    ]
     ended = subprocess.run(
-        [*command, "--config-file", tmp_path / "config.yaml"],
+        cookiecutter(clone, tmp_path / "out", tmp_path),
         env=ENVIRONMENT,
         capture_output=True,
         umask=0o077,

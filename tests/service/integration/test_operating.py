@@ -368,7 +368,7 @@ def test_a_server_file_that_is_gone_ends_nothing(tmp_path: Path) -> None:
             spoil()
             before = pids_of(process)
             process.send_signal(signal.SIGHUP)
-            until(lambda: len(pids_of(process)) == 2 and not pids_of(process) & before, "successors")  # noqa: B023
+            until(lambda: len(pids_of(process)) == 2 and not pids_of(process) & before, "successors")  # noqa: B023  # called at once
             assert httpx2.post(f"{url}/v1/predict", json=EXAMPLE).status_code == 200
 
 
@@ -458,7 +458,7 @@ def test_metric_files_are_bounded(start: Start, tmp_path: Path, monkeypatch: pyt
     for round_ in range(1, 5):
         assert service.predict().status_code == 200
         reload(service)
-        until(lambda: len(events(service, "stopped")) == 2 * round_, "the end of those before")  # noqa: B023
+        until(lambda: len(events(service, "stopped")) == 2 * round_, "the end of those before")  # noqa: B023  # called at once
         counts.append(len(list(folder.iterdir())))
         assert predictions(service) == round_
     assert counts[-1] == counts[1]

@@ -1,6 +1,5 @@
 """Models of every kind as ONNX, equal to the original on gaps, extremes, every category and unseen words."""
 
-import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -447,8 +446,7 @@ def test_boosters(name: str) -> None:
 )
 def test_encoders_of_others(name: str) -> None:
     """category_encoders becomes a table of what it makes of each word, where it is installed."""
-    pytest.importorskip("category_encoders")
-    encoders = importlib.import_module("category_encoders")
+    encoders = pytest.importorskip("category_encoders")
     frame, _, two, _ = penguins(gaps=True)
     estimator = make_pipeline(
         getattr(encoders, name)(), SimpleImputer(), StandardScaler(), LogisticRegression()
