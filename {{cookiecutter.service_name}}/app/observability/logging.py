@@ -82,7 +82,7 @@ class ForeignHandler(logging.Handler):
         self._write = write or _write_now
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; one whose arguments do not fit its message is written without them."""
+        """Write a record, without its arguments if they do not fit the message."""
         try:
             # asyncio's message quotes the arguments and the error; the frames below are enough.
             message = "an error on the event loop" if record.name == "asyncio" else record.getMessage()

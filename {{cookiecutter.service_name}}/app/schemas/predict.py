@@ -1,7 +1,7 @@
-"""What a client sends for a prediction and what comes back. Yours to edit.
+"""The inputs and the answer of a prediction. Yours to edit.
 
-The order of `Features` is the order of the model's columns. A change here that the model does not
-follow is caught at start: every artifact carries the signature of the contract it was made for.
+The order of `Features` is the order of the model's columns. A change that does not fit the model is
+refused at start: every artifact has the signature of the contract that it was made for.
 """
 
 from dataclasses import dataclass

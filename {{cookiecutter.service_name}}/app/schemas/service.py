@@ -28,7 +28,7 @@ class Batch:
 
 
 def _of_own_type(label: Any) -> Any:
-    """Refuse `false` for 0 and 1 for `true`, which Python takes for equal."""
+    """Refuse `false` for 0 and 1 for `true`, which are equal in Python."""
     if label in (0, 1) and isinstance(label, bool) != isinstance(next(iter(get_args(Label)), 0), bool):
         raise ValueError("not of the type of a label")
     return label

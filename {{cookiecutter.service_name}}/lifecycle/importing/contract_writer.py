@@ -21,13 +21,13 @@ _TYPES = {"float64": "float", "int64": "int", "bool": "bool", "string": "str"}
 _TAKEN = {*_TYPES.values(), "dict", "dataclass", "Annotated", "Literal", "BaseModel", "ConfigDict", "Field"}
 LINE = 110
 
-HEAD = '''"""What a client sends for a prediction and what comes back. Yours to edit.
+HEAD = '''"""The inputs and the answer of a prediction. Yours to edit.
 
-Written by `make import-model`, and left alone by it as long as the inputs and labels stay the same. There
-is more to say of a feature: `Annotated[float, Field(ge=0, description="Height.", json_schema_extra={"unit":
-"cm"})]`. The order of `Features` is the order of the model's columns. A change here that the model does not
-follow is caught at start: every artifact carries the signature of the contract it was made for. After one,
-run the import again: it makes a version for the contract as you changed it.
+Written by `make import-model`, which keeps this file while the inputs and labels are unchanged. You can add
+details of a feature: `Annotated[float, Field(ge=0, description="Height.", json_schema_extra={"unit":
+"cm"})]`. The order of `Features` is the order of the model's columns. A change that does not fit the model
+is refused at start: every artifact has the signature of its contract. After such a change, run the import
+again: it makes a version for the changed contract.
 """
 
 from dataclasses import dataclass

@@ -55,7 +55,7 @@ def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iter
     for at in range(1, len(steps) if reasons else 1):
         head, tail = _pipeline(steps[:at]), _pipeline(steps[at:])
         graph = Graph()
-        with suppress(Exception):  # this split is not one
+        with suppress(Exception):  # this split has no ONNX form
             width = int(steps[at][1].n_features_in_)
             features = Numbers(graph.input("features", width), width)
             later = graph.finish(answer(graph, tail, [features]), output)
@@ -68,7 +68,7 @@ def candidates(original: Original, entries: Sequence[Input], table: Any) -> Iter
     for at in range(len(steps) - 1 if reasons else 0, 0, -1):
         head, tail = _pipeline(steps[:at]), _pipeline(steps[at:])
         graph = Graph()
-        with suppress(Exception):  # this split is not one
+        with suppress(Exception):  # this split has no ONNX form
             first = graph.finish(
                 graph.matrix(transform(graph, head, declared(graph, entries, table))), "features"
             )
