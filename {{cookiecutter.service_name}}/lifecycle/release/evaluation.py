@@ -384,8 +384,8 @@ def judge(
         if metric in theirs:
             was = theirs[metric]
             loss = was * worse if metric in LOSS_IS_A_SHARE else worse
-            # Rounded, so that floating-point noise decides nothing.
-            allowed = round(was + loss if metric in LOWER_IS_BETTER else was - loss, 9)
+            loss += 1e-9 * abs(was)  # so that floating-point noise decides nothing
+            allowed = was + loss if metric in LOWER_IS_BETTER else was - loss
             note = f" ({version} has {was:.4g})"
             yield gate(metric, own.get(metric), allowed, f" against {version}", note)
     for one, parts in sliced:
