@@ -31,7 +31,9 @@ def predict(content: bytes, settings: Settings) -> list[dict[str, Any]]:
         raise from_validation(error, content) from None
     policy = replace(OFFLINE, review_threshold=settings.review_threshold, out_of_range=settings.out_of_range)
     predictions = []
-    for answer in Pipeline.offline(read_served(settings), policy).answers(instances):
+    pipeline = Pipeline.offline(read_served(settings), policy)
+    pipeline.model.replay()
+    for answer in pipeline.answers(instances):
         if isinstance(answer, ServiceError):
             raise answer
         predictions.append({name: value for name, value in asdict(answer).items() if name != "prediction_id"})

@@ -49,7 +49,8 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".zst": lambda path: pa.CompressedInputStream(str(path), "zstd"), ".zip": lambda path: _only_member(path),
 }  # fmt: skip
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-FOREIGN = re.compile(r"[^\x00-\x7f]{3}")  # how words of other alphabets look when read as Windows-1252
+# How words of other alphabets look when read as Windows-1252: three such letters, or a sign within a word.
+FOREIGN = re.compile(r"[^\x00-\x7f]{3}|[^\W\d_][¡¢£¤¥¦¬±³¹¼½¾¿][^\W\d_]")
 # Numbers that show the meaning of a comma; ambiguous numbers; numbers that are accepted for each meaning.
 SHOWS = {
     "decimal": re.compile(r"[-+]?(\d{1,3}(\.\d{3})+,\d+|\d+,(\d{1,2}|\d{4,}))"),

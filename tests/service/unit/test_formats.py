@@ -151,7 +151,14 @@ def test_western_letters_are_read_and_others_are_refused(
     path = written(tmp_path, "rows.csv", "n,t\n1,Größe\n2,5 €\n".encode("cp1252"))
     assert read_table(path).column("t").to_pylist() == ["Größe", "5 €"]
     assert capsys.readouterr().err == "rows.csv: is not UTF-8, read as Windows-1252\n"
-    for encoding, word in (("cp1251", "привет"), ("cp1253", "καλημέρα"), ("shift-jis", "日本語")):
+    for encoding, word in (
+        ("cp1251", "привет"),
+        ("cp1253", "καλημέρα"),
+        ("shift-jis", "日本語"),
+        ("cp1250", "biały"),
+        ("cp1250", "książka"),
+        ("cp1250", "poľana"),
+    ):
         path = written(tmp_path, f"{encoding}.csv", f"n,t\n1,{word}\n".encode(encoding))
         with pytest.raises(LifecycleError, match=r"line 2 is not UTF-8: save the file as UTF-8"):
             read_table(path)

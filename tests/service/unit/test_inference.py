@@ -5,7 +5,7 @@ import json
 import math
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import date
 from functools import wraps
@@ -31,8 +31,10 @@ from app.core.batcher import (
 )
 from app.core.errors import ArtifactError, ServiceError
 from app.core.pipeline import Costs, Execution, Pipeline, Policy, choose_execution, pace_of, rows_of_a_call
-from app.core.runtimes import Matrix, Runtime
+from app.core.pipeline import Model as PipelineModel
+from app.core.runtimes import Matrix, Runtime, load_runtime
 from app.core.store import Artifact, Input, Manifest, Outputs, read_artifact
+from app.schemas.contract import label_key
 from app.schemas.predict import Features, Prediction
 from tests.service.conftest import ARTIFACTS, EXAMPLE, LABELS, NUMBER, SERVED, VERSIONS, golden_set, number
 
@@ -399,6 +401,52 @@ class Broken:
     def infer(self, matrix: Matrix) -> list[list[float]]:
         """See `Runtime`."""
         raise RuntimeError(len(matrix))
+
+
+class Tied:
+    """A runtime that finds the first two labels equally probable."""
+
+    dtype: Any = np.object_
+
+    def infer(self, matrix: Matrix) -> list[list[float]]:
+        """See `Runtime`."""
+        return [[0.5, 0.5, *[0.0] * (len(LABELS) - 2)]] * len(matrix)
+
+
+def relabelled(artifact: Artifact, **changes: Any) -> Artifact:
+    """The artifact with other words in the first line of its golden set."""
+    first, *rest = artifact.files["golden.jsonl"].splitlines()
+    line = json.dumps(json.loads(first) | changes).encode()
+    return Artifact(artifact.manifest, artifact.files | {"golden.jsonl": b"\n".join([line, *rest])})
+
+
+@pytest.mark.skipif(not LABELS, reason="a regressor has no labels")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_replay_compares_labels_too(version: str) -> None:
+    """In every runtime: the same probabilities with another label are another answer."""
+    artifact = read_artifact(ARTIFACTS, version)
+    runtime = load_runtime(artifact)
+    PipelineModel(artifact, runtime, Policy()).replay()
+    recorded = json.loads(artifact.files["golden.jsonl"].splitlines()[0])["label"]
+    for other in [one for one in LABELS if one != recorded]:
+        with pytest.raises(ArtifactError, match="line 1 has another answer"):
+            PipelineModel(relabelled(artifact, label=other), runtime, Policy()).replay()
+
+
+@pytest.mark.skipif(not LABELS, reason="a regressor has no labels")
+def test_a_label_that_rounding_decides_may_be_the_other_one() -> None:
+    """Of two labels with the same probability either is taken, and no third one."""
+    outputs = V1.manifest.outputs.model_copy(update={"threshold": None})
+    manifest = V1.manifest.model_copy(update={"outputs": outputs})
+    first = V1.files["golden.jsonl"].splitlines()[0]
+    tied = Artifact(manifest, V1.files | {"golden.jsonl": first})
+    probabilities = dict.fromkeys(map(label_key, LABELS), 0.0)
+    probabilities |= dict.fromkeys(map(label_key, LABELS[:2]), 0.5)
+    for label in LABELS:
+        changed = relabelled(tied, label=label, probabilities=probabilities)
+        model = PipelineModel(changed, Tied(), Policy())
+        with nullcontext() if label in LABELS[:2] else pytest.raises(ArtifactError):
+            model.replay()
 
 
 class Dates:

@@ -160,6 +160,8 @@ def test_memory_limits_the_workers(tmp_path: Path) -> None:
         workers.append(default_workers(tmp_path / "artifacts", cgroup))
     assert workers == sorted(workers, reverse=True)
     assert workers[-1] == 1
+    half = group(tmp_path, cpu_max="max 100000", memory_max=str(2**29))  # two workers full of requests
+    assert default_workers(tmp_path / "none", half) == min(CPUS, 2)
     assert default_workers(tmp_path, group(tmp_path, memory_max=str(2**20))) == 1
 
 

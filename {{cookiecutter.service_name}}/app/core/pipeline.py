@@ -159,8 +159,21 @@ class Model:
         rows = rows_of(Features.model_validate(line["features"]) for line in lines)
         answers = self.run(rows).answers if rows else []
         for index, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
-            if isinstance(answer, ServiceError) or not _as_recorded(answer, line):
+            if isinstance(answer, ServiceError) or not self._as_recorded(answer, line):
                 raise ArtifactError(f"{self.version}/{GOLDEN}: line {index} has another answer than recorded")
+
+    def _as_recorded(self, answer: Any, line: dict[str, Any]) -> bool:
+        """Whether numbers are within the tolerance, and the label is the same unless rounding decides it."""
+        recorded, tolerance = line.get("probabilities") or {"value": line["value"]}, line["tolerance"]
+        own = getattr(answer, "probabilities", None) or {"value": answer.value}
+        near = all(abs(own[key] - number) <= tolerance for key, number in recorded.items())
+        if not self._labels or answer.label == line["label"]:
+            return near
+        if self._least is None:
+            apart = recorded.get(label_key(line["label"]), math.inf) - recorded[label_key(answer.label)]
+        else:
+            apart = recorded[self._keys[self._least[0]]] - self._least[1]
+        return near and abs(apart) <= 2 * tolerance
 
     def _judged(self, rows: Sequence[Row]) -> tuple[Matrix, Flags]:
         """The matrix, and a flag for each number outside the training range, [rows, numbers]."""
@@ -236,12 +249,6 @@ class Model:
         by_label = dict(zip(self._keys, output, strict=True))
         action = "review" if outside or output[at] < self._threshold else "accept"
         return _prediction("", self.version, self._labels[at], output[at], by_label, action)
-
-
-def _as_recorded(answer: Any, line: dict[str, Any]) -> bool:
-    recorded = line.get("probabilities") or {"value": line["value"]}
-    own = getattr(answer, "probabilities", None) or {"value": answer.value}
-    return all(abs(own[key] - number) <= line["tolerance"] for key, number in recorded.items())
 
 
 def _held(value: Any) -> Any:

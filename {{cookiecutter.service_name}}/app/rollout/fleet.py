@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
+from app.core.batcher import MAX_BYTES
 from app.core.errors import ArtifactError
 from app.core.lookup import own_lookup
 from app.core.runtimes import import_libraries
@@ -54,7 +55,8 @@ def default_workers(artifacts_dir: Path, cgroups: Path = Path("/sys/fs/cgroup"))
     """One worker per usable CPU, fewer if the memory does not suffice, at least one."""
     there = machine(cgroups)
     largest = max((path.stat().st_size for path in artifacts_dir.glob("v*/*") if path.is_file()), default=0)
-    return max(1, min(there.cpus, there.memory // (WORKER_BYTES + MODEL_FACTOR * largest)))
+    a_worker = WORKER_BYTES + MAX_BYTES + MODEL_FACTOR * largest  # with as many requests as it admits
+    return max(1, min(there.cpus, there.memory // a_worker))
 
 
 def _numbers(group: Path, *names: str) -> list[int]:
