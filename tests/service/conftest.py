@@ -45,12 +45,14 @@ settings.register_profile(
 )
 settings.load_profile("service")
 
+OF_OTHERS = "needs a library of other models, which the services with imported models bring"
 # Reasons for which a test may be skipped; any other fails the run, so that no case is lost unseen.
 MAY_BE_SKIPPED = {
     "no feature may be null",
     "no feature of this contract is a number",
     "a regressor has no score",
     "another model was imported; these are of the demo's",
+    OF_OTHERS,
 }
 INSTALLED = "is not installed"  # how the reason ends where a program is missing; in CI such tests fail
 
@@ -60,6 +62,11 @@ Document = dict[str, Any]
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
+
+
+def of_others(library: str) -> Any:
+    """A library that models other than the template's need; without it, the test is skipped."""
+    return pytest.importorskip(library, reason=OF_OTHERS)
 
 
 def golden_set(version: str, artifacts: Path = ARTIFACTS) -> list[Document]:

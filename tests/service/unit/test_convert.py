@@ -64,6 +64,7 @@ from app.core.runtimes import OnnxRuntime, skops_types
 from app.core.store import Input
 from lifecycle.importing.convert import candidates
 from lifecycle.importing.original import Candidate
+from tests.service.conftest import of_others
 
 ROWS = 240
 WORDS, NUMBERS = ["island", "sex"], ["bill", "flipper", "mass"]
@@ -429,7 +430,7 @@ BOOSTERS: dict[str, Callable[[Any], Any]] = {
 def test_boosters(name: str) -> None:
     """Boosters on gaps, names with spaces and pandas' categories, where they are installed."""
     library, _, kind = name.partition(".")
-    module = pytest.importorskip(library)
+    module = of_others(library)
     frame, three, two, _ = penguins(gaps=True)
     numbers = frame[NUMBERS].rename(columns={"bill": "bill length (mm)"})
     for target in (three.map({"a": 0, "b": 1, "c": 2}), two):
@@ -448,7 +449,7 @@ def test_boosters(name: str) -> None:
 )
 def test_encoders_of_others(name: str) -> None:
     """category_encoders becomes a table of what it makes of each word, where it is installed."""
-    encoders = pytest.importorskip("category_encoders")
+    encoders = of_others("category_encoders")
     frame, _, two, _ = penguins(gaps=True)
     estimator = make_pipeline(
         getattr(encoders, name)(), SimpleImputer(), StandardScaler(), LogisticRegression()
