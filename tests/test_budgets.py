@@ -14,13 +14,13 @@ SERVES = ("app/", "server/", "gunicorn.conf.py")
 # Where -> the most lines of Python: what it is today, so that growth fails. docs/decisions/0008 has the
 # ceilings, which are lower: 12,500 in all, 4,400 what serves, 6,000 lifecycle, 135 files.
 BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
-    "all": (("",), 14_700),
-    "what serves": (SERVES, 5_600),
-    "lifecycle": (("lifecycle/",), 7_400),
-    "tests": (("tests/",), 1_300),
+    "all": (("",), 14_150),
+    "what serves": (SERVES, 5_330),
+    "lifecycle": (("lifecycle/",), 7_110),
+    "tests": (("tests/",), 1_250),
 }
-THE_WAY_OF_A_REQUEST = 2_850  # the ceiling is 2,700
-FILES = 142
+THE_WAY_OF_A_REQUEST = 2_700
+FILES = 141
 
 
 def lines(service: Path) -> dict[str, int]:
