@@ -444,6 +444,34 @@ def test_boosters(name: str) -> None:
             alike(runtime.infer(matrix(frame, runtime)), answers(estimator, categories))
 
 
+def test_wrapped_boosters() -> None:
+    """A booster below searches and in pipelines is looked for at any depth, where it is installed."""
+    xgboost, lightgbm = pytest.importorskip("xgboost"), pytest.importorskip("lightgbm")
+    frame, _, two, value = penguins()
+    rows = frame[NUMBERS].rename(columns={"mass": "mass (g)"})
+    boosting = xgboost.XGBRegressor(n_estimators=5)
+    prove(GridSearchCV(boosting, {"max_depth": [2, 3]}, cv=2).fit(rows, value), rows)
+    steps = make_pipeline(StandardScaler(), boosting)
+    prove(TransformedTargetRegressor(steps, transformer=StandardScaler()).fit(rows, value), rows)
+    prove(GridSearchCV(make_pipeline(StandardScaler(), lightgbm.LGBMClassifier(n_estimators=5, verbose=-1)),
+                       {"lgbmclassifier__max_depth": [2, 3]}, cv=2).fit(rows, two), rows)  # fmt: skip
+
+
+def test_resampling_pipelines() -> None:
+    """imbalanced-learn's pipelines answer without their samplers, where it is installed."""
+    imblearn = pytest.importorskip("imblearn.pipeline")
+    over, under = (pytest.importorskip(f"imblearn.{one}_sampling") for one in ("over", "under"))
+    frame, three, two, _ = penguins()
+    rows = frame[NUMBERS]
+    smote = imblearn.make_pipeline(StandardScaler(), over.SMOTE(random_state=0), LogisticRegression())
+    prove(smote.fit(rows, two), rows)
+    words = imblearn.make_pipeline(
+        prepared(OneHotEncoder()), under.RandomUnderSampler(random_state=0), LogisticRegression(max_iter=900)
+    )
+    assert forms(words.fit(frame, three), frame)[-1].libraries >= {"scikit-learn", "skops"}
+    prove(GridSearchCV(words, {"logisticregression__C": [1]}, cv=2).fit(frame, three), frame)
+
+
 @pytest.mark.parametrize(
     "name", ["TargetEncoder", "OrdinalEncoder", "OneHotEncoder", "CountEncoder", "WOEEncoder"]
 )

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import VotingClassifier
+from skl2onnx import to_onnx
+from skl2onnx.common.data_types import FloatTensorType
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.ensemble import StackingRegressor, VotingClassifier, VotingRegressor
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
 from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, TunedThresholdClassifierCV
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
@@ -26,7 +28,14 @@ from app.core import store
 from app.core.store import Input
 from lifecycle.command import ROOT, LifecycleError
 from lifecycle.importing import proof, serving
-from lifecycle.importing.original import AsText, Original, fitted_names, open_model, original_answers
+from lifecycle.importing.original import (
+    AsText,
+    Original,
+    fitted_names,
+    open_model,
+    open_onnx,
+    original_answers,
+)
 from lifecycle.importing.steps import Conversion
 
 DRAW = np.random.default_rng(0)
@@ -121,15 +130,72 @@ def test_labels_that_the_target_does_not_have_are_refused(tmp_path: Path) -> Non
     assert "its labels are 7, 9" in refusal(lambda: opened(tmp_path, model, LABELS, ["length"]))
 
 
-@pytest.mark.parametrize("encoder", [OneHotEncoder, OrdinalEncoder])
-def test_columns_that_it_knows_as_text_are_asked_for(encoder: type, tmp_path: Path) -> None:
-    """Codes like 08 that the file shows as numbers, of which an encoder in a pipeline was fitted on words."""
-    inner = make_pipeline(FunctionTransformer(), encoder())
-    model = make_pipeline(ColumnTransformer([("e", inner, ["code"])], remainder="passthrough"), Ridge())
-    model.fit(FRAME[["code", "length"]], FRAME.length)
+def by_code(encoder: Any, columns: Any = ("code",)) -> Any:
+    """A regressor with an encoder of the codes."""
+    columns = [*columns] if isinstance(columns, tuple) else columns
+    return make_pipeline(ColumnTransformer([("e", encoder, columns)], remainder="passthrough"), Ridge())
+
+
+def of_others(name: str) -> Any:
+    """An encoder of category_encoders, where it is installed."""
+    return make_pipeline(getattr(pytest.importorskip("category_encoders"), name)(cols=["code"]), Ridge())
+
+
+def catboost() -> Any:
+    """CatBoost on categories, where it is installed."""
+    kind = pytest.importorskip("catboost").CatBoostRegressor
+    return kind(iterations=2, verbose=0, allow_writing_files=False, cat_features=["code"])
+
+
+CODED: dict[str, Callable[[], Any]] = {
+    "one-hot": lambda: by_code(make_pipeline(FunctionTransformer(), OneHotEncoder())),
+    "ordinal": lambda: by_code(make_pipeline(FunctionTransformer(), OrdinalEncoder())),
+    "union": lambda: by_code(make_union(OneHotEncoder(), OrdinalEncoder())),
+    "vectoriser": lambda: by_code(CountVectorizer(), "code"),
+    "votes": lambda: VotingRegressor([("a", by_code(OneHotEncoder()))]),
+    "stack": lambda: StackingRegressor([("a", by_code(OneHotEncoder()))], Ridge(), cv=2),
+    "target": lambda: TransformedTargetRegressor(by_code(OneHotEncoder()), transformer=StandardScaler()),
+    "CatBoost": catboost,
+    **{
+        name: partial(of_others, name)
+        for name in ("TargetEncoder", "OrdinalEncoder", "OneHotEncoder", "CountEncoder", "BinaryEncoder",
+                     "LeaveOneOutEncoder")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", CODED.values(), ids=CODED)
+def test_columns_that_it_knows_as_text_are_asked_for(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Codes like 08 that the file shows as numbers, of which an encoder at any depth was fitted on words."""
+    model = make().fit(FRAME[["code", "length"]], FRAME.length)
     with pytest.raises(AsText) as asked:
         opened(tmp_path, model, FRAME.length, ["code", "length"], code="int64")
     assert asked.value.args == ("code",)
+
+
+@pytest.mark.parametrize("text", ["3 504", "3'504", "3\xa0504", "$3,504", "3504 lbs", "12%", "n.a.", "?"])
+def test_text_where_the_model_takes_numbers_is_named(text: str, tmp_path: Path) -> None:
+    """Column, row and value are told, however the value is written, with what to write instead."""
+    model = LinearRegression().fit(FRAME[["length"]], FRAME.length)
+    rows = pa.table({"length": ["1.5", text], "y": [1.0, 2.0]})
+    inputs = {"length": Input(name="length", dtype="string")}
+    joblib.dump(model, tmp_path / "model.joblib")
+    original = open_model(tmp_path / "model.joblib", inputs, {}, rows, "y")
+    line = refusal(lambda: original_answers(original, rows.select(["length"]), [*inputs.values()]))
+    assert f"column 'length' is text where the model takes numbers: row 2 holds {text!r}; write" in line
+
+
+@pytest.mark.parametrize("shape", [[None, None], [None, 1]])
+def test_an_onnx_model_takes_the_width_of_the_data(shape: list[Any], tmp_path: Path) -> None:
+    """An ONNX file may leave open how many columns it takes; what is served has the data's."""
+    model = logistic().fit(FRAME[["length"]].to_numpy(np.float32), LABELS)
+    kind = [("X", FloatTensorType(shape))]
+    made = to_onnx(model, initial_types=kind, options={"zipmap": False}, target_opset=18)
+    (tmp_path / "model.onnx").write_bytes(made.SerializeToString())
+    inputs = {"length": Input(name="length", dtype="float64")}
+    original = open_onnx(tmp_path / "model.onnx", inputs, table(LABELS), "y")
+    answers = original_answers(original, table(LABELS).select(["length"]), [*inputs.values()])
+    assert answers == pytest.approx(model.predict_proba(FRAME[["length"]].to_numpy()), abs=1e-6)
 
 
 @pytest.mark.parametrize("vectoriser", [TfidfVectorizer, CountVectorizer])

@@ -34,6 +34,8 @@ ROWS_A_CALL = 8_192
 ROUNDING = 1e-7
 INDEX = "Unnamed: 0"  # pandas' name for an index column that it wrote
 BOOSTERS = ("lightgbm", "xgboost")  # libraries whose estimators need converters of their own
+# Where wrappers keep the fitted estimator that gets the same columns.
+INNER = ("best_estimator_", "estimator_", "regressor_", "ordinal_encoder", "base_n_encoder")
 # Objects and files that people save in place of an estimator; files by their first bytes.
 BARE = {
     "lightgbm.basic.Booster": "LightGBM",
@@ -216,18 +218,27 @@ def fitted_on_text(estimator: Any, names: Sequence[str]) -> set[str]:
             if columns.get(name) and max(columns[name]) < len(names)
         ]
         return set().union(*parts)
+    if hasattr(estimator, "build_analyzer") and len(names) == 1:  # a vectoriser of scikit-learn
+        return {*names}
+    if hasattr(estimator, "get_cat_feature_indices"):  # CatBoost makes text of every category
+        return {names[at] for at in estimator.get_cat_feature_indices() if at < len(names)}
     for step in [one for _, one in getattr(estimator, "steps", ())]:
         if found := fitted_on_text(step, names):
             return found
-    for name in ("best_estimator_", "estimator_", "regressor_"):
-        if hasattr(estimator, name):
-            return fitted_on_text(getattr(estimator, name), names)
+    inner = [getattr(estimator, one) for one in INNER if hasattr(estimator, one)]
+    inner += [one for _, one in getattr(estimator, "transformer_list", ())]
+    inner += [one.estimator for one in getattr(estimator, "calibrated_classifiers_", ())]
+    if inner := inner or [*getattr(estimator, "estimators_", ())]:
+        return set().union(*(fitted_on_text(one, names) for one in inner))
     known = getattr(estimator, "categories_", ())
-    if len(known) != len(names):
-        return set()
-    return {
-        name for name, one in zip(names, known, strict=True) if any(isinstance(word, str) for word in one)
-    }
+    words = dict(zip(names, known, strict=True)) if len(known) == len(names) else {}
+    if hasattr(estimator, "cols"):  # category_encoders: a table for each column, listed or by name
+        tables = estimator.mapping or ()
+        pairs = (
+            tables.items() if isinstance(tables, dict) else [(one["col"], one["mapping"]) for one in tables]
+        )
+        words |= {name: one.index for name, one in pairs}
+    return {one for one in names if any(isinstance(word, str) for word in words.get(one, ()))}
 
 
 def how_it_takes(
@@ -567,14 +578,15 @@ def original_answers(original: Original, table: Any, entries: Sequence[Input]) -
         except Exception as error:  # an estimator may raise anything about rows it does not like
             kinds = ", ".join(f"{one.name} ({one.dtype})" for one in entries[:5])
             words = " ".join(str(error).split())[:160]
-            wrong = re.search(r"could not convert string to float: '(.*)'", words)
-            for one in [one for one in entries if wrong and one.dtype == "string"]:
-                if wrong and wrong[1] in (values := part.column(one.name).to_pylist()):
-                    row = sum(map(len, found)) + values.index(wrong[1]) + 1
-                    raise Unanswered(
-                        f"column {one.name!r} is text where the model takes numbers: row {row} holds "
-                        f"{wrong[1]!r}; write numbers like 3504 or 3.5, and nothing where one is missing"
-                    ) from None
+            for one in [one for one in entries if one.dtype == "string" and "to float" in words]:
+                values = part.column(one.name).to_pylist()
+                for at, value in enumerate(values, sum(map(len, found)) + 1):
+                    if value and repr(value) in str(error):
+                        raise Unanswered(
+                            f"column {one.name!r} is text where the model takes numbers: row {at} "
+                            f"holds {value[:60]!r}; write numbers like 3504 or 3.5, and nothing where one "
+                            "is missing"
+                        ) from None
             raise Unanswered(
                 f"the model cannot predict the data's own rows: {type(error).__name__}: {words} "
                 f"[columns: {kinds}{', ...' if len(entries) > 5 else ''}]"
