@@ -446,7 +446,7 @@ def test_boosters(name: str) -> None:
 
 def test_wrapped_boosters() -> None:
     """A booster below searches and in pipelines is looked for at any depth, where it is installed."""
-    xgboost, lightgbm = pytest.importorskip("xgboost"), pytest.importorskip("lightgbm")
+    xgboost, lightgbm = of_others("xgboost"), of_others("lightgbm")
     frame, _, two, value = penguins()
     rows = frame[NUMBERS].rename(columns={"mass": "mass (g)"})
     boosting = xgboost.XGBRegressor(n_estimators=5)
@@ -459,8 +459,8 @@ def test_wrapped_boosters() -> None:
 
 def test_resampling_pipelines() -> None:
     """imbalanced-learn's pipelines answer without their samplers, where it is installed."""
-    imblearn = pytest.importorskip("imblearn.pipeline")
-    over, under = (pytest.importorskip(f"imblearn.{one}_sampling") for one in ("over", "under"))
+    imblearn = of_others("imblearn.pipeline")
+    over, under = (of_others(f"imblearn.{one}_sampling") for one in ("over", "under"))
     frame, three, two, _ = penguins()
     rows = frame[NUMBERS]
     smote = imblearn.make_pipeline(StandardScaler(), over.SMOTE(random_state=0), LogisticRegression())

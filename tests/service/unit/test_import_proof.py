@@ -37,6 +37,7 @@ from lifecycle.importing.original import (
     original_answers,
 )
 from lifecycle.importing.steps import Conversion
+from tests.service.conftest import of_others
 
 DRAW = np.random.default_rng(0)
 FRAME = pd.DataFrame(
@@ -136,14 +137,14 @@ def by_code(encoder: Any, columns: Any = ("code",)) -> Any:
     return make_pipeline(ColumnTransformer([("e", encoder, columns)], remainder="passthrough"), Ridge())
 
 
-def of_others(name: str) -> Any:
+def by_category_encoders(name: str) -> Any:
     """An encoder of category_encoders, where it is installed."""
-    return make_pipeline(getattr(pytest.importorskip("category_encoders"), name)(cols=["code"]), Ridge())
+    return make_pipeline(getattr(of_others("category_encoders"), name)(cols=["code"]), Ridge())
 
 
 def catboost() -> Any:
     """CatBoost on categories, where it is installed."""
-    kind = pytest.importorskip("catboost").CatBoostRegressor
+    kind = of_others("catboost").CatBoostRegressor
     return kind(iterations=2, verbose=0, allow_writing_files=False, cat_features=["code"])
 
 
@@ -157,7 +158,7 @@ CODED: dict[str, Callable[[], Any]] = {
     "target": lambda: TransformedTargetRegressor(by_code(OneHotEncoder()), transformer=StandardScaler()),
     "CatBoost": catboost,
     **{
-        name: partial(of_others, name)
+        name: partial(by_category_encoders, name)
         for name in ("TargetEncoder", "OrdinalEncoder", "OneHotEncoder", "CountEncoder", "BinaryEncoder",
                      "LeaveOneOutEncoder")
     },
