@@ -420,7 +420,7 @@ def relabelled(artifact: Artifact, **changes: Any) -> Artifact:
     return Artifact(artifact.manifest, artifact.files | {"golden.jsonl": b"\n".join([line, *rest])})
 
 
-@pytest.mark.skipif(not LABELS, reason="a regressor has no score")
+@pytest.mark.skipif(not LABELS, reason="a regressor has no labels")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_replay_compares_labels_too(version: str) -> None:
     """In every runtime: the same probabilities with another label are another answer."""
@@ -433,7 +433,7 @@ def test_a_replay_compares_labels_too(version: str) -> None:
             PipelineModel(relabelled(artifact, label=other), runtime, Policy()).replay()
 
 
-@pytest.mark.skipif(not LABELS, reason="a regressor has no score")
+@pytest.mark.skipif(not LABELS, reason="a regressor has no labels")
 def test_a_label_that_rounding_decides_may_be_the_other_one() -> None:
     """Of two labels with the same probability either is taken, and no third one."""
     outputs = V1.manifest.outputs.model_copy(update={"threshold": None})
