@@ -172,7 +172,7 @@ class ServiceMiddleware:
 
 def _request_id(given: bytes) -> str:
     """The request's own id if it is well-formed, else a new one."""
-    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+    return given.decode() if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 class CrossOrigin(CORSMiddleware):

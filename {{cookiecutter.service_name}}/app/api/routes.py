@@ -43,8 +43,7 @@ class JSONRoute(APIRoute):
             _check_media_type(headers)
         models, client = call.service.models, call.session or call.client
         admission = models.admission
-        admission.check(models.wait_for(client))  # before reading the body; `enter` checks again
-        call.body = body = await _read(call, scope, receive)
+        call.body = body = await _read(call, client, scope, receive)
         admission.enter(models.wait_for(client), len(body))
         try:
             work = self.endpoint(self._validate(body), call)
@@ -59,8 +58,10 @@ class JSONRoute(APIRoute):
             raise from_validation(error, body) from None
         # Each key has a colon. No more colons than fields means no duplicate keys. More colons (in a string,
         # or after a duplicate key) need a second parse.
-        parts = [document, *(document.instances if isinstance(document, Instances) else ())]
-        if body.count(b":") > sum([len(part.model_fields_set) for part in parts]):
+        keys = len(document.model_fields_set)
+        if isinstance(document, Instances):
+            keys += sum([len(one.model_fields_set) for one in document.instances])
+        if body.count(b":") > keys:
             json.loads(body, object_pairs_hook=_unique)
         return document
 
@@ -74,13 +75,15 @@ def _check_media_type(headers: dict[bytes, bytes]) -> None:
         raise ServiceError("unsupported_media_type", "send the body without Content-Encoding")
 
 
-async def _read(call: Call, scope: Scope, receive: Receive) -> bytes:
-    """The whole body; raises ClientDisconnect, or ServiceError if it is too large or too late."""
+async def _read(call: Call, client: str, scope: Scope, receive: Receive) -> bytes:
+    """The whole body; raises ClientDisconnect, or ServiceError: too large, too late, overloaded."""
     limit, announced = call.service.settings.max_body_bytes, int(call.headers.get(b"content-length", b"0"))
     whole = scope.get("extensions", {}).get("http.request.whole")
     body: bytes | None = whole(receive) if whole is not None else None
     if body is None:  # the rare case: it did not arrive together with the headers
-        parts, more, admission = bytearray(), announced <= limit, call.service.models.admission
+        parts, more, models = bytearray(), announced <= limit, call.service.models
+        admission = models.admission
+        admission.check(models.wait_for(client))  # before reading more
         try:
             async with asyncio.timeout(call.deadline - perf_counter()):
                 while more and len(parts) <= limit:

@@ -156,6 +156,8 @@ class Batcher:
     @property
     def wait(self) -> float:
         """Estimated seconds before a new request runs: the queue, plus the overrun of the current call."""
+        if not self._rows and not self._running:
+            return 0.0
         late = 0.0
         if self._running:
             late = max(0.0, self.busy_seconds - self._pace.seconds(_rows_in(self._running)))

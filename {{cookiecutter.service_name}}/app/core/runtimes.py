@@ -161,6 +161,8 @@ def _tensor(columns: NDArray[Any], kind: Any) -> NDArray[Any]:
     """Columns as `kind`; ONNX has no missing text, so missing text becomes an empty string."""
     if kind is np.object_:
         return _filled(columns, "")
+    if columns.dtype == kind and columns.flags.c_contiguous:  # most models: the matrix is made for them
+        return columns
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(columns, kind)
 

@@ -103,7 +103,10 @@ class Models:
 
     def wait_for(self, client: str) -> float:
         """Estimated seconds before the model runs a new request of this client."""
-        return self.pipeline_for(client)[0].batcher.wait if self.serving is not None else 0.0
+        if self.serving is None:
+            return 0.0
+        pipeline = self.serving if self.canary is None else self.pipeline_for(client)[0]
+        return pipeline.batcher.wait
 
     def check_ready(self) -> None:
         """Raise ServiceError, which names the failing check, until every worker can answer."""
