@@ -331,11 +331,14 @@ def test_a_reload_takes_a_setting_or_says_why_not(start: Start, tmp_path: Path) 
     service = start(workers=2)
     for content, reason in {
         "": "APP_API_KEYS",
+        f'APP_API_KEYS="{HASH}\n': "line 1",
+        f"# caf\xe9\nAPP_API_KEYS={HASH}\n".encode("latin-1"): ".env",
+        f"APP_API_KEYS={HASH}\n".encode("utf-16"): ".env",
         f"APP_API_KEYS: {HASH}\n": "line 1",
         f"APP_API_KEYS={HASH}\nAPP_MODEL_VERSION=v999\n": "v999",
         f"APP_API_KEYS={HASH}\nAPP_TRUSTED_KEYS={'A' * 43}=\n": "sign",
     }.items():
-        env.write_text(content)
+        env.write_bytes(content.encode() if isinstance(content, str) else content)
         reload(service)
         assert any(reason in event for event in events(service, "the settings stay as they were"))
         assert service.predict().status_code == 401

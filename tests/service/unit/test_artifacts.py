@@ -184,7 +184,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a key that is not ours": (keys(**{"a\nb\x1b[2J": 1}), MANIFEST, "not permitted"),
     "a runtime that unpickles": (keys(runtime="joblib"), MANIFEST, "runtime"),
     "a path for a name": (listed("../v0/rules.json"), "rules.json", "missing"),
-    "a file too few": (lambda v1: (v1 / MODEL).unlink(), MODEL, "missing"),
+    "a file too few": (lambda v1: (v1 / MODEL).unlink(), MODEL, "missing; if it was never committed, `git"),
     "a file too many": (lambda v1: (v1 / "a\nb").touch(), "a", "not listed"),
     "a folder too many": (lambda v1: (v1 / "more").mkdir(), "more", "not listed"),
     "a byte too few": (lambda v1: os.truncate(v1 / MODEL, 100), MODEL, "size"),
