@@ -196,12 +196,19 @@ def cookiecutter(
     )
 
 
-def test_choices_are_asked_as_choices(template: Path, bake: Bake, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("typed", "rendered"),
+    [("strikt\n2\n\n", {"slo": "strict"}), ("\ngitlab\n2\n", {"ci": "none"})],
+    ids=["slo", "ci"],
+)
+def test_choices_are_asked_as_choices(
+    template: Path, bake: Bake, tmp_path: Path, typed: str, rendered: dict[str, str]
+) -> None:
     """At the prompt a choice is a number; another answer is asked for again, at once and not at the end."""
-    asked = cookiecutter(template, tmp_path / "out", typed="\n\n\nstrikt\n2\n\n\n\n\n\n")
+    asked = cookiecutter(template, tmp_path / "out", typed=f"\n\n\n{typed}\n\n\n\n")
     assert asked.returncode == 0, asked.stdout
     assert "Please select one of the available options" in asked.stdout
-    assert contents(tmp_path / "out" / "iris-classifier") == contents(bake(slo="strict"))
+    assert contents(tmp_path / "out" / "iris-classifier") == contents(bake(**rendered))
 
 
 # What a configuration file says of the answers -> the correction.

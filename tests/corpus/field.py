@@ -191,7 +191,7 @@ def notebook_class() -> Case:
     """A class of a notebook, saved by cloudpickle, so that it opens everywhere."""
     import cloudpickle
 
-    Halved.__module__ = "__main__"
+    Halved.__module__ = Halved.fit.__module__ = Halved.transform.__module__ = "__main__"
     rows, target = diabetes()
     model = make_pipeline(Halved(), Ridge()).fit(rows, target)
     content = cloudpickle.dumps(model)

@@ -452,7 +452,10 @@ def test_a_replacement_needs_no_folder(start: Start, tmp_path: Path, monkeypatch
     assert temporary.read_text() == "a file now"
 
 
-def test_metric_files_are_bounded(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("killed", [False, True], ids=["replaced", "killed"])
+def test_metric_files_are_bounded(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
     """However often workers are replaced, there are files for those that live, and no count is lost."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     service = start(workers=2)
@@ -460,8 +463,14 @@ def test_metric_files_are_bounded(start: Start, tmp_path: Path, monkeypatch: pyt
     counts = []
     for round_ in range(1, 5):
         assert service.predict().status_code == 200
-        reload(service)
-        until(lambda: len(events(service, "stopped")) == 2 * round_, "the end of those before")  # noqa: B023  # called at once
+        assert predictions(service) == round_  # written: a killed worker loses what it has not written yet
+        if killed:
+            for pid in service.workers()[-2:]:
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: ready(service) == 2 * round_ + 2, "their successors")  # noqa: B023  # called at once
+        else:
+            reload(service)
+            until(lambda: len(events(service, "stopped")) == 2 * round_, "the end of those before")  # noqa: B023  # called at once
         counts.append(len(list(folder.iterdir())))
         assert predictions(service) == round_
     assert counts[-1] == counts[1]
@@ -617,10 +626,22 @@ def test_one_client_has_one_address(start: Start) -> None:
         assert statuses == [200, 200, 429], client
 
 
-def test_an_idle_connection_is_kept_as_long_as_it_says(start: Start) -> None:
-    """APP_KEEP_ALIVE_SECONDS decides when an idle connection ends."""
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("POST", "/v1/predict", 200),
+        ("POST", "/v1/predict/batch", 422),
+        ("GET", "/no", 404),
+    ],
+)
+def test_an_idle_connection_is_kept_as_long_as_it_says(
+    start: Start, method: str, path: str, status: int
+) -> None:
+    """APP_KEEP_ALIVE_SECONDS decides when an idle connection ends, whatever it was answered."""
     service = start(workers=1, keep_alive_seconds=1)
     with closing(service.connection()) as connection:
-        connection.request("GET", "/health")
-        assert connection.getresponse().read()
+        connection.request(method, path, json.dumps(EXAMPLE) if method == "POST" else None)
+        answer = connection.getresponse()
+        assert (answer.status, bool(answer.read())) == (status, True)
         assert connection.sock.recv(1) == b""
