@@ -329,7 +329,7 @@ def test_a_reload_takes_a_setting_or_says_why_not(start: Start, tmp_path: Path) 
     env, headers = tmp_path / ".env", {"x-api-key": KEY}
     env.write_text(f"APP_API_KEYS={HASH}\n")
     service = start(workers=2)
-    for content, reason in {
+    contents: dict[str | bytes, str] = {
         "": "APP_API_KEYS",
         f'APP_API_KEYS="{HASH}\n': "line 1",
         f"# caf\xe9\nAPP_API_KEYS={HASH}\n".encode("latin-1"): ".env",
@@ -337,7 +337,8 @@ def test_a_reload_takes_a_setting_or_says_why_not(start: Start, tmp_path: Path) 
         f"APP_API_KEYS: {HASH}\n": "line 1",
         f"APP_API_KEYS={HASH}\nAPP_MODEL_VERSION=v999\n": "v999",
         f"APP_API_KEYS={HASH}\nAPP_TRUSTED_KEYS={'A' * 43}=\n": "sign",
-    }.items():
+    }
+    for content, reason in contents.items():
         env.write_bytes(content.encode() if isinstance(content, str) else content)
         reload(service)
         assert any(reason in event for event in events(service, "the settings stay as they were"))
