@@ -10,12 +10,13 @@ from typing import Annotated
 import psutil
 import typer
 
+from app.core.batcher import MAX_BYTES
 from app.rollout.fleet import Machine, default_workers, machine
 from lifecycle.command import ROOT, LifecycleError, table
 from lifecycle.operations.programs import service
 from load.run import step
 
-MEMORY_SHARE = 0.8  # the rest is for system buffers and unusually large requests
+MEMORY_SHARE = 0.8  # the rest is for system buffers
 CONNECTIONS = 64
 MIB = 2**20
 
@@ -27,7 +28,9 @@ def size(
     cost, there = measure(seconds), machine()
     workers, reason = advise(cost, there)
     picked = default_workers(ROOT / "artifacts")
-    each = "not available on this system" if cost.worker is None else f"{cost.worker / MIB:.0f} MiB each"
+    each = "not available on this system"
+    if cost.worker is not None:
+        each = f"{cost.worker / MIB:.0f} MiB each, {MAX_BYTES / MIB:.0f} of them for requests"
     typer.echo(
         f"machine    {there.cpus} processors, {there.memory / MIB:,.0f} MiB\n"
         f"worker     {each}\n"
@@ -46,7 +49,7 @@ class Cost:
     """Measurements. Memory in bytes; a page shared by n processes counts as 1/n in each (PSS)."""
 
     shared: int | None  # memory that all workers share; None if the system has no PSS
-    worker: int | None  # memory that each worker adds
+    worker: int | None  # memory that each worker adds, with all the requests that may wait in it
     model_seconds: float  # time in the model, for a request alone
     request_seconds: float  # processor time of a request among many
     execution: str
@@ -66,8 +69,8 @@ def measure(seconds: float) -> Cost:
             execution = running.model()["execution"]
     if not (alone.rate and busy.rate):
         raise LifecycleError(f"the service answered nothing with 200; statuses: {busy.refused}")
-    worker = max(weights[0] - weights[1], 1) if weights else None
-    shared = max(weights[1] - worker, 0) if worker else None
+    idle = max(weights[0] - weights[1], 1) if weights else None
+    shared, worker = (max(weights[1] - idle, 0), idle + MAX_BYTES) if idle else (None, None)
     return Cost(shared, worker, alone.stages["inference"] / 1000, busy.server / busy.rate, execution)
 
 
