@@ -1,7 +1,6 @@
 """What the service says of itself: valid, as committed, kind to old clients, and true."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from openapi_spec_validator import validate
 
-from tests.service.conftest import INPUTS, LABELS, Service
+from tests.service.conftest import INPUTS, LABELS, Service, moderate_numbers
 from tests.service.contract.compatibility import breaks
 from tests.service.where import ROOT
 
@@ -78,39 +77,16 @@ def test_the_examples_are_accepted(live: dict[str, Any], service: Service) -> No
         assert service.predict(example).status_code == 200
 
 
-# A number without a maximum may be larger than the model can take, which is 422, or can calculate with, which
-# is 500 `non_finite_output`, as the contract says. So generated numbers are moderate there.
-UNBOUNDED = any(
-    one["dtype"] in ("float64", "int64") and one.get("maximum") is None for one in INPUTS.values()
-)
-MODERATE = """
-import schemathesis
-
-def moderate(value):
-    if isinstance(value, dict):
-        return {key: moderate(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [moderate(one) for one in value]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value)(value % 1000) if number and abs(value) > 1000 else value
-
-@schemathesis.hook
-def map_body(context, body):
-    return moderate(body)
-"""
-
-
 def test_generated_requests_find_no_fault(start: Callable[..., Service], tmp_path: Path) -> None:
     """Hundreds of generated requests, valid and not, get answers as documented, and no 5xx."""
     service = start(api_keys=sha256(b"a key").hexdigest())
     before = service.metrics()  # the fixture asked /ready until it was: those 503 are right
-    (tmp_path / "moderate.py").write_text(MODERATE if UNBOUNDED else "", "utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json",
          "--header", "X-API-Key: a key", "--checks", "all", "--max-examples", "100", "--seed", "1",
          "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-color"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"SCHEMATHESIS_HOOKS": "moderate", "PYTHONPATH": str(tmp_path)},
+        env=moderate_numbers(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {

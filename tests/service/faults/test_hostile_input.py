@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.service.conftest import EXAMPLE, Service, assert_answers
+from tests.service.conftest import EXAMPLE, Service, assert_answers, moderate_numbers
 from tests.service.faults.conftest import Fault
 from tests.service.integration.test_hostile_input import (
     BODY,
@@ -256,7 +256,7 @@ def test_generated_sequences_find_no_fault(start: Start, fault: Fault, tmp_path:
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", url, "--phases", "stateful",
          "--checks", "all", "--max-examples", "50", "--seed", "1", "--continue-on-failure", "--no-color"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=moderate_numbers(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     links = re.search(r"API Links: +(\d+) covered / (\d+) selected", done.stdout)

@@ -81,9 +81,8 @@ async def _read(call: Call, client: str, scope: Scope, receive: Receive) -> byte
     whole = scope.get("extensions", {}).get("http.request.whole")
     body: bytes | None = whole(receive) if whole is not None else None
     if body is None:  # the rare case: it did not arrive together with the headers
-        parts, more, models = bytearray(), announced <= limit, call.service.models
-        admission = models.admission
-        admission.check(models.wait_for(client))  # before reading more
+        parts, more, admission = bytearray(), announced <= limit, call.service.models.admission
+        admission.check(call.service.models.wait_for(client))  # before reading more
         try:
             async with asyncio.timeout(call.deadline - perf_counter()):
                 while more and len(parts) <= limit:

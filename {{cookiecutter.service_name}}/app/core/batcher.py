@@ -156,12 +156,10 @@ class Batcher:
     @property
     def wait(self) -> float:
         """Estimated seconds before a new request runs: the queue, plus the overrun of the current call."""
-        if not self._rows and not self._running:
-            return 0.0
-        late = 0.0
-        if self._running:
-            late = max(0.0, self.busy_seconds - self._pace.seconds(_rows_in(self._running)))
-        return late + self._rows / self._max_rows * self._pace.seconds(self._max_rows)
+        expected = self._pace.seconds(_rows_in(self._running)) if self._running else 0.0
+        late = max(0.0, self.busy_seconds - expected) if self._running else 0.0
+        calls = self._rows / self._max_rows
+        return late + (calls * self._pace.seconds(self._max_rows) if calls else 0.0)
 
     @property
     def requests_per_second(self) -> float:

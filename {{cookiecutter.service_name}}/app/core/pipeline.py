@@ -111,8 +111,7 @@ class Model:
         start = perf_counter()
         matrix, beyond = self._judged(rows)
         refused: dict[int, ServiceError] = {}
-        outside: set[int] = set()
-        counts: dict[str, int] = {}
+        outside, counts = set[int](), dict[str, int]()
         if beyond.any():
             refused = self._violations(np.abs(self._numbers(matrix)) > self._most, *TOO_LARGE)
             kept = [index for index in range(len(rows)) if index not in refused]

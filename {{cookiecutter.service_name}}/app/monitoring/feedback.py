@@ -16,7 +16,6 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -95,7 +94,7 @@ class Feedback:
 
     def know(self, version: str, tolerance: float = 0.0) -> None:
         """Accept feedback for this version; a value is correct within `tolerance` of the truth."""
-        self._versions[_number(version, self._bits)] = version, tolerance
+        self._versions[self._number(version)] = version, tolerance
         self._tolerance = tolerance
 
     def identify(self, stem: str, version: str, answer: Any) -> str:
@@ -104,7 +103,7 @@ class Feedback:
             bits = self._indices[answer]
         else:
             bits = int.from_bytes(struct.pack(">f", max(-_LARGEST, min(answer, _LARGEST))), "big")
-        marked = f"{stem}{_number(version, self._bits) << self._bits | bits:010x}"
+        marked = f"{stem}{self._number(version) << self._bits | bits:010x}"
         return marked + self._check(marked)
 
     def judge(self, prediction_id: str, truth: Any) -> tuple[str, bool, bool]:
@@ -127,13 +126,11 @@ class Feedback:
             raise ServiceError("conflict", "another label was given before, and the first one counts")
         return version, correct, before is None
 
+    def _number(self, version: str) -> int:
+        return int(version[1:]) % (1 << _MARK_BITS - self._bits)
+
     def _check(self, marked: str) -> str:
         return f"{crc32(marked.encode(), self._salt) & 0xFFFF:04x}"
-
-
-@lru_cache
-def _number(version: str, answer_bits: int) -> int:
-    return int(version[1:]) % (1 << _MARK_BITS - answer_bits)
 
 
 class Given:

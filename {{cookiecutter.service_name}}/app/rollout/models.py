@@ -103,10 +103,8 @@ class Models:
 
     def wait_for(self, client: str) -> float:
         """Estimated seconds before the model runs a new request of this client."""
-        if self.serving is None:
-            return 0.0
         pipeline = self.serving if self.canary is None else self.pipeline_for(client)[0]
-        return pipeline.batcher.wait
+        return pipeline.batcher.wait if pipeline is not None else 0.0
 
     def check_ready(self) -> None:
         """Raise ServiceError, which names the failing check, until every worker can answer."""
