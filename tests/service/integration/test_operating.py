@@ -484,9 +484,13 @@ def test_a_spoilt_metric_file_stops_no_replacement(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     service = start(workers=1)
     (folder,) = tmp_path.glob("metrics-*")
+    (pid,) = service.workers()
+    os.kill(
+        pid, signal.SIGSTOP
+    )  # or it may die of the files, and its successor start while they are being spoilt
     for path in folder.glob("*.db"):
         path.write_bytes(path.read_bytes()[:8] + b"\xff" * 4096)
-    os.kill(service.workers()[0], signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     until(lambda: ready(service) == 2, "another worker")
     assert service.predict().status_code == 200
     assert service.metrics()["metrics_files_broken"] == 0
