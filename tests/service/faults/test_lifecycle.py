@@ -350,6 +350,8 @@ def test_a_retry_by_a_gateway_is_recognised(fault: Fault, tmp_path: Path) -> Non
         (identity,) = {answer.json()["prediction_id"] for answer in answers}
         lines = [good.line(answer.headers["x-request-id"]) for answer in answers]
         again = {line["request_id"] for line in lines if line.get("attempt") == 2}
+        for one in again:
+            late.line(one)  # waits: a thread writes the lines
         first = {line["request_id"] for line in late.lines() if line.get("route") == "/v1/predict"}
         assert again == first != set()
         assert {line["prediction_id"] for line in lines} == {identity}

@@ -1,6 +1,7 @@
 """APP_TRUSTED_KEYS in the running service: at start, at a release, beside it, and for the fallback."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,9 +46,12 @@ def test_a_version_without_a_signature_is_refused_while_the_service_runs(start: 
         release(artifacts, **({"serving": "v1", "shadow": None, "canary": None} | change))
         until(lambda: service.metrics()[FAILURES] > before, "the refusal")  # noqa: B023  # called at once
         assert service.predict().json()["model_version"] == "v1"
-    lines = [line for line in service.lines() if line["event"] == "release refused"]
-    assert {line["role"] for line in lines} == {"shadow", "canary", "serving"}
-    assert all("v2/manifest.sig: does not sign this manifest.json" in line["reason"] for line in lines)
+
+    def refused() -> list[dict[str, Any]]:
+        return [line for line in service.lines() if line["event"] == "release refused"]
+
+    until(lambda: {line["role"] for line in refused()} == {"shadow", "canary", "serving"}, "their lines")
+    assert all("v2/manifest.sig: does not sign this manifest.json" in line["reason"] for line in refused())
     assert service.client.get("/ready").json()["model_version"] == "v1"
     sign("v2", place / "other.pem", place)
     until(lambda: events(service, "ready", "v2") == 1, "v2, signed by the second key")
