@@ -58,7 +58,7 @@ def test_importing_own_code_does_nothing(path: Path, tmp_path: Path) -> None:
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     libraries = sorted(name for name in imported(path) if not name.startswith("app.own"))
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, module, *libraries],
+        [sys.executable, "-B", "-c", WATCH, module, *libraries],  # -B: the interpreter itself would write
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
