@@ -331,6 +331,13 @@ class Service:
         """Everything logged so far, each line being one JSON object."""
         return [json.loads(line) for line in self.log.read_bytes().split(b"\n")[:-1]]
 
+    def kill(self, pid: int) -> None:
+        """Kill a worker, once every worker's word that it is ready is written: a thread does that."""
+        until(
+            lambda: [one["event"] for one in self.lines()].count("ready") == len(self.workers()), "all words"
+        )
+        os.kill(pid, signal.SIGKILL)
+
     def line(self, request_id: str) -> dict[str, Any]:
         """The log line of one request, once it is there."""
         return until(

@@ -3,7 +3,6 @@
 import hmac
 import json
 import os
-import signal
 import ssl
 import stat
 import subprocess
@@ -142,8 +141,7 @@ def test_a_replaced_worker_needs_the_server_no_more(place: Place, url: str, star
     """What was verified at the start is what later workers serve, wherever it came from."""
     service = start(workers=1, artifacts_dir=url, artifacts_allow_private="true")
     asked = len(place.asked)
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-    os.kill(int(children.read_text()), signal.SIGKILL)
+    service.kill(service.workers()[0])
     until(lambda: sum(line["event"] == "ready" for line in service.lines()) == 2, "another worker")
     assert_answers(service.predict().json(), version="v1", artifacts=place.root)
     assert len(place.asked) == asked

@@ -198,7 +198,7 @@ def test_a_killed_worker_is_replaced(start: Start, fault: Fault) -> None:
     service = start()
     with load(service.url) as traffic:
         before, victim = service.metrics(), service.workers()[0]
-        os.kill(victim, signal.SIGKILL)
+        service.kill(victim)
         killed = time.monotonic()
         until(lambda: len(ready(service)) == 3, "another worker")
         assert time.monotonic() - killed < 5
@@ -222,7 +222,7 @@ def test_files_altered_since_the_start_do_not_matter(start: Start, fault: Fault,
     (tmp_path / ".env").write_text("APP_DRAIN_SECONDS=never")
     with load(service.url, artifacts=root) as traffic:
         for count, victim in enumerate(service.workers(), 3):
-            os.kill(victim, signal.SIGKILL)
+            service.kill(victim)
             until(lambda count=count: len(ready(service)) == count, "another worker")  # type: ignore[misc]
         traffic.flows()
     assert traffic.ends["refused"] == 0

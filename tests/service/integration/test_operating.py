@@ -393,7 +393,7 @@ def test_a_replacement_that_cannot_start_ends_no_other(start: Start, tmp_path: P
     (tmp_path / "own.py").write_text(FLAKY)
     service = start(app="own:create_app()", workers=2)
     (tmp_path / "broken").write_text(str(code))
-    os.kill(service.workers()[0], signal.SIGKILL)
+    service.kill(service.workers()[0])
     until(lambda: len(events(service, f"exited with code {code}")) > 1, "two failed replacements")
     for _ in range(10):
         assert service.predict().status_code == 200
@@ -428,7 +428,7 @@ def test_metrics_survive_the_cleaning_of_temporary_files(
     until(lambda: folder.is_dir() and predictions(service) == 20, "the counts of both workers")
     assert [value for name, value in service.metrics().items() if name.startswith("model_info")] == [1]
     shutil.rmtree(folder)
-    os.kill(service.workers()[0], signal.SIGKILL)
+    service.kill(service.workers()[0])
     until(lambda: ready(service) == 3, "another worker")
     assert service.predict().status_code == 200
     assert service.client.get("/metrics").status_code == 200
@@ -445,7 +445,7 @@ def test_a_replacement_needs_no_folder(start: Start, tmp_path: Path, monkeypatch
     shutil.rmtree(temporary)
     temporary.write_text("a file now")
     for count, worker in enumerate(service.workers(), 3):
-        os.kill(worker, signal.SIGKILL)
+        service.kill(worker)
         until(lambda count=count: ready(service) == count, "another worker")  # type: ignore[misc]
     assert service.predict().status_code == 200
     assert service.client.get("/metrics").status_code == 200
@@ -467,7 +467,7 @@ def test_metric_files_are_bounded(
         assert predictions(service) == round_  # written: a killed worker loses what it has not written yet
         if killed:
             for pid in service.workers()[-2:]:
-                os.kill(pid, signal.SIGKILL)
+                service.kill(pid)
             until(lambda: ready(service) == 2 * round_ + 2, "their successors")  # noqa: B023  # called at once
         else:
             reload(service)
@@ -484,10 +484,9 @@ def test_a_spoilt_metric_file_stops_no_replacement(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     service = start(workers=1)
     (folder,) = tmp_path.glob("metrics-*")
+    until(lambda: ready(service) == 1, "its word")
     (pid,) = service.workers()
-    os.kill(
-        pid, signal.SIGSTOP
-    )  # or it may die of the files, and its successor start while they are being spoilt
+    os.kill(pid, signal.SIGSTOP)  # or it could die of the files, and its successor start amid the spoiling
     for path in folder.glob("*.db"):
         path.write_bytes(path.read_bytes()[:8] + b"\xff" * 4096)
     os.kill(pid, signal.SIGKILL)

@@ -212,7 +212,7 @@ def test_importing_opens_reads_and_configures_nothing() -> None:
     everything = {one for path in APP.values() for one in imports(path, top_level_only=True)}
     libraries = {one.rpartition(".")[0] or one for one in everything if not one.startswith("app.")}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORTING, ",".join(sorted(libraries)), ",".join(APP)],
+        [sys.executable, "-B", "-c", IMPORTING, ",".join(sorted(libraries)), ",".join(APP)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
