@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from lifecycle.command import LifecycleError
 from lifecycle.importing import assemble
 from lifecycle.importing.contract_writer import Feature, field_names, formatted, source
 from lifecycle.importing.importer import parsed_bounds
-from lifecycle.importing.steps import WORK, alone, apply, recover
+from lifecycle.importing.steps import WORK, alone, apply, recover, run
 from lifecycle.tables import SAMPLE_ROWS, Column, Table, profile, read_sample, read_table, sample
 from tests.service.where import ROOT
 
@@ -305,3 +306,21 @@ def test_two_imports_at_once_are_refused(tmp_path: Path) -> None:
         raise AssertionError("both are at work")
     with alone(tmp_path):
         pass
+
+
+def test_ctrl_c_amid_the_start_of_a_step_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A step that Ctrl-C meets while it is being started ends with the import."""
+    started = []
+
+    def begin(_command: list[str], **options: Any) -> Any:
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    with pytest.raises(KeyboardInterrupt):
+        run("convert", tmp_path)
+    assert started[0].poll() is not None

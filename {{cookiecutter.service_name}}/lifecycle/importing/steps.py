@@ -105,15 +105,20 @@ def run(name: str, folder: Path, cwd: Path = ROOT, environment: Mapping[str, str
     own |= {name: own.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     own |= environment or {}
     command = [sys.executable, "-m", f"lifecycle.importing.{name}", str(folder)]
-    # In its own process group, so that Ctrl-C reaches only this process, which then ends the step.
-    with subprocess.Popen(  # noqa: S603  # this package's own steps
-        command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0, close_fds=False
-    ) as process:
-        try:
-            status = process.wait()
-        except BaseException:
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with unstopped() as pressed:  # Ctrl-C amid the start would leave the step behind
+            # In its own process group, so that Ctrl-C reaches only this process, which then ends the step.
+            process = subprocess.Popen(  # noqa: S603  # this package's own steps
+                command, cwd=cwd, env=own, stdin=subprocess.DEVNULL, process_group=0, close_fds=False
+            )
+        if pressed:
+            raise KeyboardInterrupt
+        status = process.wait()
+    finally:
+        if process is not None:
             process.kill()
-            raise
+            process.wait()
     if status:
         how = f"signal {-status}" if status < 0 else f"status {status}"
         raise LifecycleError(f"the step `{name}` ended with {how}; nothing was changed")
